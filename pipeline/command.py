@@ -1,0 +1,87 @@
+"""The command line: Hydra composes `conf/`, the result becomes a typed configuration, a stage is called."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import MISSING
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config import ROOTS, check_files, options, plain, typed
+from pipeline.types import InputError
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+
+def register() -> None:
+    """Make the dataclasses known to Hydra as `<root>_schema`; every conf root begins with its own."""
+    for name, schema in ROOTS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def help_text(root: str, story: str) -> str:
+    """What `--help` prints: the story of the script, its groups with their choices, every option."""
+    lines = [story.strip(), "", "Groups (name=choice):"]
+    for group, choices in _groups().items():
+        lines.append(f"  {group:<14} {', '.join(choices)}")
+    lines += ["", "Options (name=value; -m and a comma-separated list sweep over values):"]
+    for name, default, help in options(ROOTS[root]):
+        shown = "must be given" if default is MISSING else plain(default)
+        lines.append(f"  {name} = {shown}\n      {help}")
+    return "\n".join([*lines, "", "Hydra's own flags: --hydra-help.  The configuration as composed: --cfg job."])
+
+
+def _groups() -> dict[str, list[str]]:
+    return {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in sorted(CONF_DIR.iterdir())
+        if folder.is_dir()
+    }
+
+
+def check_override_names(root: str, arguments: list[str]) -> None:
+    """Refuse an option that does not exist, naming the nearest that do, before Hydra composes anything."""
+    known = {name for name, _, _ in options(ROOTS[root])}
+    nodes = {name[:i] for name in known for i, letter in enumerate(name) if letter == "."}
+    for override in OverridesParser.create().parse_overrides([a for a in arguments if "=" in a]):
+        key = override.key_or_group.replace("/", ".")
+        if key.split(".")[0] == "hydra" or key in known | nodes or key in _groups():
+            continue
+        if any(key.startswith(f"{name}.") for name, default, _ in options(ROOTS[root]) if default == {}):
+            continue  # inside a free-form dict such as deepspeed.overrides
+        near = difflib.get_close_matches(key, sorted(known | nodes), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
+        raise InputError(f"expected the name of an option, found {key!r}; {hint}")
+
+
+def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> None:
+    """Run a script: compose `conf/<root>.yaml` with the command line, make it typed, call `body`.
+
+    An InputError ends the process with exit code 2 and its message alone.
+    """
+    register()
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(root, story))
+        return
+
+    def job(node: Any) -> float | None:
+        config: Any = typed(node, ROOTS[root])
+        check_files(config)
+        return body(config)
+
+    # Hydra would fold errors into its own words; this way ours reach the person who reads them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        check_override_names(root, sys.argv[1:])
+        hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
+    except (InputError, OmegaConfBaseException, hydra.errors.HydraException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

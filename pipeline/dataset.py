@@ -1,0 +1,106 @@
+"""Order + gold set + cache -> the micro-batches of one step of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.corpus import collate_inputs
+from pipeline.order import Slot, global_batch_slots
+from pipeline.shards import ShardReader
+from pipeline.types import Batch, InputError, TokenSequence, TopK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """The two streams of a run and how they are mixed."""
+
+    gold: Sequence[TokenSequence]
+    reader: ShardReader | None
+    """The cache; None where gold_fraction is 1."""
+    seed: int
+    global_batch: int
+    gold_fraction: float
+
+    def slots(self, step: int) -> list[Slot]:
+        """The global batch of a step."""
+        return global_batch_slots(
+            step,
+            seed=self.seed,
+            global_batch=self.global_batch,
+            gold_fraction=self.gold_fraction,
+            num_gold=len(self.gold),
+            corpus_blocks=self.reader.blocks if self.reader else (),
+        )
+
+    def read(self, slot: Slot) -> tuple[TokenSequence, TopK | None]:
+        """The sequence of a slot, with the captured distributions if it is from the corpus."""
+        if slot.source == "gold":
+            return self.gold[slot.row], None
+        assert self.reader is not None
+        return self.reader.row(slot.block, slot.row)
+
+    def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> list[Batch]:
+        """What one rank forwards in a step."""
+        mine = self.slots(step)[rank::world_size]
+        groups = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+        return [
+            collate([self.read(slot) for slot in group], [slot.source == "gold" for slot in group]) for group in groups
+        ]
+
+
+def micro_batches_per_step(global_batch: int, *, world_size: int, micro_batch: int) -> int:
+    """Accumulation steps; refuses a global batch that does not divide evenly."""
+    if global_batch % (world_size * micro_batch) != 0:
+        raise InputError(
+            f"global_batch: expected a multiple of ranks x micro_batch = {world_size} x {micro_batch}, "
+            f"found {global_batch}; change global_batch, micro_batch or launcher.num_processes"
+        )
+    return global_batch // (world_size * micro_batch)
+
+
+def collate(rows: Sequence[tuple[TokenSequence, TopK | None]], from_gold: Sequence[bool]) -> Batch:
+    """One micro-batch out of sequences."""
+    sequences = [sequence for sequence, _ in rows]
+    input_ids_BS, position_ids_BS, flat_positions_N = collate_inputs(sequences)
+    counts = torch.tensor([len(sequence.target_positions_N) for sequence in sequences])
+    has_teacher = torch.tensor([top is not None for _, top in rows])
+    return Batch(
+        input_ids_BS=input_ids_BS,
+        position_ids_BS=position_ids_BS,
+        flat_positions_N=flat_positions_N,
+        target_ids_N=torch.cat([sequence.target_ids_N for sequence in sequences]),
+        gold_N=torch.tensor(from_gold).repeat_interleave(counts),
+        weak_N=has_teacher.repeat_interleave(counts),
+        teacher=_join([top for _, top in rows if top is not None]),
+    )
+
+
+def _join(tops: Sequence[TopK]) -> TopK | None:
+    if not tops:
+        return None
+    return TopK(
+        ids_NK=torch.cat([top.ids_NK for top in tops]),
+        relative_logits_NK=torch.cat([top.relative_logits_NK for top in tops]),
+        log_tail_NC=torch.cat([top.log_tail_NC for top in tops]),
+        temperatures=tops[0].temperatures,
+    )
+
+
+def prefetched(
+    mixture: Mixture, steps: range, *, rank: int, world_size: int, micro_batch: int
+) -> Generator[tuple[int, list[Batch]]]:
+    """(step, micro-batches) in order; the next step is read while this one computes."""
+
+    def read(step: int) -> list[Batch]:
+        return mixture.micro_batches(step, rank=rank, world_size=world_size, micro_batch=micro_batch)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        ahead = pool.submit(read, steps.start) if len(steps) else None
+        for step in steps:
+            assert ahead is not None
+            ready, ahead = ahead.result(), pool.submit(read, step + 1) if step + 1 < steps.stop else None
+            yield step, ready

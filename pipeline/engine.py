@@ -1,0 +1,125 @@
+"""DeepSpeed: build the engine around student and loss, save and load it, hand out its weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402  (it logs while it is imported)
+
+from pipeline import losses, models  # noqa: E402
+from pipeline.runtime import Ranks, RunPaths, write_json  # noqa: E402
+from pipeline.types import Batch, InputError, TrainState  # noqa: E402
+
+
+class StudentWithLoss(nn.Module):
+    """The student and its objective as one module: under ZeRO-3 the head's weight exists only inside forward."""
+
+    def __init__(self, student: models.Model, *, vocabulary_size: int, terms: dict[str, losses.TermOptions]) -> None:
+        super().__init__()
+        self.student, self._vocabulary_size, self._terms = student, vocabulary_size, terms
+
+    def forward(self, batch: Batch, weights: dict[str, float], divisors: dict[str, float]) -> tuple[Tensor, Tensor]:
+        """The micro-batch's share of the loss, and each term's sum (detached, one entry a term)."""
+        hidden_BSH = models.hidden_states(self.student, batch.input_ids_BS, batch.position_ids_BS)
+        hidden_NH = hidden_BSH.flatten(0, 1)[batch.flat_positions_N]
+        logits_NV = models.logits(self.student, hidden_NH, self._vocabulary_size)
+        values = losses.evaluate_terms(logits_NV, batch, self._terms)
+        loss = losses.combine(values, weights=weights, divisors=divisors)
+        # a rank whose micro-batch has no target still takes part in every collective
+        loss = loss + 0.0 * hidden_BSH.float().sum()
+        return loss, torch.stack([values[name].total.detach() for name in self._terms])
+
+
+def build(
+    module: StudentWithLoss,
+    *,
+    zero_stage: int,
+    dtype: str,
+    micro_batch: int,
+    accumulation: int,
+    max_grad_norm: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    overrides: dict[str, Any],
+) -> deepspeed.DeepSpeedEngine:
+    """The engine: AdamW with fp32 state under the given ZeRO stage; the learning rate is set before each step."""
+    matrices = [p for p in module.parameters() if p.ndim >= 2]
+    vectors = [p for p in module.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {"stage": zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "checkpoint": {"tag_validation": "Fail"},
+        "steps_per_print": 1_000_000_000,
+    }
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=_merged(config, overrides))
+    return engine
+
+
+def _merged(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for key, value in overrides.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
+    """Use this learning rate in the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def save_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, paths: RunPaths, state: TrainState, ranks: Ranks, *, zero_stage: int, keep: int
+) -> None:
+    """Save on all ranks, then publish on rank 0 by replacing one small file, then drop old ones."""
+    tag = f"step-{state.step:08d}"
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
+    engine.save_checkpoint(str(paths.checkpoints), tag=tag, client_state={"step": state.step}, save_latest=False)
+    ranks.wait()
+    if ranks.rank == 0:
+        write_json(
+            paths.published,
+            {"tag": tag, "step": state.step, "world_size": ranks.world_size, "zero_stage": zero_stage},
+        )
+        for old in sorted(path for path in paths.checkpoints.glob("step-*") if path.name <= tag)[:-keep]:
+            shutil.rmtree(old)
+    ranks.wait()
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, paths: RunPaths, ranks: Ranks, *, zero_stage: int) -> TrainState:
+    """Go on from the published checkpoint; a run that has none begins at step 0."""
+    if not paths.published.exists():
+        return TrainState()
+    published = json.loads(paths.published.read_text())
+    found = (published["world_size"], published["zero_stage"])
+    if found != (ranks.world_size, zero_stage):
+        raise InputError(
+            f"{paths.published}: expected a checkpoint of {ranks.world_size} ranks at ZeRO {zero_stage}, found one of "
+            f"{found[0]} ranks at ZeRO {found[1]}; go on with those, or delete {paths.checkpoints} to begin again"
+        )
+    _, client_state = engine.load_checkpoint(str(paths.checkpoints), tag=published["tag"])
+    return TrainState(step=client_state["step"])
+
+
+def student_weights(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> dict[str, Tensor] | None:
+    """The student's whole state dict, on rank 0; None on other ranks where parameters are partitioned."""
+    state = engine._zero3_consolidated_16bit_state_dict() if zero_stage == 3 else engine.module.state_dict()
+    if state is None:
+        return None
+    prefix = "student."
+    return {name.removeprefix(prefix): weight.cpu() for name, weight in state.items()}

@@ -1,0 +1,170 @@
+"""Teacher, student and tokenizer: load, compare, run to hidden states and logits, save for others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from torch import Tensor
+
+from pipeline.runtime import content_hash, file_hash, one_path
+from pipeline.types import InputError
+
+Model = Any  # a transformers causal language model; its library leaves too much of it untyped to say more
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def model_folder(path: str, *, revision: str | None = None) -> Path:
+    """The local folder of a model: a folder, a glob matching one, or a hub name (downloaded, then local)."""
+    if Path(path).is_dir():
+        return Path(path)
+    if any(letter in path for letter in "*?[") or path.count("/") != 1 or path.startswith((".", "/")):
+        return one_path(path, "model path")
+    try:
+        # weights only as safetensors: a pickle from a stranger is never even downloaded
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.LocalEntryNotFoundError,
+        OSError,
+    ) as error:
+        raise InputError(
+            f"model path: expected {path!r} to be a folder or a model on the hub, found neither ({error}); check it"
+        ) from None
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that lies in a model folder."""
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: str,
+    device: torch.device,
+    num_layers: int | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """The causal language model of a folder, cut to its first layers if asked; no weight is left random."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if num_layers is not None:
+        if not 1 <= num_layers <= config.num_hidden_layers:
+            raise InputError(f"num_layers: expected 1 to {config.num_hidden_layers} ({folder}), found {num_layers}")
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+    config.use_cache = False  # with a cache, packed segments would silently see each other
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
+    model, loading = loaded
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        wrong = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
+        raise InputError(f"{folder}: expected a weight for every parameter, found none that fits {wrong[:5]}")
+    check_logits_path(model)
+    return model.to(device)
+
+
+def hidden_states(model: Model, input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
+    """Last hidden states [B, S, H] of packed segments that cannot see each other.
+
+    Positions that restart, no attention mask and no cache: transformers then masks across segments.
+    """
+    decoder = model.get_decoder()
+    return decoder(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False).last_hidden_state
+
+
+def logits(model: Model, hidden_NH: Tensor, vocabulary_size: int) -> Tensor:
+    """Logits [N, V] over the real vocabulary: the head, then the scale or soft cap that the model declares."""
+    config = model.config
+    logits_NV = model.get_output_embeddings()(hidden_NH)[:, :vocabulary_size]
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits_NV = logits_NV / config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits_NV = logits_NV * config.logit_scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    return logits_NV
+
+
+def check_logits_path(model: Model) -> None:
+    """Refuse an architecture whose own forward does something between hidden states and logits that we do not."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        ids_BS = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.vocab_size
+        positions_BS = torch.arange(8, device=ids_BS.device)[None]
+        theirs = model(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).logits[0].float()
+        hidden_BSH = hidden_states(model, ids_BS, positions_BS)
+        ours = logits(model, hidden_BSH[0], theirs.shape[1]).float()
+    model.train(was_training)
+    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2):
+        worst = (ours - theirs).abs().max().item()
+        raise InputError(
+            f"{type(model).__name__}: expected head(hidden) to equal the model's own logits, found a difference of "
+            f"{worst:.3g}; teach pipeline/models.py:logits what this architecture does to its logits"
+        )
+
+
+def check_window(folder: Path, window: int) -> None:
+    """Refuse a window longer than the positions that a model knows."""
+    config = json.loads((folder / "config.json").read_text())
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    if longest is not None and window > longest:
+        raise InputError(f"window: expected at most {longest} (the positions of {folder}), found {window}")
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The real vocabulary: the tokenizer's, not the padded number of rows that a head may have."""
+    return len(tokenizer)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what turns text into ids: model, merges, added tokens, normalizer; not truncation or padding."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"tokenizer: expected one with a tokenizer.json, found {type(tokenizer).__name__}")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    return content_hash(state)
+
+
+def check_same_tokenizer(teacher_hash: str, student_hash: str, *, cache: str, student: str) -> None:
+    """Refuse a student whose token ids mean something else than the teacher's."""
+    if teacher_hash != student_hash:
+        raise InputError(
+            f"tokenizer: expected {student} to have the teacher's tokenizer {teacher_hash[:12]} ({cache}), "
+            f"found {student_hash[:12]}; use a teacher and a student of one family, or capture with another teacher"
+        )
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the weight files of a folder and its config.json."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}: expected weights as *.safetensors, found none; convert the model")
+    config = json.loads((folder / "config.json").read_text())
+    for volatile in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(volatile, None)
+    return content_hash([config, [file_hash(file) for file in files]])
+
+
+def save_model(model: Model, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
+    """Write weights as safetensors with config and tokenizer, so that plain `from_pretrained` loads the folder."""
+    model.config.use_cache = True
+    model.save_pretrained(folder, state_dict=state)
+    model.config.use_cache = False
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,126 @@
+"""Many finished runs -> one table: scores, and how much of the gap was recovered."""
+
+from __future__ import annotations
+
+import glob
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pipeline import config as configs
+from pipeline.config import ReportConfig, TrainConfig
+from pipeline.runtime import RunPaths, log, start_logging
+from pipeline.statistics import performance_gap_recovered
+from pipeline.types import InputError
+
+SCHEMA = {
+    "experiment": pl.String,
+    "seed": pl.Int64,
+    "lm_weight": pl.Float64,
+    "kd_weight": pl.Float64,
+    "gold_fraction": pl.Float64,
+    "steps": pl.Int64,
+    "num_records": pl.Int64,
+    "accuracy": pl.Float64,
+    "standard_error": pl.Float64,
+    "nll": pl.Float64,
+    "agreement": pl.Float64,
+    "pgr": pl.Float64,
+    "train_seconds": pl.Float64,
+    "run_dir": pl.String,
+}
+ORDER = ("teacher", "gold_only", "weak_only", "combined", "ceiling")  # as one reads them; others follow
+
+
+def run(config: ReportConfig) -> pl.DataFrame:
+    """Print the table and what it says; write report.csv and report.parquet if asked."""
+    start_logging()
+    folders = sorted({Path(name) for pattern in config.runs for name in glob.glob(pattern)})
+    table = with_pgr(read_runs(folders, config.runs))
+    with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4, tbl_hide_dataframe_shape=True):
+        print(table.drop("run_dir", "gold_fraction"))
+    for line in conclusions(table):
+        print(line)
+    if config.out is not None:
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        table.write_csv(out / "report.csv")
+        table.write_parquet(out / "report.parquet")
+        log.info("wrote %s and report.parquet beside it", out / "report.csv")
+    return table
+
+
+def read_runs(folders: list[Path], patterns: list[str]) -> pl.DataFrame:
+    """A row a finished run with a test score; unfinished ones are named, not hidden."""
+    rows: list[dict[str, Any]] = []
+    for paths in (RunPaths(folder=folder) for folder in folders):
+        if not paths.config.exists():
+            continue
+        if not paths.result.exists():
+            log.warning("%s is not finished: left out", paths.folder)
+            continue
+        config = configs.load(paths.config, TrainConfig)
+        result = json.loads(paths.result.read_text())
+        rows.append(_row(config, result, paths.folder))
+    if not rows:
+        raise InputError(f"runs: expected finished run folders, found none in {patterns}; train with scripts/train.py")
+    rank = pl.col("experiment").replace_strict(ORDER, range(len(ORDER)), default=len(ORDER))
+    return pl.DataFrame(rows, schema=SCHEMA).sort(rank, "experiment", "kd_weight", "lm_weight", "seed")
+
+
+def _row(config: TrainConfig, result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    test = result.get("test") or {}
+    accuracy, count = test.get("accuracy"), test.get("num_choice_records") or 0
+    return {
+        "experiment": config.name,
+        "seed": config.seed,
+        "lm_weight": config.loss.lm.weight,
+        "kd_weight": config.loss.kd.weight,
+        "gold_fraction": config.gold_fraction,
+        "steps": result["steps"],
+        "num_records": test.get("num_records"),
+        "accuracy": accuracy,
+        "standard_error": (accuracy * (1 - accuracy) / count) ** 0.5 if accuracy is not None and count else None,
+        "nll": test.get("nll"),
+        "agreement": test.get("agreement"),
+        "pgr": None,
+        "train_seconds": result["train_seconds"],
+        "run_dir": str(folder),
+    }
+
+
+def mean_accuracy(table: pl.DataFrame, experiment: str) -> float | None:
+    """Mean accuracy over the runs of an experiment, or None if it has none."""
+    values = table.filter(pl.col("experiment") == experiment)["accuracy"].drop_nulls()
+    return float(values.mean()) if len(values) else None  # type: ignore[arg-type]
+
+
+def with_pgr(table: pl.DataFrame) -> pl.DataFrame:
+    """Fill in the PGR of every student, where there are a teacher and a ceiling to measure the gap."""
+    weak, ceiling = mean_accuracy(table, "teacher"), mean_accuracy(table, "ceiling")
+    if weak is None or ceiling is None:
+        return table
+    values = [
+        None
+        if accuracy is None or experiment == "teacher"
+        else performance_gap_recovered(accuracy, weak=weak, ceiling=ceiling)
+        for experiment, accuracy in table.select("experiment", "accuracy").iter_rows()
+    ]
+    return table.with_columns(pgr=pl.Series(values, dtype=pl.Float64))
+
+
+def conclusions(table: pl.DataFrame) -> list[str]:
+    """The four numbers that a weak-to-strong result stands on, in words."""
+    names = {"teacher": "weak score", "gold_only": "floor", "combined": "combined", "ceiling": "ceiling"}
+    means = {name: mean_accuracy(table, name) for name in names}
+    lines = [f"{names[name]:<11} {value:.4f}" for name, value in means.items() if value is not None]
+    weak, floor, combined, ceiling = means.values()
+    if combined is not None and floor is not None:
+        lines.append(f"gain over the floor {combined - floor:+.4f}")
+    if weak is not None and combined is not None and ceiling is not None:
+        pgr = performance_gap_recovered(combined, weak=weak, ceiling=ceiling)
+        shown = "undefined: the ceiling does not lie above the weak score" if pgr is None else f"{pgr:.3f}"
+        lines.append(f"performance gap recovered (PGR) {shown}")
+    return lines

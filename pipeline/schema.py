@@ -1,0 +1,99 @@
+"""Shard schema, version 1: sequences with their captured distributions <-> Arrow tables.
+
+Typed flat lists, so that plain polars, DuckDB or `datasets` read a shard with no code of ours. Row r of a
+shard holds N positions, K entries each: entry j of position n lies at n * K + j of `topk_ids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.types import Captured, TokenSequence, TopK
+
+SCHEMA_VERSION = 1
+
+
+def arrow_schema(*, vocabulary_size: int, metadata: dict[str, str]) -> pa.Schema:
+    """The columns of a shard; token ids of the kept entries take two bytes where the vocabulary allows."""
+    id_type = pa.uint16() if vocabulary_size <= 65_536 else pa.uint32()
+    columns = {
+        "key": pa.binary(16),
+        "record_ids": pa.list_(pa.int64()),
+        "segment_lengths": pa.list_(pa.int32()),
+        "input_ids": pa.list_(pa.int32()),
+        "target_positions": pa.list_(pa.int32()),
+        "target_ids": pa.list_(pa.int32()),
+        "topk_ids": pa.list_(id_type),
+        "relative_logits": pa.list_(pa.float16()),
+        "log_tail": pa.list_(pa.float32()),
+        "next_log_prob": pa.list_(pa.float16()),
+        "entropy": pa.list_(pa.float16()),
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()], metadata=metadata)
+
+
+def encode(rows: Sequence[tuple[TokenSequence, Captured]], schema: pa.Schema) -> pa.Table:
+    """One row a sequence."""
+    columns: dict[str, list[Any]] = {
+        "record_ids": [np.array(s.record_ids) for s, _ in rows],
+        "segment_lengths": [np.array(s.segment_lengths) for s, _ in rows],
+        "input_ids": [s.input_ids_S.numpy() for s, _ in rows],
+        "target_positions": [s.target_positions_N.numpy() for s, _ in rows],
+        "target_ids": [s.target_ids_N.numpy() for s, _ in rows],
+        "topk_ids": [c.top.ids_NK.flatten().numpy() for _, c in rows],
+        "relative_logits": [c.top.relative_logits_NK.flatten().numpy() for _, c in rows],
+        "log_tail": [c.top.log_tail_NC.flatten().numpy() for _, c in rows],
+        "next_log_prob": [c.next_log_prob_N.numpy() for _, c in rows],
+        "entropy": [c.entropy_N.numpy() for _, c in rows],
+    }
+    arrays = [pa.array([s.key for s, _ in rows], schema.field("key").type)]
+    arrays += [_list_array(parts, schema.field(name).type.value_type) for name, parts in columns.items()]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _list_array(parts: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int32)
+    values = np.concatenate(parts).astype(value_type.to_pandas_dtype())
+    return pa.ListArray.from_arrays(offsets, pa.array(values, value_type))
+
+
+def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[TokenSequence, TopK]]:
+    """The rows of a table as values; the large columns stay views of Arrow's memory."""
+    flat = {name: _flat(table.column(name)) for name in table.column_names if name != "key"}
+    keys = table.column("key").to_pylist()
+    rows = []
+    for r, key in enumerate(keys):
+        part = {name: values[offsets[r] : offsets[r + 1]] for name, (values, offsets) in flat.items()}
+        positions = _int64(part["target_positions"])
+        shape = (len(positions), -1)
+        sequence = TokenSequence(
+            key=key,
+            input_ids_S=_int64(part["input_ids"]),
+            segment_lengths=tuple(part["segment_lengths"].tolist()),
+            record_ids=tuple(part["record_ids"].tolist()),
+            target_positions_N=positions,
+            target_ids_N=_int64(part["target_ids"]),
+        )
+        top = TopK(
+            ids_NK=_int64(part["topk_ids"]).reshape(shape),
+            relative_logits_NK=torch.from_numpy(part["relative_logits"].copy()).reshape(shape),
+            log_tail_NC=torch.from_numpy(part["log_tail"].copy()).reshape(shape),
+            temperatures=temperatures,
+        )
+        rows.append((sequence, top))
+    return rows
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
+
+
+def _int64(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64))

@@ -1,0 +1,133 @@
+"""ShardWriter and ShardReader: both halves of the contract between the stages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+
+from pipeline import manifest as manifests
+from pipeline.order import POOL_BLOCKS
+from pipeline.runtime import file_hash
+from pipeline.schema import arrow_schema, decode, encode
+from pipeline.topk import log_probabilities, narrow
+from pipeline.types import Captured, InputError, Manifest, ShardInfo, TokenSequence, TopK
+
+ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
+
+
+class ShardWriter:
+    """Writes one shard into a temporary file and publishes it whole; leaving it early leaves nothing behind."""
+
+    def __init__(self, cache: Path, manifest: Manifest, index: int) -> None:
+        self._cache, self._manifest, self._index = cache, manifest, index
+        self._temporary = cache / "shards" / f".{index:05d}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        self._schema = arrow_schema(
+            vocabulary_size=manifest.vocabulary_size,
+            metadata={"fingerprint": manifest.fingerprint, "schema_version": str(manifest.schema_version)},
+        )
+        self._rows: list[tuple[TokenSequence, Captured]] = []
+        self._rows_bytes = self._targets = 0
+        self._row_groups: list[int] = []
+        self._histogram = torch.zeros(10, dtype=torch.int64)
+        self._file = pq.ParquetWriter(
+            self._temporary,
+            self._schema,
+            compression="zstd",
+            use_dictionary=["topk_ids.list.element"],
+            write_page_checksum=True,
+        )
+
+    def write(self, sequence: TokenSequence, captured: Captured) -> None:
+        """Append one sequence."""
+        log_p_NK, _ = log_probabilities(captured.top, temperature=1.0)
+        retained_N = log_p_NK.exp().sum(dim=1).clamp(0.0, 1.0)
+        self._histogram += torch.histc(retained_N, bins=10, min=0.0, max=1.0).long()
+        self._rows.append((sequence, captured))
+        self._targets += len(sequence.target_positions_N)
+        self._rows_bytes += 4 * (len(sequence.input_ids_S) + captured.top.ids_NK.numel())
+        if self._rows_bytes >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._file.write_table(encode(self._rows, self._schema), row_group_size=len(self._rows))
+            self._row_groups.append(len(self._rows))
+            self._rows, self._rows_bytes = [], 0
+
+    def commit(self, *, num_skipped: int) -> ShardInfo:
+        """Publish the shard: fsync, re-open and check, rename, ShardInfo last."""
+        self._flush()
+        self._file.close()
+        with self._temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        rows = pq.ParquetFile(self._temporary).metadata.num_rows
+        if rows != sum(self._row_groups):
+            raise OSError(f"{self._temporary}: expected {sum(self._row_groups)} rows, found {rows} after writing")
+        info = ShardInfo(
+            index=self._index,
+            rows=rows,
+            row_groups=tuple(self._row_groups),
+            targets=self._targets,
+            bytes=self._temporary.stat().st_size,
+            sha256=file_hash(self._temporary),
+            num_skipped=num_skipped,
+            retained_mass_histogram=tuple(self._histogram.tolist()),
+        )
+        manifests.commit(self._cache, self._temporary, info)
+        return info
+
+    def abandon(self) -> None:
+        """Remove the temporary file of a shard that was not committed."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def shard_writer(cache: Path, manifest: Manifest, index: int) -> Iterator[ShardWriter]:
+    """A ShardWriter whose temporary file does not outlive an error."""
+    writer = ShardWriter(cache, manifest, index)
+    try:
+        yield writer
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+class ShardReader:
+    """Random access to the sequences of a whole cache by (block, row); a block is a row group of a shard.
+
+    A shard's bytes are checked against its ShardInfo before its first row is used. Holds as many decoded
+    blocks as the order shuffles together.
+    """
+
+    def __init__(self, cache: Path, *, k: int | None = None) -> None:
+        self.cache, self.manifest = cache, manifests.load(cache)
+        if k is not None and not 1 <= k <= self.manifest.k:
+            raise InputError(f"k: expected 1 to {self.manifest.k} (captured in {cache}), found {k}")
+        self._k = k
+        self._infos = manifests.whole(cache, self.manifest)
+        self._places = [(info, group) for info in self._infos for group in range(len(info.row_groups))]
+        self.blocks = tuple(rows for info in self._infos for rows in info.row_groups)
+        self._block = lru_cache(maxsize=POOL_BLOCKS + 1)(self._read_block)
+        self._checked: set[int] = set()
+
+    def row(self, block: int, row: int) -> tuple[TokenSequence, TopK]:
+        """One sequence and its distributions."""
+        sequence, top = self._block(block)[row]
+        return sequence, (top if self._k is None else narrow(top, k=self._k))
+
+    def _read_block(self, block: int) -> list[tuple[TokenSequence, TopK]]:
+        info, group = self._places[block]
+        if info.index not in self._checked:
+            manifests.check_shard(self.cache, info)
+            self._checked.add(info.index)
+        file = pq.ParquetFile(manifests.shard_path(self.cache, info.index))
+        return decode(file.read_row_group(group), temperatures=self.manifest.temperatures)

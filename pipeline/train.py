@@ -1,0 +1,356 @@
+"""Stage two, one rank: the student learns from shards and gold under the combined objective.
+
+Started by torchrun as `python -m pipeline.train RUN_FOLDER`; everything it needs stands in that folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import config as configs
+from pipeline import engine as engines
+from pipeline import models, ramps
+from pipeline.config import RampConfig, TrainConfig
+from pipeline.corpus import known_sequences, open_text, read_records
+from pipeline.dataset import Mixture, micro_batches_per_step, prefetched
+from pipeline.evaluate import score
+from pipeline.losses import TermOptions, count_positions
+from pipeline.runtime import (
+    Progress,
+    Ranks,
+    RunPaths,
+    StopRequest,
+    compute_device,
+    log,
+    one_path,
+    ranks_from_environment,
+    start_logging,
+    write_json,
+)
+from pipeline.shards import ShardReader
+from pipeline.types import Batch, InputError, TrainState
+
+
+def run(folder: Path) -> None:
+    """Train, export and score what a run folder describes, from where it stands."""
+    paths = RunPaths(folder=folder)
+    config = configs.load(paths.config, TrainConfig)
+    stop = StopRequest(paths.stop)
+    with ranks_from_environment() as ranks:
+        start_logging(paths.log if ranks.rank == 0 else None, level=logging.INFO if ranks.rank == 0 else logging.ERROR)
+        with held(paths.lock, ranks):
+            if not paths.model.exists() and not train(config, paths, ranks, stop):
+                return
+        is_first = ranks.rank == 0
+    if is_first:  # the other ranks leave: what is scored is the exported folder, as its users will load it
+        finish(config, paths)
+
+
+@contextmanager
+def held(lock: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold a run folder on rank 0, so that no two processes ever train in it."""
+    if ranks.rank != 0:
+        yield
+        return
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"{lock}: expected nobody at work in this run folder, found it held; wait or stop it"
+            ) from None
+        yield
+
+
+def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest) -> bool:
+    """Train to the last step and export; False if asked to stop before (a checkpoint is saved then)."""
+    student_folder = models.model_folder(config.student.path, revision=config.student.revision)
+    tokenizer = models.load_tokenizer(student_folder, trust_remote_code=config.student.trust_remote_code)
+    mixture = open_mixture(config, tokenizer)
+    num_steps = steps_of(config, mixture)
+    accumulation = micro_batches_per_step(
+        config.global_batch, world_size=ranks.world_size, micro_batch=config.micro_batch
+    )
+    terms = term_options(config)
+    torch.manual_seed(config.seed)
+    student = models.load_model(
+        student_folder,
+        dtype=config.student.dtype.name,
+        device=ranks.device,
+        num_layers=config.student.num_layers,
+        trust_remote_code=config.student.trust_remote_code,
+    )
+    module = engines.StudentWithLoss(student, vocabulary_size=models.vocabulary_size(tokenizer), terms=terms)
+    zero_stage = config.deepspeed.zero_stage
+    engine = engines.build(
+        module.train(),
+        zero_stage=zero_stage,
+        dtype=config.student.dtype.name,
+        micro_batch=config.micro_batch,
+        accumulation=accumulation,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        epsilon=config.optimizer.epsilon,
+        weight_decay=config.optimizer.weight_decay,
+        overrides=config.deepspeed.overrides,
+    )
+    state = engines.load_checkpoint(engine, paths, ranks, zero_stage=zero_stage)
+    log.info(
+        "step %d of %d, %d ranks on %s, ZeRO %d", state.step, num_steps, ranks.world_size, ranks.device, zero_stage
+    )
+    cut_metrics(paths.metrics, state.step, ranks)
+    state = step_through(config, paths, ranks, stop, engine, mixture, state, num_steps)
+    if state.step < num_steps:
+        return False
+    export(engine, student, tokenizer, paths, ranks, zero_stage=zero_stage)
+    return True
+
+
+def step_through(
+    config: TrainConfig,
+    paths: RunPaths,
+    ranks: Ranks,
+    stop: StopRequest,
+    engine: Any,
+    mixture: Mixture,
+    state: TrainState,
+    num_steps: int,
+) -> TrainState:
+    """Optimizer steps until the last one or until somebody asks to stop; a checkpoint at every exit but the last."""
+    save = partial(
+        engines.save_checkpoint,
+        engine,
+        paths,
+        ranks=ranks,
+        zero_stage=config.deepspeed.zero_stage,
+        keep=config.checkpoint.keep,
+    )
+    progress = Progress(
+        config.name,
+        total=num_steps,
+        unit=" steps",
+        done=state.step,
+        log_every_seconds=config.launcher.log_every_seconds,
+        quiet=ranks.rank != 0,
+    )
+    steps = range(state.step, num_steps)
+    batches_of = prefetched(
+        mixture, steps, rank=ranks.rank, world_size=ranks.world_size, micro_batch=config.micro_batch
+    )
+    waiting_since = time.monotonic()
+    for step, batches in batches_of:
+        started = time.monotonic()
+        figures = one_step(config, ranks, engine, batches, step, num_steps)
+        state = TrainState(step=step + 1)
+        figures |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
+        append_metrics(paths.metrics, figures, ranks)
+        shown = {name: figures[name] for name in ("loss", *term_options(config)) if figures[name] is not None}
+        progress.advance(1, **shown)
+        asked_to_stop = ranks.any(bool(stop))
+        every = config.checkpoint.every_steps
+        if state.step < num_steps and (asked_to_stop or (every and state.step % every == 0)):
+            save(state=state)
+        if asked_to_stop and state.step < num_steps:
+            log.info("asked to stop: saved at step %d of %d", state.step, num_steps)
+            break
+        waiting_since = time.monotonic()
+    batches_of.close()
+    progress.close()
+    return state
+
+
+def one_step(
+    config: TrainConfig, ranks: Ranks, engine: Any, batches: list[Batch], step: int, num_steps: int
+) -> dict[str, Any]:
+    """One optimizer step over the global batch; its figures for metrics.jsonl.
+
+    Each term's sum is divided by its count over all ranks and micro-batches, known before the first forward.
+    DeepSpeed averages gradients over ranks, so the loss is multiplied by their number.
+    """
+    terms = term_options(config)
+    torch.manual_seed(
+        (config.seed << 40) + (step << 16) + ranks.rank
+    )  # dropout: a function of the step, so resume is exact
+    batches = [batch.to(ranks.device) for batch in batches]
+    counts = ranks.sum(torch.stack([count_positions(batch, terms) for batch in batches]).sum(dim=0))
+    divisors = dict(zip(terms, counts.double().tolist(), strict=True))
+    weights = weights_at(config, step, num_steps)
+    learning_rate = learning_rate_at(config, step, num_steps)
+    engines.set_learning_rate(engine, learning_rate)
+    totals = torch.zeros(len(terms), dtype=torch.float64, device=ranks.device)
+    for batch in batches:
+        loss, term_totals = engine(batch, weights, divisors)
+        engine.backward(loss * ranks.world_size, scale_wrt_gas=False)
+        engine.step()
+        totals += term_totals
+    tokens = ranks.sum(torch.tensor(sum(batch.input_ids_BS.numel() for batch in batches), device=ranks.device))
+    values = dict(zip(terms, ranks.sum(totals).tolist(), strict=True))
+    means = {name: values[name] / divisors[name] if divisors[name] else None for name in terms}
+    loss_value = sum(weights[name] * (means[name] or 0.0) for name in terms)
+    if not math.isfinite(loss_value):
+        raise FloatingPointError(f"step {step}: expected a finite loss, found {means}; lower the learning rate")
+    return {
+        "step": step + 1,
+        "loss": loss_value,
+        **means,
+        **{f"{name}_weight": weights[name] for name in terms},
+        **{f"{name}_count": int(divisors[name]) for name in terms},
+        "learning_rate": learning_rate,
+        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "skipped_steps": engine.skipped_steps,
+        "tokens": int(tokens),
+    }
+
+
+# ------------------------------------------------------------------------ from options to plain values
+
+
+def term_options(config: TrainConfig) -> dict[str, TermOptions]:
+    """The terms of the objective as the losses know them."""
+    lm, kd = config.loss.lm, config.loss.kd
+    return {
+        "lm": TermOptions(on=tuple(source.name for source in lm.on)),
+        "kd": TermOptions(
+            on=tuple(source.name for source in kd.on),
+            temperature=kd.temperature,
+            temperature_squared=kd.temperature_squared,
+        ),
+    }
+
+
+def weights_at(config: TrainConfig, step: int, num_steps: int) -> dict[str, float]:
+    """The weight of each term in a step."""
+
+    def factor(ramp: RampConfig) -> float:
+        return ramps.ramp(
+            step,
+            num_steps=num_steps,
+            shape=ramp.shape.name,
+            start_fraction=ramp.start_fraction,
+            end_fraction=ramp.end_fraction,
+            start_value=ramp.start_value,
+            end_value=ramp.end_value,
+        )
+
+    return {name: term.weight * factor(term.ramp) for name, term in (("lm", config.loss.lm), ("kd", config.loss.kd))}
+
+
+def learning_rate_at(config: TrainConfig, step: int, num_steps: int) -> float:
+    """The learning rate of a step."""
+    return ramps.learning_rate(
+        step,
+        num_steps=num_steps,
+        peak=config.optimizer.learning_rate,
+        warmup_fraction=config.optimizer.warmup_fraction,
+        shape=config.optimizer.schedule.name,
+        final_fraction=config.optimizer.final_fraction,
+    )
+
+
+def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
+    """The two streams of a run; gold is read, tokenized and packed here, the cache is opened."""
+    gold, reader = [], None
+    if config.gold is not None and config.gold_fraction > 0:
+        gold = known_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
+    if config.cache is not None and config.gold_fraction < 1:
+        reader = ShardReader(one_path(config.cache, "cache"), k=config.k)
+    return Mixture(
+        gold=gold,
+        reader=reader,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        gold_fraction=config.gold_fraction,
+    )
+
+
+def steps_of(config: TrainConfig, mixture: Mixture) -> int:
+    """Optimizer steps of a run: as given, or as many as the epochs take."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    if mixture.reader is None:
+        return max(math.ceil(config.epochs * len(mixture.gold) / config.global_batch), 1)
+    corpus_share = config.global_batch * (1.0 - config.gold_fraction)
+    return max(math.ceil(config.epochs * sum(mixture.reader.blocks) / corpus_share), 1)
+
+
+# ------------------------------------------------------------------------------------ what is left behind
+
+
+def cut_metrics(metrics: Path, step: int, ranks: Ranks) -> None:
+    """Drop the lines of steps that a resumed run will do again."""
+    if ranks.rank != 0 or not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that a crash cut short
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    metrics.write_text("".join(kept))
+
+
+def append_metrics(metrics: Path, figures: dict[str, Any], ranks: Ranks) -> None:
+    """One line a step."""
+    if ranks.rank == 0:
+        with metrics.open("a") as file:
+            file.write(json.dumps(figures) + "\n")
+
+
+def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ranks, *, zero_stage: int) -> None:
+    """Write the model folder under another name and rename it: it exists only if it is whole."""
+    weights = engines.student_weights(engine, zero_stage)
+    if ranks.rank == 0:
+        assert weights is not None
+        unfinished = paths.model.with_name(".model.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        models.save_model(student, weights, tokenizer, unfinished)
+        unfinished.rename(paths.model)
+    ranks.wait()
+
+
+def finish(config: TrainConfig, paths: RunPaths) -> None:
+    """Score the exported folder on dev and test, write the result, drop the checkpoints."""
+    tokenizer = models.load_tokenizer(paths.model)
+    model = models.load_model(paths.model, dtype=config.student.dtype.name, device=compute_device())
+    result: dict[str, Any] = {"name": config.name, "seed": config.seed}
+    for split, text in (("dev", config.dev), ("test", config.test)):
+        if text is None:
+            continue
+        opened = open_text(text, split)
+        scores, predictions = score(
+            model,
+            tokenizer,
+            read_records(opened, tokenizer),
+            opened,
+            batch_tokens=config.scoring.batch_tokens,
+            teacher_predictions=config.scoring.teacher_predictions if split == "test" else None,
+            log_every_seconds=config.launcher.log_every_seconds,
+        )
+        predictions.write_parquet(paths.predictions(split))
+        result[split] = dataclasses.asdict(scores)
+    steps = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    result["steps"] = len(steps)
+    result["train_seconds"] = sum(row["seconds"] + row["data_wait_seconds"] for row in steps)
+    shutil.rmtree(paths.checkpoints, ignore_errors=True)
+    write_json(paths.result, result)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))

@@ -1,0 +1,203 @@
+"""The values that travel between the rooms of this package.
+
+Dimension key, for the whole package: B sequences, S positions, N supervised positions, K kept entries,
+V vocabulary, H hidden size, M positions with a captured distribution, C cached temperatures. A tensor's
+name ends in its shape: `hidden_NH`. T is only ever the temperature.
+
+The alignment law: position s has read tokens 0..s and speaks about token s+1. The shift from tokens to
+targets is done once, in `corpus.py`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a wrong option should be refused before torch has loaded
+    from torch import Tensor
+
+UNKNOWN_TARGET = -100  # a supervised position whose true next token nobody knows: only a teacher speaks there
+
+SOURCES = ("gold", "corpus")  # where a sequence came from; a term's `on` names one or both
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: the message says what was expected, what was found and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One line of input as text, before it is tokenized."""
+
+    record_id: int
+    """0-based position of the record in its corpus, skipped records counted too."""
+    prompt: str | None
+    """What is read but never a target under `completion` and `next`; None for plain text."""
+    completion: str | None
+    """The text itself, or what follows the prompt; None where only a teacher can say it."""
+    choices: tuple[str, ...]
+    """Alternative completions to be scored by likelihood; empty where there are none."""
+    answer: int | None
+    """Index of the right choice."""
+    templated: bool
+    """A chat template has written the special tokens already; the tokenizer must not add its own."""
+    where: str
+    """File and line (or row), for messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenSequence:
+    """One packed window: segments laid end to end, each blind to the others."""
+
+    key: bytes
+    """16 bytes, blake2b of ids, segment lengths and target positions: every join is by key."""
+    input_ids_S: Tensor
+    """int64."""
+    segment_lengths: tuple[int, ...]
+    """Tokens of each segment; they add up to S."""
+    record_ids: tuple[int, ...]
+    """The record behind each segment."""
+    target_positions_N: Tensor
+    """int64, ascending: the supervised positions."""
+    target_ids_N: Tensor
+    """int64: the token each supervised position should predict, or UNKNOWN_TARGET."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TopK:
+    """A teacher's distribution at N positions: its k largest logits and, exactly, the mass of all the rest.
+
+    log z(T) = logaddexp(logsumexp_K(relative / T), log_tail(T));  log p_i(T) = relative_i / T - log z(T).
+    """
+
+    ids_NK: Tensor
+    """int64 token ids, by falling logit."""
+    relative_logits_NK: Tensor
+    """float16: logit minus the position's largest, so the first is 0."""
+    log_tail_NC: Tensor
+    """float32, nats: log of the sum of exp(relative logit / T) over all tokens not kept; -inf if none is left."""
+    temperatures: tuple[float, ...]
+    """The C temperatures that `log_tail_NC` holds, ascending; 1 is always among them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Captured:
+    """What stage one stores about the supervised positions of one sequence."""
+
+    top: TopK
+    next_log_prob_N: Tensor
+    """float16, nats: the teacher's log-probability of the true target at T = 1; NaN where it is unknown."""
+    entropy_N: Tensor
+    """float16, nats: entropy of the teacher's full distribution at T = 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """One micro-batch, padded at the right; all supervised positions of its B sequences in one list of N."""
+
+    input_ids_BS: Tensor
+    position_ids_BS: Tensor
+    """Restart at 0 in every segment: that is what keeps segments apart."""
+    flat_positions_N: Tensor
+    """Supervised positions as indices into the flattened B * S."""
+    target_ids_N: Tensor
+    """int64, or UNKNOWN_TARGET."""
+    gold_N: Tensor
+    """bool: the position comes from the gold set (else from the corpus)."""
+    weak_N: Tensor
+    """bool: the position carries a captured distribution."""
+    teacher: TopK | None
+    """The distributions of the M positions where `weak_N` holds, in order; None if M = 0."""
+
+    def to(self, device: Any) -> Batch:
+        """The same batch on another device."""
+        moved = {name: getattr(self, name).to(device) for name in self.__slots__ if name != "teacher"}
+        return Batch(**moved, teacher=self.teacher and topk_to(self.teacher, device))
+
+
+def topk_to(top: TopK, device: Any) -> TopK:
+    """The same distributions on another device."""
+    return TopK(
+        ids_NK=top.ids_NK.to(device),
+        relative_logits_NK=top.relative_logits_NK.to(device),
+        log_tail_NC=top.log_tail_NC.to(device),
+        temperatures=top.temperatures,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossTerm:
+    """One component of the loss over one micro-batch; divided once, by the count of the whole global batch."""
+
+    total: Tensor
+    """Scalar float32, nats, summed over the term's positions; differentiable."""
+    count: Tensor
+    """Scalar int64: how many positions the term read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """All that a run has to remember besides parameters and optimizer state: the order of the data is pure."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a cache promises; stage two knows of stage one only this and the shards."""
+
+    schema_version: int
+    fingerprint: str
+    """sha256 of `made_of`."""
+    made_of: dict[str, Any]
+    """All that changes the content of a shard, and nothing else."""
+    kind: str
+    """What the kept entries are: topk."""
+    k: int
+    temperatures: tuple[float, ...]
+    vocabulary_size: int
+    window: int
+    """Longest sequence, tokens."""
+    num_records: int
+    num_shards: int
+    records_per_shard: int
+    """The plan: shard i holds the records [i * records_per_shard, (i + 1) * records_per_shard)."""
+    num_skipped: int | None = None
+    """Malformed records counted and left out; None until every shard is committed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """What lies in one shard; its file exists only if the shard is whole."""
+
+    index: int
+    rows: int
+    """Sequences."""
+    row_groups: tuple[int, ...]
+    """Sequences of each row group."""
+    targets: int
+    """Supervised positions."""
+    bytes: int
+    sha256: str
+    num_skipped: int
+    """Malformed records of this shard that were counted and left out."""
+    retained_mass_histogram: tuple[int, ...]
+    """Positions by the probability that the kept entries hold at T = 1, in ten equal bins from 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """How a model did on one held-out text."""
+
+    num_records: int
+    num_targets: int
+    nll: float | None
+    """Mean negative log-likelihood a known target, nats."""
+    perplexity: float | None
+    """exp(nll)."""
+    num_choice_records: int
+    accuracy: float | None
+    """Fraction of the records with choices whose most likely choice is the answer."""
+    agreement: float | None
+    """Fraction of the records with choices on which the teacher's most likely choice is the same."""

@@ -1,0 +1,21 @@
+#!/usr/bin/env python
+"""Stage one: run the teacher over the corpus once and keep its top-k logits as Parquet shards.
+
+    python scripts/capture.py                                  the demo's teacher and corpus
+    python scripts/capture.py teacher.path=MODEL corpus.files=[DATA.jsonl] name=mine k=64
+
+Prints the cache folder; the same command again goes on where it stopped, or does nothing.
+"""
+
+from pipeline.command import hydra_main
+from pipeline.config import CaptureConfig
+
+
+def main(config: CaptureConfig) -> None:
+    from pipeline.capture import run  # here, so that a wrong option is refused before torch has loaded
+
+    print(run(config))
+
+
+if __name__ == "__main__":
+    hydra_main("capture", __doc__, main)
