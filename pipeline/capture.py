@@ -139,6 +139,7 @@ def load_teacher(config: CaptureConfig, folder: Path) -> models.Model:
         folder,
         dtype=config.teacher.dtype.name,
         device=compute_device(),
+        attention=config.teacher.attention,
         num_layers=config.teacher.num_layers,
         trust_remote_code=config.teacher.trust_remote_code,
     ).eval()

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -73,9 +73,12 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         return
 
     def job(node: Any) -> float | None:
-        config: Any = typed(node, ROOTS[root])
-        check_files(config)
-        return body(config)
+        try:
+            config: Any = typed(node, ROOTS[root])
+            check_files(config)
+            return body(config)
+        except InputError as error:  # here, before Hydra adds its own words
+            refuse(error)
 
     # Hydra would fold errors into its own words; this way ours reach the person who reads them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -83,5 +86,10 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         check_override_names(root, sys.argv[1:])
         hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
     except (InputError, OmegaConfBaseException, hydra.errors.HydraException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """End the process with the message alone."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -45,6 +45,9 @@ class ModelConfig:
     )
     revision: str | None = option(None, "commit or tag of a hub name")
     dtype: Dtype = option(Dtype.bfloat16, "what the weights are loaded and run as")
+    attention: str | None = option(
+        None, "attention kernel by transformers' name (sdpa, eager, ...); null: its choice for the model", result=False
+    )
     num_layers: int | None = option(None, "keep only this many first layers; null: all of them")
     trust_remote_code: bool = option(False, "run Python code that comes with the model; off unless you trust it")
 
@@ -320,14 +323,16 @@ def _help_of(schema: type, dotted: str) -> str:
     return next((help for name, _, help in options(schema) if name == dotted), "a group of options; choose one")
 
 
-def check_files(config: Any) -> None:
+def check_files(config: Any, prefix: str = "") -> None:
     """Refuse paths and globs that match nothing, in the first second; a hub name is left to the hub."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            check_files(value)
+            check_files(value, f"{prefix}{item.name}.")
         elif item.metadata["content"] and value is not None:
             for pattern in [value] if isinstance(value, str) else value:
                 is_hub_name = isinstance(config, ModelConfig) and re.fullmatch(r"[\w.-]+/[\w.-]+", pattern)
                 if not glob.glob(pattern, recursive=True) and not is_hub_name:
-                    raise InputError(f"{item.name}: expected {pattern!r} to exist, found nothing there; check the path")
+                    raise InputError(
+                        f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; check the path"
+                    )

@@ -35,6 +35,7 @@ def run(config: EvaluateConfig) -> Scores:
         folder,
         dtype=config.model.dtype.name,
         device=compute_device(),
+        attention=config.model.attention,
         num_layers=config.model.num_layers,
         trust_remote_code=config.model.trust_remote_code,
     )

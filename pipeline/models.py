@@ -50,6 +50,7 @@ def load_model(
     *,
     dtype: str,
     device: torch.device,
+    attention: str | None = None,
     num_layers: int | None = None,
     trust_remote_code: bool = False,
 ) -> Model:
@@ -66,6 +67,7 @@ def load_model(
         folder,
         config=config,
         dtype=getattr(torch, dtype),
+        attn_implementation=attention,
         use_safetensors=True,
         output_loading_info=True,
         trust_remote_code=trust_remote_code,

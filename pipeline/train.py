@@ -91,6 +91,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
         student_folder,
         dtype=config.student.dtype.name,
         device=ranks.device,
+        attention=config.student.attention,
         num_layers=config.student.num_layers,
         trust_remote_code=config.student.trust_remote_code,
     )
@@ -328,7 +329,9 @@ def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ra
 def finish(config: TrainConfig, paths: RunPaths) -> None:
     """Score the exported folder on dev and test, write the result, drop the checkpoints."""
     tokenizer = models.load_tokenizer(paths.model)
-    model = models.load_model(paths.model, dtype=config.student.dtype.name, device=compute_device())
+    model = models.load_model(
+        paths.model, dtype=config.student.dtype.name, device=compute_device(), attention=config.student.attention
+    )
     result: dict[str, Any] = {"name": config.name, "seed": config.seed}
     for split, text in (("dev", config.dev), ("test", config.test)):
         if text is None:

@@ -1,0 +1,71 @@
+"""Run folders -> one table; what is not finished is named; the gap is never clamped."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pipeline import config as configs
+from pipeline.config import KdConfig, LossConfig, ModelConfig, ReportConfig, TrainConfig
+from pipeline.report import run
+from pipeline.statistics import performance_gap_recovered
+from pipeline.types import InputError
+
+
+def make_run(folder: Path, name: str, accuracy: float | None, *, seed: int = 1, kd_weight: float = 1.0) -> None:
+    run_folder = folder / f"{name}-{seed}-{kd_weight}"
+    run_folder.mkdir(parents=True)
+    config = TrainConfig(
+        name=name,
+        seed=seed,
+        student=ModelConfig(path="m"),
+        gold_fraction=1.0,
+        steps=3,
+        loss=LossConfig(kd=KdConfig(weight=kd_weight)),
+    )
+    configs.save(config, run_folder / "config.yaml")
+    if accuracy is not None:
+        test = {"num_records": 1000, "num_choice_records": 1000, "accuracy": accuracy, "nll": 0.5, "agreement": None}
+        (run_folder / "result.json").write_text(json.dumps({"steps": 3, "train_seconds": 1.5, "test": test}))
+
+
+def test_table_pgr_and_files(tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
+    for name, accuracy in {"ceiling": 0.9, "teacher": 0.7, "weak_only": 0.75, "mine": 0.72, "combined": 0.65}.items():
+        make_run(tmp_path / "runs", name, accuracy)
+    make_run(tmp_path / "runs", "combined", 0.95, seed=2)
+    make_run(tmp_path / "runs", "gold_only", 0.6)
+    make_run(tmp_path / "runs", "combined", None, kd_weight=0.5)
+    (tmp_path / "runs" / "notes").mkdir()
+    table = run(ReportConfig(runs=[f"{tmp_path}/runs/*"], out=str(tmp_path / "out")))
+    shown = capsys.readouterr()
+    assert "combined-1-0.5 is not finished: left out" in shown.err
+    assert table["experiment"].to_list() == [
+        *("teacher", "gold_only", "weak_only", "combined", "combined", "ceiling", "mine")
+    ]
+    pgr = dict(zip(table["experiment"] + table["seed"].cast(pl.String), table["pgr"], strict=True))
+    assert pgr["teacher1"] is None
+    assert pgr["ceiling1"] == pytest.approx(1.0)
+    assert pgr["combined1"] == pytest.approx(-0.25)  # below the teacher: not clamped
+    assert pgr["combined2"] == pytest.approx(1.25)  # above the ceiling: not clamped
+    assert "performance gap recovered (PGR) 0.500" in shown.out
+    assert "gain over the floor +0.2000" in shown.out
+    columns = {"experiment", "seed", "kd_weight", "accuracy", "nll", "num_records", "run_dir"}
+    for read, name in ((pl.read_csv, "report.csv"), (pl.read_parquet, "report.parquet")):
+        found = read(tmp_path / "out" / name)
+        assert columns <= set(found.columns)
+        assert found.height == 7
+    logging.getLogger().handlers.clear()
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected finished run folders, found none"):
+        run(ReportConfig(runs=[f"{tmp_path}/*"]))
+
+
+def test_no_gap_is_no_ratio() -> None:
+    assert performance_gap_recovered(0.8, weak=0.7, ceiling=0.9) == pytest.approx(0.5)
+    assert performance_gap_recovered(0.8, weak=0.7, ceiling=0.7) is None
