@@ -14,19 +14,11 @@ import torch
 from pipeline import manifest as manifests
 from pipeline import models
 from pipeline.config import CaptureConfig, check_capture
-from pipeline.corpus import (
-    Rejections,
-    Survey,
-    Text,
-    collate_inputs,
-    open_text,
-    raw_records,
-    sequences,
-    survey,
-)
+from pipeline.corpus import collate_inputs, sequences
 from pipeline.runtime import Progress, compute_device, log, start_logging
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.shards import shard_writer
+from pipeline.text import Rejections, Survey, Text, open_text, raw_records, survey
 from pipeline.topk import entropy, top_k
 from pipeline.types import UNKNOWN_TARGET, Captured, InputError, Manifest, TokenSequence, TopK
 

@@ -1,48 +1,21 @@
-"""Files -> records -> tokens -> packed sequences: the only place where targets are shifted.
-
-A record is rejected, never silently changed: `Rejections` either stops with file, line and reason, or counts.
-"""
+"""Records -> tokens -> packed sequences: the only place where targets are shifted."""
 
 from __future__ import annotations
 
-import dataclasses
-import glob
 import hashlib
-import io
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from pipeline.config import TextConfig
-from pipeline.runtime import file_hash
+from pipeline.text import Raw, Rejections, Text, parse_records, raw_records
 from pipeline.types import UNKNOWN_TARGET, InputError, Record, TokenSequence
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 OPEN_WINDOWS = 32  # windows that may still take a segment: packs tightly, stays a function of a few records
 RECORDS_PER_CALL = 1024  # records handed to the tokenizer at once
-
-Raw = tuple[str, str, Any]  # (place, "json" | "text" | "row", unparsed bytes or a Parquet row)
-
-
-class Rejections:
-    """What to do with a record that cannot be used: stop, or count it and go on."""
-
-    def __init__(self, *, skip: bool) -> None:
-        self.skip, self.count = skip, 0
-
-    def reject(self, where: str, reason: str) -> None:
-        """Stop with the place and the reason, or count."""
-        if not self.skip:
-            raise InputError(f"{where}: {reason}; mend the record, or set malformed=skip to count such and go on")
-        self.count += 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,191 +26,6 @@ class Segment:
     ids: tuple[int, ...]
     targets: tuple[tuple[int, int], ...]
     """(position s, token s+1), ascending in s."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """A text as it is to be read; its files exist."""
-
-    what: str
-    """corpus, gold, dev or test, for messages."""
-    files: tuple[Path, ...]
-    columns: Mapping[str, str]
-    """The input's name for each of text, prompt, completion, messages, choices and answer."""
-    targets: str
-    """all, completion or next."""
-    end_token: bool
-    skip_malformed: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
-    """What a text is, whatever its files are called."""
-
-    num_records: int
-    """Malformed ones included."""
-    sha256: str
-    """Over the hash of each file, in order."""
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-def open_text(config: TextConfig, what: str) -> Text:
-    """From options to a value: find the files of paths, folders and globs, sorted within each."""
-    files: list[Path] = []
-    for pattern in config.files:
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-        if not found:
-            raise InputError(f"{what}: expected {pattern!r} to be a file, a folder or a glob, found nothing there")
-        for path in found:
-            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-            files += [file for file in inside if file.is_file() and file.name.endswith(SUFFIXES)]
-    if not files:
-        raise InputError(f"{what}: expected files ending in {', '.join(SUFFIXES)}, found none in {config.files}")
-    return Text(
-        what=what,
-        files=tuple(files),
-        columns=dataclasses.asdict(config.columns),
-        targets=config.targets.name,
-        end_token=config.end_token,
-        skip_malformed=config.malformed.name == "skip",
-    )
-
-
-def survey(text: Text, tokenizer: Any) -> Survey:
-    """Parse every record once and hash the content, before anything expensive; refuses an empty text."""
-    rejections = Rejections(skip=text.skip_malformed)
-    num_records = sum(1 for _ in parse_records(raw_records(text.files), text, tokenizer, rejections))
-    if num_records == 0:
-        raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
-    joined = "".join(file_hash(file) for file in text.files)
-    return Survey(num_records=num_records + rejections.count, sha256=hashlib.sha256(joined.encode()).hexdigest())
-
-
-def raw_records(files: Sequence[Path]) -> Iterator[Raw]:
-    """Place, kind and unparsed content of every record; blank lines are no records."""
-    for file in files:
-        if file.name.endswith(".parquet"):
-            rows = itertools.chain.from_iterable(b.to_pylist() for b in pq.ParquetFile(file).iter_batches(1024))
-            yield from ((f"{file}, row {number}", "row", row) for number, row in enumerate(rows, 1))
-            continue
-        kind = "text" if file.suffix == ".txt" else "json"
-        compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
-        with pa.input_stream(str(file), compression=compression) as stream:
-            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
-                if line.strip():
-                    yield f"{file}, line {number}", kind, line
-
-
-# -------------------------------------------------------------------------------------------- records
-
-
-def parse_records(
-    raw: Iterable[Raw], text: Text, tokenizer: Any, rejections: Rejections, *, first_id: int = 0
-) -> Iterator[Record]:
-    """Raw lines -> records, numbered from `first_id`; what is malformed goes to `rejections`."""
-    for record_id, (where, kind, content) in enumerate(raw, first_id):
-        try:
-            row = content if kind == "row" else _row(kind, content, text.columns)
-            yield _record(row, where, record_id, text.columns, tokenizer)
-        except InputError as error:
-            rejections.reject(where, str(error))
-
-
-def read_records(text: Text, tokenizer: Any) -> list[Record]:
-    """All records of a text, in memory; refuses an empty one."""
-    rejections = Rejections(skip=text.skip_malformed)
-    records = list(parse_records(raw_records(text.files), text, tokenizer, rejections))
-    if not records:
-        raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
-    return records
-
-
-def _row(kind: str, line: bytes, columns: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        if kind == "text":
-            return {columns["text"]: line.decode().rstrip("\r\n")}
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(
-            f"expected {'UTF-8' if kind == 'text' else 'a JSON object'}, found it broken ({error})"
-        ) from None
-    if not isinstance(row, dict):
-        raise InputError(f"expected a JSON object, found {type(row).__name__}")
-    return row
-
-
-def _record(row: dict[str, Any], where: str, record_id: int, columns: Mapping[str, str], tokenizer: Any) -> Record:
-    prompt, completion, templated = _said(row, columns, tokenizer)
-    choices, answer = _choices(row, columns)
-    if prompt is not None and completion is None and answer is not None:
-        completion = choices[answer]
-    return Record(
-        record_id=record_id,
-        prompt=prompt,
-        completion=completion,
-        choices=choices,
-        answer=answer,
-        where=where,
-        templated=templated,
-    )
-
-
-def _said(row: dict[str, Any], columns: Mapping[str, str], tokenizer: Any) -> tuple[str | None, str | None, bool]:
-    kinds = {kind: columns[kind] for kind in ("text", "prompt", "messages")}
-    present = [kind for kind, column in kinds.items() if row.get(column) is not None]
-    if len(present) != 1:
-        raise InputError(
-            f"expected exactly one of the columns {list(kinds.values())}, found {sorted(row)}; "
-            "name yours with columns.text, columns.prompt or columns.messages"
-        )
-    if present == ["messages"]:
-        return *_chat(row[columns["messages"]], tokenizer), True
-    if present == ["text"]:
-        return None, _string(row, columns["text"]), False
-    completion = _string(row, columns["completion"]) if row.get(columns["completion"]) is not None else None
-    return _string(row, columns["prompt"]), completion, False
-
-
-def _chat(messages: Any, tokenizer: Any) -> tuple[str, str | None]:
-    shaped = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not shaped or not messages:
-        raise InputError("expected messages as a list of {role, content}, found something else")
-    if not tokenizer.chat_template:
-        raise InputError("expected a tokenizer with a chat template, because records hold messages, found none")
-
-    def render(some: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-    if messages[-1]["role"] != "assistant":
-        return render(messages, True), None
-    prompt, whole = render(messages[:-1], True), render(messages, False)
-    if not whole.startswith(prompt):
-        raise InputError("expected the chat template to extend the prompt by the answer, found it rewritten")
-    return prompt, whole[len(prompt) :]
-
-
-def _choices(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[tuple[str, ...], int | None]:
-    choices = row.get(columns["choices"]) or []
-    answer = row.get(columns["answer"])
-    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-        raise InputError(f"column {columns['choices']!r}: expected a list of strings, found {choices!r}")
-    if len(set(choices)) != len(choices):
-        raise InputError(f"column {columns['choices']!r}: expected different choices, found {choices!r}")
-    if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
-        raise InputError(
-            f"column {columns['answer']!r}: expected an index into {len(choices)} choices, found {answer!r}"
-        )
-    return tuple(choices), answer
-
-
-def _string(row: dict[str, Any], column: str) -> str:
-    if not isinstance(row[column], str) or not row[column]:
-        raise InputError(f"column {column!r}: expected text, found {row[column]!r}")
-    return row[column]
 
 
 # --------------------------------------------------------------------------------------------- tokens

@@ -14,8 +14,9 @@ import torch
 
 from pipeline import models
 from pipeline.config import EvaluateConfig
-from pipeline.corpus import Rejections, Segment, Text, collate_inputs, open_text, pack, read_records, segments
+from pipeline.corpus import Segment, collate_inputs, pack, segments
 from pipeline.runtime import Progress, compute_device, log, one_path, start_logging, write_json
+from pipeline.text import Rejections, Text, open_text, read_records
 from pipeline.types import UNKNOWN_TARGET, InputError, Record, Scores
 
 SHORTEST_WINDOW = 128  # tokens; a wider window would only add attention between segments that is masked away

@@ -21,7 +21,7 @@ from pipeline import config as configs
 from pipeline import manifest as manifests
 from pipeline import models
 from pipeline.config import TrainConfig
-from pipeline.corpus import known_sequences, open_text, survey
+from pipeline.corpus import known_sequences
 from pipeline.dataset import micro_batches_per_step
 from pipeline.runtime import (
     RunPaths,
@@ -32,6 +32,7 @@ from pipeline.runtime import (
     start_logging,
     write_json,
 )
+from pipeline.text import open_text, survey
 from pipeline.topk import temperature_index
 from pipeline.types import InputError
 

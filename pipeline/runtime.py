@@ -262,3 +262,23 @@ class Progress:
         """Leave the terminal tidy."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Metrics:
+    """metrics.jsonl: one line a step, cut back to the steps that a resumed run will not do again."""
+
+    def __init__(self, file: Path, *, keep_steps: int) -> None:
+        self._file = file
+        rows = self.read(file) if file.exists() else []
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= keep_steps))
+
+    @staticmethod
+    def read(file: Path) -> list[dict[str, Any]]:
+        """All whole lines; the last may have been cut short by a crash."""
+        whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [json.loads(line) for line in whole]
+
+    def append(self, figures: dict[str, Any]) -> None:
+        """One more step."""
+        with self._file.open("a") as file:
+            file.write(json.dumps(figures) + "\n")

@@ -5,17 +5,15 @@ Started by torchrun as `python -m pipeline.train RUN_FOLDER`; everything it need
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
-import json
 import logging
 import math
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,13 @@ import torch
 from pipeline import config as configs
 from pipeline import engine as engines
 from pipeline import models, ramps
-from pipeline.config import RampConfig, TrainConfig
-from pipeline.corpus import known_sequences, open_text, read_records
+from pipeline.config import LossConfig, OptimizerConfig, TrainConfig
+from pipeline.corpus import known_sequences
 from pipeline.dataset import Mixture, micro_batches_per_step, prefetched
 from pipeline.evaluate import score
 from pipeline.losses import TermOptions, count_positions
 from pipeline.runtime import (
+    Metrics,
     Progress,
     Ranks,
     RunPaths,
@@ -42,6 +41,7 @@ from pipeline.runtime import (
     write_json,
 )
 from pipeline.shards import ShardReader
+from pipeline.text import open_text, read_records
 from pipeline.types import Batch, InputError, TrainState
 
 
@@ -60,7 +60,7 @@ def run(folder: Path) -> None:
         finish(config, paths)
 
 
-@contextmanager
+@contextlib.contextmanager
 def held(lock: Path, ranks: Ranks) -> Iterator[None]:
     """Hold a run folder on rank 0, so that no two processes ever train in it."""
     if ranks.rank != 0:
@@ -78,31 +78,31 @@ def held(lock: Path, ranks: Ranks) -> Iterator[None]:
 
 def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest) -> bool:
     """Train to the last step and export; False if asked to stop before (a checkpoint is saved then)."""
-    student_folder = models.model_folder(config.student.path, revision=config.student.revision)
-    tokenizer = models.load_tokenizer(student_folder, trust_remote_code=config.student.trust_remote_code)
+    folder = models.model_folder(config.student.path, revision=config.student.revision)
+    tokenizer = models.load_tokenizer(folder, trust_remote_code=config.student.trust_remote_code)
     mixture = open_mixture(config, tokenizer)
     num_steps = steps_of(config, mixture)
-    accumulation = micro_batches_per_step(
-        config.global_batch, world_size=ranks.world_size, micro_batch=config.micro_batch
-    )
-    terms = term_options(config)
     torch.manual_seed(config.seed)
     student = models.load_model(
-        student_folder,
+        folder,
         dtype=config.student.dtype.name,
         device=ranks.device,
         attention=config.student.attention,
         num_layers=config.student.num_layers,
         trust_remote_code=config.student.trust_remote_code,
     )
-    module = engines.StudentWithLoss(student, vocabulary_size=models.vocabulary_size(tokenizer), terms=terms)
+    module = engines.StudentWithLoss(
+        student.train(), vocabulary_size=models.vocabulary_size(tokenizer), terms=term_options(config.loss)
+    )
     zero_stage = config.deepspeed.zero_stage
     engine = engines.build(
-        module.train(),
+        module,
         zero_stage=zero_stage,
         dtype=config.student.dtype.name,
         micro_batch=config.micro_batch,
-        accumulation=accumulation,
+        accumulation=micro_batches_per_step(
+            config.global_batch, world_size=ranks.world_size, micro_batch=config.micro_batch
+        ),
         max_grad_norm=config.optimizer.max_grad_norm,
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         epsilon=config.optimizer.epsilon,
@@ -110,18 +110,16 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
         overrides=config.deepspeed.overrides,
     )
     state = engines.load_checkpoint(engine, paths, ranks, zero_stage=zero_stage)
-    log.info(
-        "step %d of %d, %d ranks on %s, ZeRO %d", state.step, num_steps, ranks.world_size, ranks.device, zero_stage
-    )
-    cut_metrics(paths.metrics, state.step, ranks)
-    state = step_through(config, paths, ranks, stop, engine, mixture, state, num_steps)
+    where = (ranks.world_size, ranks.device, zero_stage)
+    log.info("step %d of %d, %d ranks on %s, ZeRO %d", state.step, num_steps, *where)
+    state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps)
     if state.step < num_steps:
         return False
     export(engine, student, tokenizer, paths, ranks, zero_stage=zero_stage)
     return True
 
 
-def step_through(
+def take_steps(
     config: TrainConfig,
     paths: RunPaths,
     ranks: Ranks,
@@ -131,50 +129,37 @@ def step_through(
     state: TrainState,
     num_steps: int,
 ) -> TrainState:
-    """Optimizer steps until the last one or until somebody asks to stop; a checkpoint at every exit but the last."""
-    save = partial(
-        engines.save_checkpoint,
-        engine,
-        paths,
-        ranks=ranks,
-        zero_stage=config.deepspeed.zero_stage,
-        keep=config.checkpoint.keep,
-    )
+    """Optimizer steps until the last one or until somebody asks to stop; checkpoints at the steps that are due."""
+    quiet, every_seconds = ranks.rank != 0, config.launcher.log_every_seconds
     progress = Progress(
-        config.name,
-        total=num_steps,
-        unit=" steps",
-        done=state.step,
-        log_every_seconds=config.launcher.log_every_seconds,
-        quiet=ranks.rank != 0,
+        config.name, total=num_steps, unit=" steps", done=state.step, log_every_seconds=every_seconds, quiet=quiet
     )
-    steps = range(state.step, num_steps)
-    batches_of = prefetched(
-        mixture, steps, rank=ranks.rank, world_size=ranks.world_size, micro_batch=config.micro_batch
-    )
+    metrics = None if quiet else Metrics(paths.metrics, keep_steps=state.step)
+    place = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch": config.micro_batch}
+    every = config.checkpoint.every_steps
     waiting_since = time.monotonic()
-    for step, batches in batches_of:
-        started = time.monotonic()
-        figures = one_step(config, ranks, engine, batches, step, num_steps)
-        state = TrainState(step=step + 1)
-        figures |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
-        append_metrics(paths.metrics, figures, ranks)
-        shown = {name: figures[name] for name in ("loss", *term_options(config)) if figures[name] is not None}
-        progress.advance(1, **shown)
-        asked_to_stop = ranks.any(bool(stop))
-        every = config.checkpoint.every_steps
-        if state.step < num_steps and (asked_to_stop or (every and state.step % every == 0)):
-            save(state=state)
-        if asked_to_stop and state.step < num_steps:
-            log.info("asked to stop: saved at step %d of %d", state.step, num_steps)
-            break
-        waiting_since = time.monotonic()
-    batches_of.close()
+    with contextlib.closing(prefetched(mixture, range(state.step, num_steps), **place)) as stream:
+        for step, batches in stream:
+            started = time.monotonic()
+            figures = take_step(config, ranks, engine, batches, step, num_steps)
+            state = TrainState(step=step + 1)
+            figures |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
+            if metrics is not None:
+                metrics.append(figures)
+            progress.advance(1, **{k: figures[k] for k in ("loss", "lm", "kd") if figures[k] is not None})
+            stopping = ranks.any(bool(stop)) and state.step < num_steps
+            if stopping or (every and state.step % every == 0 and state.step < num_steps):
+                zero_stage, keep = config.deepspeed.zero_stage, config.checkpoint.keep
+                engines.save_checkpoint(engine, paths, state, ranks, zero_stage=zero_stage, keep=keep)
+            if stopping:
+                log.info("asked to stop: saved at step %d of %d", state.step, num_steps)
+                break
+            waiting_since = time.monotonic()
     progress.close()
     return state
 
 
-def one_step(
+def take_step(
     config: TrainConfig, ranks: Ranks, engine: Any, batches: list[Batch], step: int, num_steps: int
 ) -> dict[str, Any]:
     """One optimizer step over the global batch; its figures for metrics.jsonl.
@@ -182,16 +167,15 @@ def one_step(
     Each term's sum is divided by its count over all ranks and micro-batches, known before the first forward.
     DeepSpeed averages gradients over ranks, so the loss is multiplied by their number.
     """
-    terms = term_options(config)
-    torch.manual_seed(
-        (config.seed << 40) + (step << 16) + ranks.rank
-    )  # dropout: a function of the step, so resume is exact
+    # dropout is a function of the step, so that a resumed run draws the same
+    torch.manual_seed((config.seed << 40) + (step << 16) + ranks.rank)
+    terms = term_options(config.loss)
+    weights = weights_at(config.loss, step, num_steps)
+    learning_rate = learning_rate_at(config.optimizer, step, num_steps)
+    engines.set_learning_rate(engine, learning_rate)
     batches = [batch.to(ranks.device) for batch in batches]
     counts = ranks.sum(torch.stack([count_positions(batch, terms) for batch in batches]).sum(dim=0))
     divisors = dict(zip(terms, counts.double().tolist(), strict=True))
-    weights = weights_at(config, step, num_steps)
-    learning_rate = learning_rate_at(config, step, num_steps)
-    engines.set_learning_rate(engine, learning_rate)
     totals = torch.zeros(len(terms), dtype=torch.float64, device=ranks.device)
     for batch in batches:
         loss, term_totals = engine(batch, weights, divisors)
@@ -203,7 +187,7 @@ def one_step(
     means = {name: values[name] / divisors[name] if divisors[name] else None for name in terms}
     loss_value = sum(weights[name] * (means[name] or 0.0) for name in terms)
     if not math.isfinite(loss_value):
-        raise FloatingPointError(f"step {step}: expected a finite loss, found {means}; lower the learning rate")
+        raise FloatingPointError(f"step {step + 1}: expected a finite loss, found {means}; lower the learning rate")
     return {
         "step": step + 1,
         "loss": loss_value,
@@ -220,45 +204,35 @@ def one_step(
 # ------------------------------------------------------------------------ from options to plain values
 
 
-def term_options(config: TrainConfig) -> dict[str, TermOptions]:
+def term_options(loss: LossConfig) -> dict[str, TermOptions]:
     """The terms of the objective as the losses know them."""
-    lm, kd = config.loss.lm, config.loss.kd
     return {
-        "lm": TermOptions(on=tuple(source.name for source in lm.on)),
+        "lm": TermOptions(on=tuple(source.name for source in loss.lm.on)),
         "kd": TermOptions(
-            on=tuple(source.name for source in kd.on),
-            temperature=kd.temperature,
-            temperature_squared=kd.temperature_squared,
+            on=tuple(source.name for source in loss.kd.on),
+            temperature=loss.kd.temperature,
+            temperature_squared=loss.kd.temperature_squared,
         ),
     }
 
 
-def weights_at(config: TrainConfig, step: int, num_steps: int) -> dict[str, float]:
+def weights_at(loss: LossConfig, step: int, num_steps: int) -> dict[str, float]:
     """The weight of each term in a step."""
-
-    def factor(ramp: RampConfig) -> float:
-        return ramps.ramp(
-            step,
-            num_steps=num_steps,
-            shape=ramp.shape.name,
-            start_fraction=ramp.start_fraction,
-            end_fraction=ramp.end_fraction,
-            start_value=ramp.start_value,
-            end_value=ramp.end_value,
-        )
-
-    return {name: term.weight * factor(term.ramp) for name, term in (("lm", config.loss.lm), ("kd", config.loss.kd))}
+    return {
+        name: term.weight * ramps.ramp(step, num_steps=num_steps, **configs.result_options(term.ramp))
+        for name, term in (("lm", loss.lm), ("kd", loss.kd))
+    }
 
 
-def learning_rate_at(config: TrainConfig, step: int, num_steps: int) -> float:
+def learning_rate_at(optimizer: OptimizerConfig, step: int, num_steps: int) -> float:
     """The learning rate of a step."""
     return ramps.learning_rate(
         step,
         num_steps=num_steps,
-        peak=config.optimizer.learning_rate,
-        warmup_fraction=config.optimizer.warmup_fraction,
-        shape=config.optimizer.schedule.name,
-        final_fraction=config.optimizer.final_fraction,
+        peak=optimizer.learning_rate,
+        warmup_fraction=optimizer.warmup_fraction,
+        shape=optimizer.schedule.name,
+        final_fraction=optimizer.final_fraction,
     )
 
 
@@ -290,28 +264,6 @@ def steps_of(config: TrainConfig, mixture: Mixture) -> int:
 
 
 # ------------------------------------------------------------------------------------ what is left behind
-
-
-def cut_metrics(metrics: Path, step: int, ranks: Ranks) -> None:
-    """Drop the lines of steps that a resumed run will do again."""
-    if ranks.rank != 0 or not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the line that a crash cut short
-            continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    metrics.write_text("".join(kept))
-
-
-def append_metrics(metrics: Path, figures: dict[str, Any], ranks: Ranks) -> None:
-    """One line a step."""
-    if ranks.rank == 0:
-        with metrics.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
 
 
 def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ranks, *, zero_stage: int) -> None:
@@ -348,7 +300,7 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
         )
         predictions.write_parquet(paths.predictions(split))
         result[split] = dataclasses.asdict(scores)
-    steps = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    steps = Metrics.read(paths.metrics)
     result["steps"] = len(steps)
     result["train_seconds"] = sum(row["seconds"] + row["data_wait_seconds"] for row in steps)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)

@@ -15,18 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import ColumnsConfig, Malformed, Targets
-from pipeline.corpus import (
-    Rejections,
-    Segment,
-    collate_inputs,
-    known_sequences,
-    pack,
-    raw_records,
-    read_records,
-    sequence,
-    sequences,
-    survey,
-)
+from pipeline.corpus import Segment, collate_inputs, known_sequences, pack, sequence, sequences
+from pipeline.text import Rejections, raw_records, read_records, survey
 from pipeline.types import UNKNOWN_TARGET, InputError
 
 

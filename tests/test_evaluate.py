@@ -15,8 +15,8 @@ from conftest import prompts, script, text_of, write_lines
 
 from pipeline import models
 from pipeline.config import Targets
-from pipeline.corpus import read_records
 from pipeline.evaluate import score
+from pipeline.text import read_records
 from pipeline.types import InputError, Scores
 
 

@@ -15,8 +15,8 @@ FLOORS = [
     {"types"},
     {"config", "runtime"},
     {"topk", "order", "ramps", "schema", "statistics"},
-    {"losses", "manifest", "corpus", "models"},
-    {"shards", "engine"},
+    {"losses", "manifest", "text", "models"},
+    {"shards", "engine", "corpus"},
     {"dataset"},
     {"evaluate"},
     {"capture", "train"},
@@ -30,7 +30,7 @@ DOORS = {
     "hydra": {"command"},
     "tqdm": {"runtime"},
     "numpy": {"schema", "corpus"},
-    "pyarrow": {"schema", "shards", "corpus"},
+    "pyarrow": {"schema", "shards", "text"},
     "polars": {"evaluate", "report"},
     "transformers": {"models"},
     "huggingface_hub": {"models"},
@@ -82,12 +82,12 @@ def test_one_library_behind_one_door(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_functions_and_files_stay_readable(path: Path) -> None:
     text = path.read_text()
-    allowed_lines = {"config": 400, "corpus": 420, "train": 420}  # one list of options; one way in; one story
-    assert len(text.splitlines()) <= allowed_lines.get(path.stem, 320)
+    allowed_lines = {"config": 400, "train": 330}  # every option in one place; one story in one file
+    assert len(text.splitlines()) <= allowed_lines.get(path.stem, 300)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
             length = node.end_lineno - node.lineno + 1
-            assert length <= (80 if node.name in ("run", "train") else 50), f"{path.stem}.{node.name}: {length} lines"
+            assert length <= (80 if node.name == "run" else 45), f"{path.stem}.{node.name}: {length} lines"
 
 
 def test_words_not_used() -> None:
