@@ -13,13 +13,13 @@ import torch
 
 from pipeline import manifest as manifests
 from pipeline import models
-from pipeline.config import CaptureConfig, check_capture
+from pipeline.config import CaptureConfig, Kind, check_capture
 from pipeline.corpus import collate_inputs, sequences
 from pipeline.runtime import Progress, compute_device, log, start_logging
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.shards import shard_writer
 from pipeline.text import Rejections, Survey, Text, open_text, raw_records, survey
-from pipeline.topk import entropy, top_k
+from pipeline.topk import entropy, hybrid, sampled, top_k, uniforms, widen
 from pipeline.types import UNKNOWN_TARGET, Captured, InputError, Manifest, TokenSequence, TopK
 
 HEAD_POSITIONS = 512  # positions in one pass through the head: bounds the [N, V] matrix
@@ -70,16 +70,20 @@ def plan(config: CaptureConfig, folder: Path, tokenizer: Any, surveyed: Survey) 
         "end_token": config.corpus.end_token,
         "window": config.window,
         "records_per_shard": config.records_per_shard,
-        "kind": "topk",
-        "k": config.k,
+        "kind": config.kind.name,
+        "k": 0 if config.kind is Kind.sampled else config.k,
+        "draws": 0 if config.kind is Kind.topk else config.draws,
+        "draw_seed": 0 if config.kind is Kind.topk else config.seed,
         "temperatures": sorted(config.temperatures),
     }
     return Manifest(
         schema_version=SCHEMA_VERSION,
         fingerprint=manifests.fingerprint(made_of),
         made_of=made_of,
-        kind="topk",
-        k=config.k,
+        kind=made_of["kind"],
+        k=made_of["k"],
+        draws=made_of["draws"],
+        draw_seed=made_of["draw_seed"],
         temperatures=tuple(sorted(config.temperatures)),
         vocabulary_size=models.vocabulary_size(tokenizer),
         window=config.window,
@@ -150,26 +154,49 @@ def capture_batch(teacher: models.Model, batch: Sequence[TokenSequence], manifes
     hidden_BSH = models.hidden_states(teacher, input_ids_BS.to(device), position_ids_BS.to(device))
     hidden_NH = hidden_BSH.flatten(0, 1)[flat_N.to(device)]
     targets_N = torch.cat([sequence.target_ids_N for sequence in batch]).to(device)
-    chunks = [
-        _capture_chunk(models.logits(teacher, hidden, manifest.vocabulary_size).float(), targets, manifest)
-        for hidden, targets in zip(hidden_NH.split(HEAD_POSITIONS), targets_N.split(HEAD_POSITIONS), strict=True)
+    counts = [len(sequence.target_positions_N) for sequence in batch]
+    draws = [
+        uniforms(sequence.key, count, draws=manifest.draws, seed=manifest.draw_seed)
+        for sequence, count in zip(batch, counts, strict=True)
     ]
-    columns = [torch.cat(parts).cpu() for parts in zip(*chunks, strict=True)]
-    split = [column.split([len(s.target_positions_N) for s in batch]) for column in columns]
+    chunks = [
+        _capture_chunk(models.logits(teacher, hidden, manifest.vocabulary_size).float(), targets, drawn, manifest)
+        for hidden, targets, drawn in zip(
+            *(part.split(HEAD_POSITIONS) for part in (hidden_NH, targets_N, torch.cat(draws))), strict=True
+        )
+    ]
+    width = max(chunk[0].ids_NK.shape[1] for chunk in chunks)
+    tops = [widen(top, width) for top, _, _ in chunks]
+    columns = [
+        torch.cat([top.ids_NK for top in tops]),
+        torch.cat([top.relative_logits_NK for top in tops]),
+        torch.cat([top.log_tail_NC for top in tops]),
+        torch.cat([next_log_prob_N for _, next_log_prob_N, _ in chunks]),
+        torch.cat([entropy_N for _, _, entropy_N in chunks]),
+    ]
     return [
         Captured(
             top=TopK(ids_NK=ids, relative_logits_NK=relative, log_tail_NC=tail, temperatures=manifest.temperatures),
-            next_log_prob_N=next_log_prob,
+            next_log_prob_N=next_log_prob_N,
             entropy_N=entropy_N,
         )
-        for ids, relative, tail, next_log_prob, entropy_N in zip(*split, strict=True)
+        for ids, relative, tail, next_log_prob_N, entropy_N in zip(
+            *(column.cpu().split(counts) for column in columns), strict=True
+        )
     ]
 
 
-def _capture_chunk(logits_NV: torch.Tensor, targets_N: torch.Tensor, manifest: Manifest) -> tuple[torch.Tensor, ...]:
-    top = top_k(logits_NV, k=manifest.k, temperatures=manifest.temperatures)
-    known_N = targets_N != UNKNOWN_TARGET
+def _capture_chunk(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, uniforms_ND: torch.Tensor, manifest: Manifest
+) -> tuple[TopK, torch.Tensor, torch.Tensor]:
+    """What is kept of some positions: distribution, log-probability of the known target, entropy."""
+    if manifest.kind == "topk":
+        top = top_k(logits_NV, k=manifest.k, temperatures=manifest.temperatures)
+    elif manifest.kind == "sampled":
+        top = sampled(logits_NV, uniforms_ND=uniforms_ND)
+    else:
+        top = hybrid(logits_NV, k=manifest.k, uniforms_ND=uniforms_ND)
     target_logits_N = logits_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]
     log_prob_N = target_logits_N - torch.logsumexp(logits_NV, dim=1)
-    next_log_prob_N = torch.where(known_N, log_prob_N, torch.nan).half()
-    return top.ids_NK, top.relative_logits_NK, top.log_tail_NC, next_log_prob_N, entropy(logits_NV).half()
+    log_prob_N = torch.where(targets_N == UNKNOWN_TARGET, torch.nan, log_prob_N)
+    return top, log_prob_N.half(), entropy(logits_NV).half()

@@ -24,6 +24,7 @@ T = TypeVar("T")
 Dtype = Enum("Dtype", ["float32", "bfloat16"])
 Targets = Enum("Targets", ["all", "completion", "next"])
 Malformed = Enum("Malformed", ["stop", "skip"])
+Kind = Enum("Kind", ["topk", "sampled", "hybrid"])
 Source = Enum("Source", ["gold", "corpus"])
 Shape = Enum("Shape", ["constant", "linear", "cosine", "step"])
 
@@ -84,7 +85,10 @@ class CaptureConfig:
     teacher: ModelConfig = option(ModelConfig, "the weak model")
     corpus: TextConfig = option(TextConfig, "unlabeled text")
     window: int = option(512, "longest sequence, in tokens; records are packed into it")
-    k: int = option(64, "logits kept a position; the rest is kept as one exact tail")
+    kind: Kind = option(Kind.topk, "topk: k largest and an exact tail; sampled: draws; hybrid: k largest and draws")
+    k: int = option(64, "logits kept a position, by size; the rest is one exact tail (topk) or drawn from (hybrid)")
+    draws: int = option(50, "draws a position for sampled and hybrid")
+    seed: int = option(0, "decides those draws")
     temperatures: list[float] = option(lambda: [1.0], "temperatures whose tail is kept; must contain 1")
     records_per_shard: int = option(20_000, "records in one shard")
     batch_sequences: int = option(16, "sequences in one teacher forward", result=False)
@@ -236,9 +240,14 @@ def load(path: Path, schema: type[T]) -> T:
 
 def check_capture(config: CaptureConfig) -> None:
     """Refuse what cannot be meant, before anything is read."""
-    _at_least(1, window=config.window, k=config.k, records_per_shard=config.records_per_shard)
+    _at_least(1, window=config.window, k=config.k, draws=config.draws, records_per_shard=config.records_per_shard)
     _at_least(1, batch_sequences=config.batch_sequences)
     _positive(temperatures=min(config.temperatures, default=1.0), log_every_seconds=config.log_every_seconds)
+    if config.kind is not Kind.topk and config.temperatures != [1.0]:
+        raise InputError(
+            f"temperatures: expected [1.0], because a {config.kind.name} cache is valid only there, found "
+            f"{config.temperatures}; use kind=topk for other temperatures"
+        )
     if 1.0 not in config.temperatures:
         raise InputError(f"temperatures: expected 1.0 among them, found {config.temperatures}; add it")
 

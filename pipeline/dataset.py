@@ -11,6 +11,7 @@ import torch
 from pipeline.corpus import collate_inputs
 from pipeline.order import Slot, global_batch_slots
 from pipeline.shards import ShardReader
+from pipeline.topk import widen
 from pipeline.types import Batch, InputError, TokenSequence, TopK
 
 
@@ -82,6 +83,8 @@ def collate(rows: Sequence[tuple[TokenSequence, TopK | None]], from_gold: Sequen
 def _join(tops: Sequence[TopK]) -> TopK | None:
     if not tops:
         return None
+    width = max(top.ids_NK.shape[1] for top in tops)
+    tops = [widen(top, width) for top in tops]
     return TopK(
         ids_NK=torch.cat([top.ids_NK for top in tops]),
         relative_logits_NK=torch.cat([top.relative_logits_NK for top in tops]),

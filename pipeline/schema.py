@@ -1,7 +1,8 @@
 """Shard schema, version 1: sequences with their captured distributions <-> Arrow tables.
 
 Typed flat lists, so that plain polars, DuckDB or `datasets` read a shard with no code of ours. Row r of a
-shard holds N positions, K entries each: entry j of position n lies at n * K + j of `topk_ids`.
+shard holds N positions, K entries each: entry j of position n lies at n * K + j of `topk_ids`. Where the number
+kept varies (sampled and hybrid), `kept_counts` holds it, and the entries of all positions follow one another.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipeline.types import Captured, TokenSequence, TopK
 SCHEMA_VERSION = 1
 
 
-def arrow_schema(*, vocabulary_size: int, metadata: dict[str, str]) -> pa.Schema:
+def arrow_schema(*, vocabulary_size: int, varies: bool, metadata: dict[str, str]) -> pa.Schema:
     """The columns of a shard; token ids of the kept entries take two bytes where the vocabulary allows."""
     id_type = pa.uint16() if vocabulary_size <= 65_536 else pa.uint32()
     columns = {
@@ -34,23 +35,29 @@ def arrow_schema(*, vocabulary_size: int, metadata: dict[str, str]) -> pa.Schema
         "next_log_prob": pa.list_(pa.float16()),
         "entropy": pa.list_(pa.float16()),
     }
+    if varies:
+        columns["kept_counts"] = pa.list_(pa.uint16())
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()], metadata=metadata)
 
 
 def encode(rows: Sequence[tuple[TokenSequence, Captured]], schema: pa.Schema) -> pa.Table:
     """One row a sequence."""
+    varies = "kept_counts" in schema.names
+    keeps = [c.top.relative_logits_NK > -torch.inf if varies else c.top.ids_NK >= 0 for _, c in rows]
     columns: dict[str, list[Any]] = {
         "record_ids": [np.array(s.record_ids) for s, _ in rows],
         "segment_lengths": [np.array(s.segment_lengths) for s, _ in rows],
         "input_ids": [s.input_ids_S.numpy() for s, _ in rows],
         "target_positions": [s.target_positions_N.numpy() for s, _ in rows],
         "target_ids": [s.target_ids_N.numpy() for s, _ in rows],
-        "topk_ids": [c.top.ids_NK.flatten().numpy() for _, c in rows],
-        "relative_logits": [c.top.relative_logits_NK.flatten().numpy() for _, c in rows],
+        "topk_ids": [c.top.ids_NK[kept].numpy() for (_, c), kept in zip(rows, keeps, strict=True)],
+        "relative_logits": [c.top.relative_logits_NK[kept].numpy() for (_, c), kept in zip(rows, keeps, strict=True)],
         "log_tail": [c.top.log_tail_NC.flatten().numpy() for _, c in rows],
         "next_log_prob": [c.next_log_prob_N.numpy() for _, c in rows],
         "entropy": [c.entropy_N.numpy() for _, c in rows],
     }
+    if varies:
+        columns["kept_counts"] = [kept.sum(dim=1).numpy() for kept in keeps]
     arrays = [pa.array([s.key for s, _ in rows], schema.field("key").type)]
     arrays += [_list_array(parts, schema.field(name).type.value_type) for name, parts in columns.items()]
     return pa.Table.from_arrays(arrays, schema=schema)
@@ -79,14 +86,28 @@ def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[To
             target_positions_N=positions,
             target_ids_N=_int64(part["target_ids"]),
         )
+        ids, relative = _int64(part["topk_ids"]), torch.from_numpy(part["relative_logits"].copy())
+        if "kept_counts" in part:
+            ids, relative = _padded(ids, relative, _int64(part["kept_counts"]))
         top = TopK(
-            ids_NK=_int64(part["topk_ids"]).reshape(shape),
-            relative_logits_NK=torch.from_numpy(part["relative_logits"].copy()).reshape(shape),
+            ids_NK=ids.reshape(shape),
+            relative_logits_NK=relative.reshape(shape),
             log_tail_NC=torch.from_numpy(part["log_tail"].copy()).reshape(shape),
             temperatures=temperatures,
         )
         rows.append((sequence, top))
     return rows
+
+
+def _padded(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries that follow one another -> [N, K], padded by -inf and each position's first id."""
+    is_kept_NK = torch.arange(int(counts_N.max())) < counts_N[:, None]
+    first_N = counts_N.cumsum(0) - counts_N
+    ids_NK = ids[first_N][:, None].repeat(1, is_kept_NK.shape[1])
+    ids_NK[is_kept_NK] = ids
+    relative_NK = torch.full(is_kept_NK.shape, -torch.inf, dtype=relative.dtype)
+    relative_NK[is_kept_NK] = relative
+    return ids_NK, relative_NK
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -30,6 +30,7 @@ class ShardWriter:
         self._temporary = cache / "shards" / f".{index:05d}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         self._schema = arrow_schema(
             vocabulary_size=manifest.vocabulary_size,
+            varies=manifest.kind != "topk",
             metadata={"fingerprint": manifest.fingerprint, "schema_version": str(manifest.schema_version)},
         )
         self._rows: list[tuple[TokenSequence, Captured]] = []
@@ -110,6 +111,8 @@ class ShardReader:
 
     def __init__(self, cache: Path, *, k: int | None = None) -> None:
         self.cache, self.manifest = cache, manifests.load(cache)
+        if k is not None and self.manifest.kind != "topk":
+            raise InputError(f"k: expected null, because {cache} is {self.manifest.kind}, found {k}")
         if k is not None and not 1 <= k <= self.manifest.k:
             raise InputError(f"k: expected 1 to {self.manifest.k} (captured in {cache}), found {k}")
         self._k = k

@@ -73,7 +73,7 @@ class TopK:
     ids_NK: Tensor
     """int64 token ids, by falling logit."""
     relative_logits_NK: Tensor
-    """float16: logit minus the position's largest, so the first is 0."""
+    """float16: logit minus the position's largest, so the first is 0; -inf pads where fewer are kept."""
     log_tail_NC: Tensor
     """float32, nats: log of the sum of exp(relative logit / T) over all tokens not kept; -inf if none is left."""
     temperatures: tuple[float, ...]
@@ -153,8 +153,12 @@ class Manifest:
     made_of: dict[str, Any]
     """All that changes the content of a shard, and nothing else."""
     kind: str
-    """What the kept entries are: topk."""
+    """What the kept entries are: topk, sampled or hybrid."""
     k: int
+    """Entries kept by size; 0 where all are drawn."""
+    draws: int
+    """Draws at each position; 0 where none are."""
+    draw_seed: int
     temperatures: tuple[float, ...]
     vocabulary_size: int
     window: int

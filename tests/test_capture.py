@@ -17,7 +17,7 @@ from conftest import capture_arguments, make_model, script, write_lines
 from pipeline import manifest as manifests
 from pipeline import models
 from pipeline.capture import run
-from pipeline.config import CaptureConfig, Dtype, Malformed, ModelConfig, Targets, TextConfig
+from pipeline.config import CaptureConfig, Dtype, Kind, Malformed, ModelConfig, Targets, TextConfig
 from pipeline.corpus import position_ids
 from pipeline.shards import ShardReader, shard_writer
 from pipeline.topk import log_probabilities
@@ -248,3 +248,35 @@ def test_a_teacher_whose_head_is_padded_otherwise(tmp_path: Path, tokenizer: Any
     caches = [run(config_of(tmp_path / name, data / "corpus.jsonl", tmp_path)) for name in ("narrow", "wide")]
     columns = [pl.read_parquet(cache / "shards" / "*.parquet").select("key", "topk_ids", "entropy") for cache in caches]
     assert columns[0].equals(columns[1])
+
+
+@pytest.mark.parametrize("kind", [Kind.sampled, Kind.hybrid])
+def test_sampled_and_hybrid_caches(kind: Kind, teacher: Path, data: Path, tmp_path: Path) -> None:
+    """Redone byte for byte, whatever the batches; read back as written; another seed is another cache."""
+    settings: dict[str, Any] = {"kind": kind, "k": 3, "draws": 10, "temperatures": [1.0]}
+    cache = run(config_of(teacher, data / "corpus.jsonl", tmp_path, **settings))
+    before = (cache / "shards" / "00001.parquet").read_bytes()
+    for path in (cache / "shards").glob("00001.*"):
+        path.unlink()
+    run(config_of(teacher, data / "corpus.jsonl", tmp_path, **settings))
+    assert (cache / "shards" / "00001.parquet").read_bytes() == before
+    rows = pl.read_parquet(cache / "shards" / "*.parquet")
+    counts = rows["kept_counts"].list.sum()
+    assert (rows["topk_ids"].list.len() == counts).all()
+    assert rows["kept_counts"].explode().n_unique() > 1
+    sequence, top = ShardReader(cache).row(0, 0)
+    row = rows.row(0, named=True)
+    assert sequence.input_ids_S.tolist() == row["input_ids"]
+    first = 0
+    for n, count in enumerate(row["kept_counts"]):
+        assert top.ids_NK[n, :count].tolist() == row["topk_ids"][first : first + count]
+        assert (top.relative_logits_NK[n, count:] == -torch.inf).all()
+        first += count
+    log_p_NK, log_tail_N = log_probabilities(top, temperature=1.0)
+    assert torch.allclose(log_p_NK.exp().sum(1), torch.ones(len(log_p_NK)), atol=1e-5)
+    assert (log_tail_N == -torch.inf).all()
+    assert run(config_of(teacher, data / "corpus.jsonl", tmp_path, **settings, seed=1)) != cache
+    with pytest.raises(InputError, match=r"k: expected null, because .* is"):
+        ShardReader(cache, k=2)
+    with pytest.raises(InputError, match=r"temperatures: expected \[1.0\], because a .* cache is valid only there"):
+        run(config_of(teacher, data / "corpus.jsonl", tmp_path, **{**settings, "temperatures": [1.0, 2.0]}))

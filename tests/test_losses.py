@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.losses import TermOptions, combine, count_positions, evaluate_terms, forward_kl
-from pipeline.topk import log_probabilities, top_k
+from pipeline.topk import hybrid, log_probabilities, sampled, top_k
 from pipeline.types import UNKNOWN_TARGET, Batch, TopK
 
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -213,3 +213,32 @@ def test_splitting_a_batch_changes_neither_value_nor_gradient() -> None:
         split = gradient(lambda z, rows=rows: part(z, rows) + part(z, ~rows), logits_NV)
         assert close(split[0], whole[0])
         assert close(split[1], whole[1])
+
+
+@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+def test_drawn_targets_value_and_gradient_against_the_twin(kind: str) -> None:
+    teacher_NV, student_NV = torch.randn(6, 25), torch.randn(6, 25)
+    uniforms_ND = torch.rand(6, 9, dtype=torch.float64)
+    top = sampled(teacher_NV, uniforms_ND=uniforms_ND)
+    if kind == "hybrid":
+        top = hybrid(teacher_NV, k=4, uniforms_ND=uniforms_ND)
+    value, grad = gradient(lambda z: forward_kl(z, top, temperature=1.0), student_NV)
+    exact, exact_grad = gradient(lambda z: twin_forward_kl(z, top, 1.0), student_NV.double())
+    assert close(value, exact)
+    assert close(grad, exact_grad)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+def test_the_mean_gradient_over_many_draws_is_the_dense_one(kind: str) -> None:
+    """Each logit's mean gradient over 20,000 captures within 5 standard errors of q - p."""
+    teacher_1V, student_1V = torch.randn(1, 10) * 2, torch.randn(1, 10)
+    repeats = 20_000
+    uniforms_ND = torch.rand(repeats, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    many_NV = teacher_1V.expand(repeats, -1)
+    top = sampled(many_NV, uniforms_ND=uniforms_ND)
+    if kind == "hybrid":
+        top = hybrid(many_NV, k=2, uniforms_ND=uniforms_ND)
+    _, grad_NV = gradient(lambda z: forward_kl(z, top, temperature=1.0), student_1V.expand(repeats, -1).clone())
+    exact_V = (torch.softmax(student_1V.double(), 1) - torch.softmax(teacher_1V.double(), 1))[0]
+    standard_error_V = grad_NV.double().std(dim=0) / repeats**0.5
+    assert ((grad_NV.double().mean(dim=0) - exact_V).abs() <= 5 * standard_error_V + 1e-3).all()

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.topk import entropy, log_probabilities, narrow, top_k
-from pipeline.types import InputError
+from pipeline.topk import entropy, hybrid, log_probabilities, narrow, sampled, top_k, uniforms, widen
+from pipeline.types import InputError, TopK
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(2, 40), st.integers(0, 1000), st.floats(0.1, 30))
 
@@ -64,3 +64,65 @@ def test_refusals() -> None:
 def test_entropy_of_uniform_and_certain() -> None:
     logits_NV = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
     assert torch.allclose(entropy(logits_NV), torch.tensor([4.0, 1.0]).log())
+
+
+# --------------------------------------------------------------------- sampled and hybrid: unbiased
+
+
+def dense(top: TopK, vocabulary: int) -> torch.Tensor:
+    """[N, V] probabilities at T = 1 out of the kept entries, in fp64; padding adds nothing."""
+    log_p_NK, _ = log_probabilities(top, temperature=1.0)
+    zeros = torch.zeros(len(log_p_NK), vocabulary, dtype=torch.float64)
+    return zeros.scatter_add(1, top.ids_NK, log_p_NK.double().exp())
+
+
+KINDS = {
+    "sampled": lambda logits_NV, uniforms_ND: sampled(logits_NV, uniforms_ND=uniforms_ND),
+    "hybrid": lambda logits_NV, uniforms_ND: hybrid(logits_NV, k=3, uniforms_ND=uniforms_ND),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_of_many_draws_is_the_distribution(kind: str) -> None:
+    """20,000 independent captures of one position: each token's mean within 5 standard errors of its probability."""
+    logits_1V = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
+    repeats, draws = 20_000, 8
+    uniforms_ND = torch.rand(repeats, draws, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    estimates_NV = dense(KINDS[kind](logits_1V.expand(repeats, -1), uniforms_ND), 12)
+    exact_V = torch.softmax(logits_1V[0].double(), dim=0)
+    standard_error_V = estimates_NV.std(dim=0) / repeats**0.5
+    # fp16 keeps a weight to one part in 2048
+    assert ((estimates_NV.mean(dim=0) - exact_V).abs() <= 5 * standard_error_V + exact_V / 2048).all()
+    assert torch.allclose(estimates_NV.sum(dim=1), torch.ones(repeats, dtype=torch.float64), atol=1e-6)
+
+
+def test_hybrid_is_exact_on_its_head() -> None:
+    logits_NV = torch.randn(50, 40)
+    top = hybrid(logits_NV, k=5, uniforms_ND=torch.rand(50, 10, dtype=torch.float64))
+    exact_NV = torch.softmax(logits_NV.double(), dim=1)
+    head_NK = exact_NV.topk(5, dim=1).indices
+    found_NV = dense(top, 40)
+    assert torch.allclose(found_NV.gather(1, head_NK), exact_NV.gather(1, head_NK), rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_distributions(kind: str) -> None:
+    certain = torch.tensor([[0.0, -torch.inf, -torch.inf, -torch.inf], [50.0, 0.0, 0.0, 0.0]])
+    top = KINDS[kind](certain, torch.rand(2, 6, dtype=torch.float64))
+    assert torch.allclose(dense(top, 4)[:, 0], torch.ones(2, dtype=torch.float64))
+    edges = torch.tensor([[0.0] * 6, [1 - 2**-53] * 6], dtype=torch.float64)
+    assert torch.isfinite(dense(KINDS[kind](torch.zeros(2, 4), edges), 4)).all()
+
+
+def test_draws_are_a_function_of_seed_key_and_position() -> None:
+    key, other = b"a" * 16, b"b" * 16
+    assert torch.equal(uniforms(key, 5, draws=3, seed=1), uniforms(key, 5, draws=3, seed=1))
+    assert torch.equal(uniforms(key, 3, draws=3, seed=1), uniforms(key, 5, draws=3, seed=1)[:3])
+    assert not torch.equal(uniforms(key, 5, draws=3, seed=1), uniforms(other, 5, draws=3, seed=1))
+    assert not torch.equal(uniforms(key, 5, draws=3, seed=1), uniforms(key, 5, draws=3, seed=2))
+    assert not torch.equal(*uniforms(key, 2, draws=3, seed=1))
+
+
+def test_widening_changes_nothing() -> None:
+    top = sampled(torch.randn(4, 30), uniforms_ND=torch.rand(4, 9, dtype=torch.float64))
+    assert torch.equal(dense(widen(top, 20), 30), dense(top, 30))
