@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import multiprocessing
+import os
+import re
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import set_num_threads
 
 from pipeline import manifest as manifests
 from pipeline import models
+from pipeline.claims import claim
 from pipeline.config import CaptureConfig, Kind, check_capture
-from pipeline.corpus import collate_inputs, sequences
+from pipeline.corpus import sequences
 from pipeline.runtime import Progress, compute_device, log, start_logging
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.shards import shard_writer
-from pipeline.text import Rejections, Survey, Text, open_text, raw_records, survey
-from pipeline.topk import entropy, hybrid, sampled, top_k, uniforms, widen
-from pipeline.types import UNKNOWN_TARGET, Captured, InputError, Manifest, TokenSequence, TopK
+from pipeline.teacher import capture_batch
+from pipeline.text import Raw, Rejections, Survey, Text, open_text, raw_records, survey
+from pipeline.types import InputError, Manifest, TokenSequence
 
-HEAD_POSITIONS = 512  # positions in one pass through the head: bounds the [N, V] matrix
+DEATHS_WITHOUT_PROGRESS = 5  # killed workers, for each of num_workers, before the cause is no longer chance
 
 
 def run(config: CaptureConfig) -> Path:
@@ -40,11 +47,16 @@ def run(config: CaptureConfig) -> Path:
     manifest = plan(config, folder, tokenizer, survey(text, tokenizer))
     cache = Path(config.caches_dir) / f"{config.name}-{manifest.fingerprint[:12]}"
     manifests.start(cache, manifest)
-    todo = [index for index in range(manifest.num_shards) if manifests.committed(cache, index) is None]
+    shards = share_of(config, manifest.num_shards)
+    todo = [index for index in shards if manifests.committed(cache, index) is None]
     if todo:
         log.info("capturing %d of %d shards into %s", len(todo), manifest.num_shards, cache)
-        capture_shards(config, cache, manifest, todo, folder, tokenizer, text)
-    finished = manifests.finish(cache, manifest)
+        supervise(config, cache, shards) if config.num_workers > 1 else work(config, cache, shards)
+    present = sum(manifests.committed(cache, index) is not None for index in range(manifest.num_shards))
+    if present < manifest.num_shards:
+        log.info("%s: this share is done; %d of %d shards are there", cache, present, manifest.num_shards)
+        return cache
+    finished = manifests.finish(cache, manifest, stale_seconds=config.lease_seconds)
     infos = manifests.whole(cache, manifest)
     log.info(
         "%s: %d records (%d skipped), %d sequences, %d targets, %.1f MB",
@@ -93,110 +105,154 @@ def plan(config: CaptureConfig, folder: Path, tokenizer: Any, surveyed: Survey) 
     )
 
 
-def capture_shards(
-    config: CaptureConfig,
-    cache: Path,
-    manifest: Manifest,
-    todo: Sequence[int],
-    folder: Path,
-    tokenizer: Any,
-    text: Text,
-) -> None:
-    """Capture the shards of `todo`; the teacher loads once the first of them has proved readable."""
-    total = sum(len(manifests.shard_range(manifest, index)) for index in todo)
-    progress = Progress("capture", total=total, unit=" records", log_every_seconds=config.log_every_seconds)
-    started, tokens = time.monotonic(), 0
-    teacher: models.Model | None = None
-    raw = raw_records(text.files)
-    for index in range(manifest.num_shards):
-        records = manifests.shard_range(manifest, index)
-        mine = itertools.islice(raw, len(records))
-        if index not in todo:
-            for _ in mine:
-                pass
-            continue
-        rejections = Rejections(skip=text.skip_malformed)
-        packed = list(sequences(mine, text, tokenizer, rejections, window=config.window, first_id=records.start))
-        teacher = teacher or load_teacher(config, folder)
-        with shard_writer(cache, manifest, index) as writer:
-            for batch in batched(packed, config.batch_sequences):
-                for sequence, captured in zip(batch, capture_batch(teacher, batch, manifest), strict=True):
-                    writer.write(sequence, captured)
-                    tokens += len(sequence.input_ids_S)
-                share = len(records) * len(batch) / max(len(packed), 1)
-                progress.advance(share, tokens_per_second=tokens / (time.monotonic() - started))
-            writer.commit(num_skipped=rejections.count)
+class RawCursor:
+    """Raw records by range; cheap as long as the ranges ascend, and right if they do not."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._stream, self._next = raw_records(self._text.files), 0
+
+    def take(self, records: range) -> list[Raw]:
+        """The raw records of a range."""
+        if records.start < self._next:
+            self._rewind()
+        taken = list(itertools.islice(self._stream, records.start - self._next, records.stop - self._next))
+        self._next = records.stop
+        return taken
+
+
+def work(config: CaptureConfig, cache: Path, shards: Sequence[int], worker: int = 0) -> None:
+    """Capture the shards that nobody else does until all are committed; the teacher loads when it is needed."""
+    manifest = manifests.load(cache)
+    folder = models.model_folder(config.teacher.path, revision=config.teacher.revision)
+    tokenizer = models.load_tokenizer(folder, trust_remote_code=config.teacher.trust_remote_code)
+    text = open_text(config.corpus, "corpus")
+    cursor, teacher = RawCursor(text), None
+    lease_seconds = config.lease_seconds
+    missing = [index for index in shards if manifests.committed(cache, index) is None]
+    total = sum(len(manifests.shard_range(manifest, index)) for index in missing)
+    progress = Progress(
+        f"capture {worker}" if config.num_workers > 1 else "capture",
+        total=total,
+        unit=" records",
+        log_every_seconds=config.log_every_seconds,
+    )
+    while missing:
+        for index in missing:
+            with claim(manifests.claim_path(cache, index), lease_seconds=lease_seconds) as held:
+                if not held or manifests.committed(cache, index) or manifests.adopt(cache, index):
+                    continue
+                records = manifests.shard_range(manifest, index)
+                rejections = Rejections(skip=text.skip_malformed)
+                packed = list(
+                    sequences(
+                        cursor.take(records), text, tokenizer, rejections, window=config.window, first_id=records.start
+                    )
+                )
+                teacher = teacher or load_teacher(config, folder, worker)
+                capture_shard(teacher, packed, cache, manifest, index, rejections.count, config, progress)
+        missing = [index for index in missing if manifests.committed(cache, index) is None]
+        if missing:  # others are at work on them: be there if they die
+            time.sleep(min(1.0, lease_seconds / 4))
     progress.close()
 
 
-def load_teacher(config: CaptureConfig, folder: Path) -> models.Model:
-    """The weak model, for reading only."""
+def capture_shard(
+    teacher: models.Model,
+    packed: Sequence[TokenSequence],
+    cache: Path,
+    manifest: Manifest,
+    index: int,
+    num_skipped: int,
+    config: CaptureConfig,
+    progress: Progress,
+) -> None:
+    """One shard, from its packed sequences to its commit."""
+    started, tokens, size = time.monotonic(), 0, config.batch_sequences
+    num_records = len(manifests.shard_range(manifest, index))
+    with shard_writer(cache, manifest, index) as writer:
+        for batch in (packed[i : i + size] for i in range(0, len(packed), size)):
+            for sequence, captured in zip(batch, capture_batch(teacher, batch, manifest), strict=True):
+                writer.write(sequence, captured)
+                tokens += len(sequence.input_ids_S)
+            tokens_per_second = tokens / (time.monotonic() - started)
+            progress.advance(num_records * len(batch) / len(packed), tokens_per_second=tokens_per_second)
+        writer.commit(num_skipped=num_skipped)
+
+
+def load_teacher(config: CaptureConfig, folder: Path, worker: int) -> models.Model:
+    """The weak model, for reading only; each worker on a device of its own where there are several."""
     return models.load_model(
         folder,
         dtype=config.teacher.dtype.name,
-        device=compute_device(),
+        device=compute_device(worker),
         attention=config.teacher.attention,
         num_layers=config.teacher.num_layers,
         trust_remote_code=config.teacher.trust_remote_code,
     ).eval()
 
 
-def batched(packed: Sequence[TokenSequence], size: int) -> Iterator[Sequence[TokenSequence]]:
-    """Consecutive batches of at most `size`."""
-    return (packed[i : i + size] for i in range(0, len(packed), size))
+# ------------------------------------------------------------------------------------ several workers
 
 
-@torch.inference_mode()
-def capture_batch(teacher: models.Model, batch: Sequence[TokenSequence], manifest: Manifest) -> list[Captured]:
-    """One forward; what stage one stores about each sequence. Only supervised positions reach the head."""
-    device = next(teacher.parameters()).device
-    input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
-    hidden_BSH = models.hidden_states(teacher, input_ids_BS.to(device), position_ids_BS.to(device))
-    hidden_NH = hidden_BSH.flatten(0, 1)[flat_N.to(device)]
-    targets_N = torch.cat([sequence.target_ids_N for sequence in batch]).to(device)
-    counts = [len(sequence.target_positions_N) for sequence in batch]
-    draws = [
-        uniforms(sequence.key, count, draws=manifest.draws, seed=manifest.draw_seed)
-        for sequence, count in zip(batch, counts, strict=True)
-    ]
-    chunks = [
-        _capture_chunk(models.logits(teacher, hidden, manifest.vocabulary_size).float(), targets, drawn, manifest)
-        for hidden, targets, drawn in zip(
-            *(part.split(HEAD_POSITIONS) for part in (hidden_NH, targets_N, torch.cat(draws))), strict=True
-        )
-    ]
-    width = max(chunk[0].ids_NK.shape[1] for chunk in chunks)
-    tops = [widen(top, width) for top, _, _ in chunks]
-    columns = [
-        torch.cat([top.ids_NK for top in tops]),
-        torch.cat([top.relative_logits_NK for top in tops]),
-        torch.cat([top.log_tail_NC for top in tops]),
-        torch.cat([next_log_prob_N for _, next_log_prob_N, _ in chunks]),
-        torch.cat([entropy_N for _, _, entropy_N in chunks]),
-    ]
-    return [
-        Captured(
-            top=TopK(ids_NK=ids, relative_logits_NK=relative, log_tail_NC=tail, temperatures=manifest.temperatures),
-            next_log_prob_N=next_log_prob_N,
-            entropy_N=entropy_N,
-        )
-        for ids, relative, tail, next_log_prob_N, entropy_N in zip(
-            *(column.cpu().split(counts) for column in columns), strict=True
-        )
-    ]
+def share_of(config: CaptureConfig, num_shards: int) -> list[int]:
+    """The shards of this process: all, or those of its share of a job array."""
+    share = config.share
+    if share is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        first, count = os.environ["SLURM_ARRAY_TASK_MIN"], os.environ["SLURM_ARRAY_TASK_COUNT"]
+        share = f"{int(os.environ['SLURM_ARRAY_TASK_ID']) - int(first)}/{count}"
+    if share is None:
+        return list(range(num_shards))
+    found = re.fullmatch(r"(\d+)/(\d+)", share)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise InputError(f"share: expected INDEX/COUNT with INDEX from 0 to COUNT - 1, found {share!r}")
+    return list(range(int(found[1]), num_shards, int(found[2])))
 
 
-def _capture_chunk(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, uniforms_ND: torch.Tensor, manifest: Manifest
-) -> tuple[TopK, torch.Tensor, torch.Tensor]:
-    """What is kept of some positions: distribution, log-probability of the known target, entropy."""
-    if manifest.kind == "topk":
-        top = top_k(logits_NV, k=manifest.k, temperatures=manifest.temperatures)
-    elif manifest.kind == "sampled":
-        top = sampled(logits_NV, uniforms_ND=uniforms_ND)
-    else:
-        top = hybrid(logits_NV, k=manifest.k, uniforms_ND=uniforms_ND)
-    target_logits_N = logits_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]
-    log_prob_N = target_logits_N - torch.logsumexp(logits_NV, dim=1)
-    log_prob_N = torch.where(targets_N == UNKNOWN_TARGET, torch.nan, log_prob_N)
-    return top, log_prob_N.half(), entropy(logits_NV).half()
+def start_worker(config: CaptureConfig, cache: Path, shards: Sequence[int], worker: int) -> SpawnProcess:
+    """A worker as a process of its own, which ends with this one."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=worker_process, args=(config, cache, shards, worker), daemon=True
+    )
+    process.start()
+    return process
+
+
+def worker_process(config: CaptureConfig, cache: Path, shards: Sequence[int], worker: int) -> None:
+    """What a worker process runs: its share of the cores, one line where it cannot go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    start_logging()
+    set_num_threads(max((os.cpu_count() or 1) // config.num_workers, 1))
+    try:
+        work(config, cache, shards, worker)
+    except InputError as error:
+        log.error("error: %s", error)
+        raise SystemExit(2) from None
+
+
+def supervise(config: CaptureConfig, cache: Path, shards: Sequence[int]) -> None:
+    """Run the workers; one that was killed is replaced, unless workers keep dying without a shard committed."""
+    workers = {number: start_worker(config, cache, shards, number) for number in range(config.num_workers)}
+    deaths, committed = 0, 0
+    while workers:
+        wait([process.sentinel for process in workers.values()])
+        for number, process in [(n, p) for n, p in workers.items() if not p.is_alive()]:
+            del workers[number]
+            if process.exitcode == 0:
+                continue
+            if process.exitcode is not None and process.exitcode > 0:
+                raise InputError(
+                    f"worker {number} stopped with the error above; mend it and run the same command again"
+                )
+            now = sum(manifests.committed(cache, index) is not None for index in shards)
+            deaths, committed = (1 if now > committed else deaths + 1), now
+            if deaths > DEATHS_WITHOUT_PROGRESS * config.num_workers:
+                raise InputError(
+                    f"workers: expected a shard between deaths, found {deaths} deaths without one (signal "
+                    f"{-(process.exitcode or 0)}); look for the cause (often memory), then run the same command again"
+                )
+            log.warning("worker %d was killed (signal %d); starting another", number, -(process.exitcode or 0))
+            workers[number] = start_worker(config, cache, shards, number)

@@ -92,6 +92,13 @@ class CaptureConfig:
     temperatures: list[float] = option(lambda: [1.0], "temperatures whose tail is kept; must contain 1")
     records_per_shard: int = option(20_000, "records in one shard")
     batch_sequences: int = option(16, "sequences in one teacher forward", result=False)
+    num_workers: int = option(1, "processes on this machine, each with a GPU or its share of the cores", result=False)
+    share: str | None = option(
+        None, "INDEX/COUNT: only these shards (0/16 to 15/16); null: SLURM's array task, else all", result=False
+    )
+    lease_seconds: float = option(
+        60.0, "a shard whose worker gave no sign of life for this long is taken over", result=False
+    )
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
 
 
@@ -241,8 +248,12 @@ def load(path: Path, schema: type[T]) -> T:
 def check_capture(config: CaptureConfig) -> None:
     """Refuse what cannot be meant, before anything is read."""
     _at_least(1, window=config.window, k=config.k, draws=config.draws, records_per_shard=config.records_per_shard)
-    _at_least(1, batch_sequences=config.batch_sequences)
-    _positive(temperatures=min(config.temperatures, default=1.0), log_every_seconds=config.log_every_seconds)
+    _at_least(1, batch_sequences=config.batch_sequences, num_workers=config.num_workers)
+    _positive(
+        lease_seconds=config.lease_seconds,
+        temperatures=min(config.temperatures, default=1.0),
+        log_every_seconds=config.log_every_seconds,
+    )
     if config.kind is not Kind.topk and config.temperatures != [1.0]:
         raise InputError(
             f"temperatures: expected [1.0], because a {config.kind.name} cache is valid only there, found "

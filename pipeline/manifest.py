@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from pipeline.runtime import content_hash, file_hash, sync_folder, write_json
+from pipeline.schema import describe
 from pipeline.types import InputError, Manifest, ShardInfo
 
 
@@ -38,13 +41,21 @@ def info_path(cache: Path, index: int) -> Path:
     return cache / "shards" / f"{index:05d}.json"
 
 
+def claim_path(cache: Path, index: int) -> Path:
+    """Who is at work on a shard."""
+    return cache / "shards" / f".{index:05d}.claim"
+
+
 def start(cache: Path, manifest: Manifest) -> None:
     """Create a cache folder, or accept the one that is there if it makes the same promise."""
     if manifest_path(cache).exists():
         check_same(load(cache), manifest.made_of, cache)
         return
-    (cache / "shards").mkdir(parents=True, exist_ok=True)
-    write_json(manifest_path(cache), dataclasses.asdict(manifest))
+    try:
+        (cache / "shards").mkdir(parents=True, exist_ok=True)
+        write_json(manifest_path(cache), dataclasses.asdict(manifest))
+    except OSError as error:
+        raise InputError(f"{cache}: expected a folder to write into, found {error.strerror}; choose another") from error
 
 
 def load(cache: Path) -> Manifest:
@@ -77,30 +88,50 @@ def committed(cache: Path, index: int) -> ShardInfo | None:
     return ShardInfo(**plain)
 
 
-def commit(cache: Path, temporary: Path, info: ShardInfo) -> None:
+def commit(cache: Path, temporary: Path, index: int) -> None:
     """Publish a finished temporary file as a shard: whole and durable, or not at all; never over another.
 
-    The data is on disk before its name is, and its name before the ShardInfo that vouches for both.
+    The data is on disk before its name is, and its name before the ShardInfo that vouches for both. A shard that
+    somebody else has published meanwhile stays as it is.
     """
-    final = shard_path(cache, info.index)
     try:
-        os.link(temporary, final)
-    except FileExistsError:  # a crash between name and ShardInfo: the same bytes, or no shard of this plan
-        found = file_hash(final)
-        if found != info.sha256:
-            raise InputError(
-                f"{final}: expected the bytes {info.sha256[:12]} of a redone shard, found {found[:12]}; delete the file"
-            ) from None
-    temporary.unlink()
-    sync_folder(final.parent)
-    write_json(info_path(cache, info.index), dataclasses.asdict(info))
+        info = describe(temporary, index)
+        os.link(temporary, shard_path(cache, index))
+    except FileExistsError:
+        adopt(cache, index)
+    except FileNotFoundError:  # taken for a dead worker's and swept away
+        if committed(cache, index) is None:
+            raise
+    else:
+        sync_folder(cache / "shards")
+        write_json(info_path(cache, index), dataclasses.asdict(info))
+    temporary.unlink(missing_ok=True)
 
 
-def finish(cache: Path, manifest: Manifest) -> Manifest:
-    """Write the totals into the manifest once every shard is committed."""
+def adopt(cache: Path, index: int) -> bool:
+    """Vouch for a shard that has its name but, by a crash just then, no ShardInfo; False if there is none."""
+    path = shard_path(cache, index)
+    if not path.exists():
+        return False
+    if committed(cache, index) is None:
+        try:
+            info = describe(path, index)
+        except ValueError as error:
+            raise InputError(f"{path}: expected a whole shard, found it damaged ({error}); delete it") from None
+        write_json(info_path(cache, index), dataclasses.asdict(info))
+    return True
+
+
+def finish(cache: Path, manifest: Manifest, *, stale_seconds: float) -> Manifest:
+    """Write the totals into the manifest once every shard is committed, and sweep out what dead workers left."""
     infos = whole(cache, manifest)
     finished = dataclasses.replace(manifest, num_skipped=sum(info.num_skipped for info in infos))
-    write_json(manifest_path(cache), dataclasses.asdict(finished))
+    if load(cache) != finished:
+        write_json(manifest_path(cache), dataclasses.asdict(finished))
+    for left in (cache / "shards").glob(".*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > stale_seconds:
+                left.unlink()
     return finished
 
 

@@ -63,7 +63,11 @@ class Ranks:
 
 def compute_device(local_rank: int = 0) -> torch.device:
     """The GPU of this local rank where there is one, else the CPU."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", local_rank % torch.cuda.device_count())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 @contextlib.contextmanager

@@ -14,10 +14,9 @@ import torch
 
 from pipeline import manifest as manifests
 from pipeline.order import POOL_BLOCKS
-from pipeline.runtime import file_hash
-from pipeline.schema import arrow_schema, decode, encode
+from pipeline.schema import arrow_schema, decode, encode, totals
 from pipeline.topk import log_probabilities, narrow
-from pipeline.types import Captured, InputError, Manifest, ShardInfo, TokenSequence, TopK
+from pipeline.types import Captured, InputError, Manifest, TokenSequence, TopK
 
 ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
 
@@ -35,7 +34,6 @@ class ShardWriter:
         )
         self._rows: list[tuple[TokenSequence, Captured]] = []
         self._rows_bytes = self._targets = 0
-        self._row_groups: list[int] = []
         self._histogram = torch.zeros(10, dtype=torch.int64)
         self._file = pq.ParquetWriter(
             self._temporary,
@@ -59,30 +57,17 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._rows:
             self._file.write_table(encode(self._rows, self._schema), row_group_size=len(self._rows))
-            self._row_groups.append(len(self._rows))
             self._rows, self._rows_bytes = [], 0
 
-    def commit(self, *, num_skipped: int) -> ShardInfo:
-        """Publish the shard: fsync, re-open and check, rename, ShardInfo last."""
+    def commit(self, *, num_skipped: int) -> None:
+        """Publish the shard: fsync, re-open and check, link, ShardInfo last."""
         self._flush()
+        histogram = self._histogram.tolist()
+        self._file.add_key_value_metadata(totals(targets=self._targets, num_skipped=num_skipped, histogram=histogram))
         self._file.close()
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
-        rows = pq.ParquetFile(self._temporary).metadata.num_rows
-        if rows != sum(self._row_groups):
-            raise OSError(f"{self._temporary}: expected {sum(self._row_groups)} rows, found {rows} after writing")
-        info = ShardInfo(
-            index=self._index,
-            rows=rows,
-            row_groups=tuple(self._row_groups),
-            targets=self._targets,
-            bytes=self._temporary.stat().st_size,
-            sha256=file_hash(self._temporary),
-            num_skipped=num_skipped,
-            retained_mass_histogram=tuple(self._histogram.tolist()),
-        )
-        manifests.commit(self._cache, self._temporary, info)
-        return info
+        manifests.commit(self._cache, self._temporary, self._index)
 
     def abandon(self) -> None:
         """Remove the temporary file of a shard that was not committed."""
@@ -94,11 +79,18 @@ class ShardWriter:
 @contextlib.contextmanager
 def shard_writer(cache: Path, manifest: Manifest, index: int) -> Iterator[ShardWriter]:
     """A ShardWriter whose temporary file does not outlive an error."""
-    writer = ShardWriter(cache, manifest, index)
+    writer = None
     try:
+        writer = ShardWriter(cache, manifest, index)
         yield writer
-    except BaseException:
-        writer.abandon()
+    except BaseException as error:
+        if writer is not None:
+            writer.abandon()
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{cache}: expected to write shard {index}, found {error.strerror or error}; nothing is lost: "
+                "make room or mend it, and run the same command again"
+            ) from error
         raise
 
 

@@ -14,10 +14,10 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = [
     {"types"},
     {"config", "runtime"},
-    {"topk", "order", "ramps", "schema", "statistics"},
+    {"topk", "order", "ramps", "schema", "statistics", "claims"},
     {"losses", "manifest", "text", "models"},
     {"shards", "engine", "corpus"},
-    {"dataset"},
+    {"dataset", "teacher"},
     {"evaluate"},
     {"capture", "train"},
     {"launch", "report", "command"},
