@@ -194,12 +194,12 @@ def test_a_read_only_folder_is_refused(teacher: Path, many: Path, tmp_path: Path
 
 
 def test_stale_temporary_files_are_swept_once_the_cache_is_whole(teacher: Path, many: Path, tmp_path: Path) -> None:
-    script("capture", *arguments(teacher, many), cwd=tmp_path)
+    script("capture", *arguments(teacher, many, lease_seconds=60), cwd=tmp_path)
     (shards,) = tmp_path.glob("caches/*/shards")
     (shards / ".00001.1.abc.tmp").write_bytes(b"half")
     os.utime(shards / ".00001.1.abc.tmp", (0, 0))
     (shards / ".00002.2.def.tmp").write_bytes(b"somebody may still be writing this")
-    script("capture", *arguments(teacher, many), cwd=tmp_path)
+    script("capture", *arguments(teacher, many, lease_seconds=60), cwd=tmp_path)
     assert [path.name for path in shards.iterdir() if path.name.startswith(".")] == [".00002.2.def.tmp"]
 
 
