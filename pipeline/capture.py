@@ -21,12 +21,12 @@ from pipeline import manifest as manifests
 from pipeline import models
 from pipeline.claims import claim
 from pipeline.config import CaptureConfig, Kind, check_capture
-from pipeline.corpus import sequences
+from pipeline.corpus import Survey, sequences, survey
 from pipeline.runtime import Progress, compute_device, log, start_logging
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.shards import shard_writer
 from pipeline.teacher import capture_batch
-from pipeline.text import Raw, Rejections, Survey, Text, open_text, raw_records, survey
+from pipeline.text import Raw, Rejections, Text, open_text, raw_records
 from pipeline.types import InputError, Manifest, TokenSequence
 
 DEATHS_WITHOUT_PROGRESS = 5  # killed workers, for each of num_workers, before the cause is no longer chance
@@ -36,15 +36,14 @@ def run(config: CaptureConfig) -> Path:
     """Capture what is not captured yet; returns the cache folder."""
     start_logging()
     check_capture(config)
-    folder = models.model_folder(config.teacher.path, revision=config.teacher.revision)
-    tokenizer = models.load_tokenizer(folder, trust_remote_code=config.teacher.trust_remote_code)
+    folder, tokenizer = models.open_tokenizer(config.teacher)
     models.check_window(folder, config.window)
     if config.k > models.vocabulary_size(tokenizer):
         raise InputError(
             f"k: expected at most {models.vocabulary_size(tokenizer)} (the vocabulary of {folder}), found {config.k}"
         )
     text = open_text(config.corpus, "corpus")
-    manifest = plan(config, folder, tokenizer, survey(text, tokenizer))
+    manifest = plan(config, folder, tokenizer, survey(text, tokenizer, window=config.window))
     cache = Path(config.caches_dir) / f"{config.name}-{manifest.fingerprint[:12]}"
     manifests.start(cache, manifest)
     shards = share_of(config, manifest.num_shards)
@@ -74,7 +73,7 @@ def plan(config: CaptureConfig, folder: Path, tokenizer: Any, surveyed: Survey) 
         "teacher_num_layers": config.teacher.num_layers,
         "teacher_dtype": config.teacher.dtype.name,
         "tokenizer": models.tokenizer_hash(tokenizer),
-        "chat_template": tokenizer.chat_template,
+        **models.text_rules(tokenizer),
         "corpus": surveyed.sha256,
         "columns": dataclasses.asdict(config.corpus.columns),
         "targets": config.corpus.targets.name,
@@ -127,8 +126,7 @@ class RawCursor:
 def work(config: CaptureConfig, cache: Path, shards: Sequence[int], worker: int = 0) -> None:
     """Capture the shards that nobody else does until all are committed; the teacher loads when it is needed."""
     manifest = manifests.load(cache)
-    folder = models.model_folder(config.teacher.path, revision=config.teacher.revision)
-    tokenizer = models.load_tokenizer(folder, trust_remote_code=config.teacher.trust_remote_code)
+    _, tokenizer = models.open_tokenizer(config.teacher)
     text = open_text(config.corpus, "corpus")
     cursor, teacher = RawCursor(text), None
     lease_seconds = config.lease_seconds
@@ -152,7 +150,7 @@ def work(config: CaptureConfig, cache: Path, shards: Sequence[int], worker: int 
                         cursor.take(records), text, tokenizer, rejections, window=config.window, first_id=records.start
                     )
                 )
-                teacher = teacher or load_teacher(config, folder, worker)
+                teacher = teacher or models.open_model(config.teacher, compute_device(worker))
                 capture_shard(teacher, packed, cache, manifest, index, rejections.count, config, progress)
         missing = [index for index in missing if manifests.committed(cache, index) is None]
         if missing:  # others are at work on them: be there if they die
@@ -181,18 +179,6 @@ def capture_shard(
             tokens_per_second = tokens / (time.monotonic() - started)
             progress.advance(num_records * len(batch) / len(packed), tokens_per_second=tokens_per_second)
         writer.commit(num_skipped=num_skipped)
-
-
-def load_teacher(config: CaptureConfig, folder: Path, worker: int) -> models.Model:
-    """The weak model, for reading only; each worker on a device of its own where there are several."""
-    return models.load_model(
-        folder,
-        dtype=config.teacher.dtype.name,
-        device=compute_device(worker),
-        attention=config.teacher.attention,
-        num_layers=config.teacher.num_layers,
-        trust_remote_code=config.teacher.trust_remote_code,
-    ).eval()
 
 
 # ------------------------------------------------------------------------------------ several workers
@@ -225,7 +211,7 @@ def worker_process(config: CaptureConfig, cache: Path, shards: Sequence[int], wo
     """What a worker process runs: its share of the cores, one line where it cannot go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     start_logging()
-    set_num_threads(max((os.cpu_count() or 1) // config.num_workers, 1))
+    set_num_threads(max(len(os.sched_getaffinity(0)) // config.num_workers, 1))
     try:
         work(config, cache, shards, worker)
     except InputError as error:

@@ -11,12 +11,14 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import ROOTS, check_files, options, plain, typed
-from pipeline.types import InputError
+from pipeline.types import InputError, RunFailed
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
@@ -51,7 +53,9 @@ def check_override_names(root: str, arguments: list[str]) -> None:
     """Refuse an option that does not exist, naming the nearest that do, before Hydra composes anything."""
     known = {name for name, _, _ in options(ROOTS[root])}
     nodes = {name[:i] for name in known for i, letter in enumerate(name) if letter == "."}
-    for override in OverridesParser.create().parse_overrides([a for a in arguments if "=" in a]):
+    for override in OverridesParser.create().parse_overrides(
+        [a for a in arguments if "=" in a and not a.startswith("--")]
+    ):
         key = override.key_or_group.replace("/", ".")
         if key.split(".")[0] == "hydra" or key in known | nodes or key in _groups():
             continue
@@ -77,16 +81,22 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
             config: Any = typed(node, ROOTS[root])
             check_files(config)
             return body(config)
-        except InputError as error:  # here, before Hydra adds its own words
-            refuse(error)
+        except InputError as error:  # here, before Hydra adds its own words; a sweep goes on with its other runs
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                refuse(error)
+            print(f"error: {error}", file=sys.stderr)
+            raise
 
     # Hydra would fold errors into its own words; this way ours reach the person who reads them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         check_override_names(root, sys.argv[1:])
         hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
-    except (InputError, OmegaConfBaseException, hydra.errors.HydraException) as error:
+    except (InputError, RunFailed, OmegaConfBaseException, hydra.errors.HydraException) as error:
         refuse(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is left", file=sys.stderr)
+        sys.exit(130)
 
 
 def refuse(error: Exception) -> NoReturn:

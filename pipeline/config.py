@@ -122,7 +122,9 @@ class LmConfig:
 class KdConfig:
     weight: float = option(1.0, "weight of the distillation term (the book's lambda)")
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
-    on: list[Source] = option(lambda: [Source.corpus], "whose positions it reads: gold, corpus or both")
+    on: list[Source] = option(
+        lambda: [Source.corpus], "whose positions it reads: those that carry a captured distribution"
+    )
     temperature: float = option(1.0, "softens teacher and student alike; must have been captured")
     temperature_squared: bool = option(
         True, "multiply the differentiated value by T^2, so that its gradient keeps its size as T grows"
@@ -190,7 +192,7 @@ class TrainConfig:
     window: int = option(512, "longest gold sequence, in tokens; records are packed into it")
     gold_fraction: float = option(MISSING, "fraction of the global batch's sequences that are gold")
     global_batch: int = option(8, "sequences in one optimizer step, over all ranks")
-    micro_batch: int = option(8, "sequences in one forward of one rank", result=False)
+    micro_batch: int = option(8, "at most so many sequences in one forward of one rank", result=False)
     steps: int | None = option(None, "optimizer steps; give this or epochs")
     epochs: float | None = option(None, "passes over the corpus (over gold where gold_fraction is 1)")
     loss: LossConfig = option(LossConfig, "the combined objective")
@@ -247,7 +249,8 @@ def load(path: Path, schema: type[T]) -> T:
 
 def check_capture(config: CaptureConfig) -> None:
     """Refuse what cannot be meant, before anything is read."""
-    _at_least(1, window=config.window, k=config.k, draws=config.draws, records_per_shard=config.records_per_shard)
+    _at_least(2, window=config.window)
+    _at_least(1, k=config.k, draws=config.draws, records_per_shard=config.records_per_shard)
     _at_least(1, batch_sequences=config.batch_sequences, num_workers=config.num_workers)
     _positive(
         lease_seconds=config.lease_seconds,
@@ -268,11 +271,20 @@ def check_train(config: TrainConfig) -> None:
     kd, lm = config.loss.kd, config.loss.lm
     _at_least(2, window=config.window)
     _at_least(1, global_batch=config.global_batch, micro_batch=config.micro_batch)
+    _at_least(1, steps=1 if config.steps is None else config.steps)
+    _at_least(1, num_processes=1 if config.launcher.num_processes is None else config.launcher.num_processes)
+    _at_least(0, max_grad_norm=config.optimizer.max_grad_norm)
+    if config.epochs is not None:
+        _positive(epochs=config.epochs)
     _at_least(0, checkpoint_every_steps=config.checkpoint.every_steps)
     _at_least(1, checkpoint_keep=config.checkpoint.keep)
     _positive(kd_temperature=kd.temperature, learning_rate=config.optimizer.learning_rate)
-    if not 0.0 <= config.gold_fraction <= 1.0:
-        raise InputError(f"gold_fraction: expected 0 to 1, found {config.gold_fraction}")
+    _fraction(gold_fraction=config.gold_fraction, warmup_fraction=config.optimizer.warmup_fraction)
+    if Source.gold in kd.on:
+        raise InputError(
+            "loss.kd.on: expected [corpus], found gold in it; gold carries no captured distribution: put the gold "
+            "records into the corpus of a capture if the teacher should speak on them"
+        )
     if (config.steps is None) == (config.epochs is None):
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
     if config.gold_fraction > 0 and config.gold is None:
@@ -291,10 +303,16 @@ def check_train(config: TrainConfig) -> None:
         raise InputError("no term with a weight above 0 reads any text of this run; check loss.*.weight, loss.*.on")
 
 
-def _at_least(least: int, **values: int) -> None:
+def _at_least(least: int, **values: float) -> None:
     for name, value in values.items():
         if value < least:
             raise InputError(f"{name}: expected at least {least}, found {value}")
+
+
+def _fraction(**values: float) -> None:
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise InputError(f"{name}: expected 0 to 1, found {value}")
 
 
 def _positive(**values: float) -> None:

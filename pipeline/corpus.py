@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.files import file_hash
 from pipeline.text import Raw, Rejections, Text, parse_records, raw_records
 from pipeline.types import UNKNOWN_TARGET, InputError, Record, TokenSequence
 
@@ -130,18 +131,52 @@ def sequences(
 
 
 def known_sequences(text: Text, tokenizer: Any, *, window: int) -> list[TokenSequence]:
-    """A whole text, packed; refuses records whose target nobody knows."""
+    """A whole text with known targets, packed, in memory."""
     rejections = Rejections(skip=text.skip_malformed)
     raw = raw_records(text.files)
-    packed = list(sequences(raw, text, tokenizer, rejections, window=window, require_targets=True))
-    if not packed:
-        raise InputError(
-            f"{text.what}: expected records with known targets, found none in {list(map(str, text.files))}"
-        )
-    return packed
+    return list(sequences(raw, text, tokenizer, rejections, window=window, require_targets=True))
 
 
 # -------------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What a text is, whatever its files are called."""
+
+    num_records: int
+    """Malformed ones included."""
+    sha256: str
+
+
+def survey(text: Text, tokenizer: Any, *, window: int, require_targets: bool = False) -> Survey:
+    """Read, parse and tokenize every record once, and hash the files: what cannot be used stops before a model loads.
+
+    Refuses a text with no usable record.
+    """
+    if text.end_token and tokenizer.eos_token_id is None:
+        raise InputError(f"{text.what}: expected a tokenizer with an end token, found none; set end_token=false")
+    rejections, num_records = Rejections(skip=text.skip_malformed), 0
+
+    def counted() -> Iterator[Raw]:
+        nonlocal num_records
+        for raw in raw_records(text.files):
+            num_records += 1
+            yield raw
+
+    records = parse_records(counted(), text, tokenizer, rejections)
+    parts = segments(records, text, tokenizer, rejections, window=window, require_targets=require_targets)
+    if sum(1 for _ in parts) == 0:
+        files = ", ".join(map(str, text.files))
+        raise InputError(f"{text.what}: expected usable records, found none in {files} ({rejections.count} malformed)")
+    rejections.tell(text.what)
+    return Survey(num_records=num_records, sha256=text_hash(text))
+
+
+def text_hash(text: Text) -> str:
+    """sha256 over the hash of each file, in order, whatever the files are called."""
+    joined = "".join(file_hash(file) for file in text.files)
+    return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def pack(parts: Iterable[Segment], *, window: int) -> Iterator[TokenSequence]:

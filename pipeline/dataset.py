@@ -53,14 +53,15 @@ class Mixture:
         ]
 
 
-def micro_batches_per_step(global_batch: int, *, world_size: int, micro_batch: int) -> int:
-    """Accumulation steps; refuses a global batch that does not divide evenly."""
-    if global_batch % (world_size * micro_batch) != 0:
+def fitting_micro_batch(global_batch: int, *, world_size: int, at_most: int) -> int:
+    """The largest micro-batch up to `at_most` that divides a rank's part of the global batch."""
+    if global_batch % world_size != 0:
         raise InputError(
-            f"global_batch: expected a multiple of ranks x micro_batch = {world_size} x {micro_batch}, "
-            f"found {global_batch}; change global_batch, micro_batch or launcher.num_processes"
+            f"global_batch: expected a multiple of the {world_size} ranks, found {global_batch}; "
+            "change global_batch or launcher.num_processes"
         )
-    return global_batch // (world_size * micro_batch)
+    part = global_batch // world_size
+    return next(size for size in range(min(at_most, part), 0, -1) if part % size == 0)
 
 
 def collate(rows: Sequence[tuple[TokenSequence, TopK | None]], from_gold: Sequence[bool]) -> Batch:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +13,29 @@ import torch
 
 from pipeline import models
 from pipeline.config import EvaluateConfig
-from pipeline.corpus import Segment, collate_inputs, pack, segments
-from pipeline.runtime import Progress, compute_device, log, one_path, start_logging, write_json
-from pipeline.text import Rejections, Text, open_text, read_records
-from pipeline.types import UNKNOWN_TARGET, InputError, Record, Scores
+from pipeline.corpus import Segment, collate_inputs, pack
+from pipeline.exam import Exam, Item, open_exam, record_key
+from pipeline.files import one_path, write_json
+from pipeline.runtime import Progress, compute_device, log, start_logging
+from pipeline.text import open_text
+from pipeline.types import InputError, Scores
 
 SHORTEST_WINDOW = 128  # tokens; a wider window would only add attention between segments that is masked away
 HEAD_POSITIONS = 512  # positions in one pass through the head: bounds the [N, V] matrix
-
-Pairs = tuple[tuple[int, int], ...]  # (position, token): what to score
 
 
 def run(config: EvaluateConfig) -> Scores:
     """Score a model folder; print, and write scores.json and predictions.parquet if asked."""
     start_logging()
-    folder = models.model_folder(config.model.path, revision=config.model.revision)
-    tokenizer = models.load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-    text = open_text(config.text, "text")
-    records = read_records(text, tokenizer)
-    model = models.load_model(
-        folder,
-        dtype=config.model.dtype.name,
-        device=compute_device(),
-        attention=config.model.attention,
-        num_layers=config.model.num_layers,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    folder, tokenizer = models.open_tokenizer(config.model)
+    exam = open_exam(open_text(config.text, "text"), tokenizer, longest=models.longest_sequence(folder))
+    if config.scoring.teacher_predictions is not None:
+        teacher_choices(exam, config.scoring.teacher_predictions)
+    model = models.open_model(config.model, compute_device())
     scores, predictions = score(
         model,
-        tokenizer,
-        records,
-        text,
+        exam,
+        vocabulary_size=models.vocabulary_size(tokenizer),
         batch_tokens=config.scoring.batch_tokens,
         teacher_predictions=config.scoring.teacher_predictions,
         log_every_seconds=config.log_every_seconds,
@@ -62,56 +53,23 @@ def run(config: EvaluateConfig) -> Scores:
 
 def score(
     model: models.Model,
-    tokenizer: Any,
-    records: Sequence[Record],
-    text: Text,
+    exam: Exam,
     *,
+    vocabulary_size: int,
     batch_tokens: int,
     teacher_predictions: str | None,
     log_every_seconds: float,
 ) -> tuple[Scores, pl.DataFrame]:
     """Scores over all records, and one row a record: what was predicted and how likely everything was."""
     model.eval()
-    items = [item for record in records for item in _items(record, tokenizer, text)]
-    log_probs = _log_probs(model, items, len(tokenizer), batch_tokens, log_every_seconds)
-    predictions = _predictions(records, items, log_probs)
+    log_probs = _log_probs(model, exam.items, vocabulary_size, batch_tokens, log_every_seconds)
+    predictions = _predictions(exam, log_probs)
     if teacher_predictions is not None:
-        predictions = _with_teacher(predictions, one_path(teacher_predictions, "scoring.teacher_predictions"))
+        predictions = predictions.with_columns(teacher_predicted=teacher_choices(exam, teacher_predictions))
     return _scores(predictions), predictions
 
 
-# ------------------------------------------------------------------------------- what has to be scored
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Item:
-    """One continuation of one record: the tokens read and the (position, token) pairs to score."""
-
-    record_id: int
-    choice: int | None
-    """None: the record's own targets, for the negative log-likelihood."""
-    ids: tuple[int, ...]
-    pairs: Pairs
-
-
-def _items(record: Record, tokenizer: Any, text: Text) -> Iterator[_Item]:
-    if record.completion is not None:
-        own = segments([record], text, tokenizer, Rejections(skip=False), window=1 << 30)
-        for segment in own:
-            pairs = tuple((s, t) for s, t in segment.targets if t != UNKNOWN_TARGET)
-            yield _Item(record_id=record.record_id, choice=None, ids=segment.ids[: pairs[-1][0] + 1], pairs=pairs)
-    if not record.choices:
-        return
-    if record.prompt is None:
-        raise InputError(f"{record.where}: expected a prompt beside the choices, found none; add one")
-    prompt = tuple(tokenizer(record.prompt, add_special_tokens=not record.templated)["input_ids"])
-    for index, choice in enumerate(record.choices):
-        ids = tuple(tokenizer(choice, add_special_tokens=False)["input_ids"])
-        pairs = tuple((len(prompt) - 1 + j, token) for j, token in enumerate(ids))
-        yield _Item(record_id=record.record_id, choice=index, ids=prompt + ids[:-1], pairs=pairs)
-
-
-def _merged(items: Sequence[_Item]) -> tuple[list[Segment], list[tuple[int, int]]]:
+def _merged(items: Sequence[Item]) -> tuple[list[Segment], list[tuple[int, int]]]:
     """Segments to forward, and for each item its (segment, first pair in it).
 
     An item whose tokens begin another item of the same record is read off that one's positions: eleven
@@ -142,14 +100,11 @@ def _merged(items: Sequence[_Item]) -> tuple[list[Segment], list[tuple[int, int]
 
 @torch.inference_mode()
 def _log_probs(
-    model: models.Model, items: Sequence[_Item], vocabulary_size: int, batch_tokens: int, log_every_seconds: float
+    model: models.Model, items: Sequence[Item], vocabulary_size: int, batch_tokens: int, log_every_seconds: float
 ) -> list[list[float]]:
     """Log-probability (nats) of every pair of every item."""
     merged, places = _merged(items)
     window = max(SHORTEST_WINDOW, max(len(segment.ids) for segment in merged))
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and window > longest and window > SHORTEST_WINDOW:
-        raise InputError(f"a held-out record has {window} tokens: expected at most {longest}, the model's positions")
     device = next(model.parameters()).device
     found: dict[int, list[float]] = {}
     sequences = list(pack(merged, window=window))
@@ -187,25 +142,16 @@ def _pair_log_probs(
 # ----------------------------------------------------------------------------------- what came of it
 
 
-def record_key(record: Record) -> bytes:
-    """16 bytes over all that a prediction answers to: predictions of two models are joined by it."""
-    parts = [record.prompt or "", record.completion or "", *record.choices, str(record.answer)]
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
-    return digest.digest()
-
-
-def _predictions(records: Sequence[Record], items: Sequence[_Item], log_probs: list[list[float]]) -> pl.DataFrame:
-    own: dict[int, list[float]] = {record.record_id: [] for record in records}
-    choices: dict[int, list[float]] = {record.record_id: [] for record in records}
-    for item, values in zip(items, log_probs, strict=True):
+def _predictions(exam: Exam, log_probs: list[list[float]]) -> pl.DataFrame:
+    own: dict[int, list[float]] = {record.record_id: [] for record in exam.records}
+    choices: dict[int, list[float]] = {record.record_id: [] for record in exam.records}
+    for item, values in zip(exam.items, log_probs, strict=True):
         if item.choice is None:
             own[item.record_id] += values
         else:
             choices[item.record_id].append(sum(values))
     rows = []
-    for record in records:
+    for record in exam.records:
         likelihoods = choices[record.record_id]
         predicted = likelihoods.index(max(likelihoods)) if likelihoods else None
         scored = predicted is not None and record.answer is not None
@@ -234,14 +180,18 @@ def _predictions(records: Sequence[Record], items: Sequence[_Item], log_probs: l
     return pl.DataFrame(rows, schema=schema)
 
 
-def _with_teacher(predictions: pl.DataFrame, path: Path) -> pl.DataFrame:
-    teacher = pl.read_parquet(path).select("record_key", teacher_predicted="predicted").unique("record_key")
-    joined = predictions.join(teacher, on="record_key", how="left", maintain_order="left")
-    unknown = joined.filter(pl.col("predicted").is_not_null() & pl.col("teacher_predicted").is_null()).height
+def teacher_choices(exam: Exam, predictions: str) -> pl.Series:
+    """The teacher's choice on each record, joined by what the record says, never by its position."""
+    path = one_path(predictions, "scoring.teacher_predictions")
+    teacher = pl.read_parquet(path).select("record_key", "predicted").unique("record_key")
+    mine = pl.DataFrame({"record_key": [record_key(record) for record in exam.records]})
+    joined = mine.join(teacher, on="record_key", how="left", maintain_order="left")["predicted"]
+    asked = pl.Series([bool(record.choices) for record in exam.records])
+    unknown = int((joined.is_null() & asked).sum())
     if unknown:
         raise InputError(
-            f"{path}: expected the teacher's prediction for each of {predictions.height} records, found none for "
-            f"{unknown}; score the teacher on the same text"
+            f"{path}: expected the teacher's prediction for each of {len(asked)} records, found none for {unknown}; "
+            "score the teacher on the same text"
         )
     return joined
 

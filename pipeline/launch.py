@@ -5,6 +5,7 @@ No DeepSpeed and no CUDA here: a sweep's driver lives through many runs.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,15 @@ from pipeline import config as configs
 from pipeline import manifest as manifests
 from pipeline import models
 from pipeline.config import TrainConfig
-from pipeline.corpus import known_sequences
-from pipeline.dataset import micro_batches_per_step
-from pipeline.runtime import (
-    RunPaths,
-    content_hash,
-    file_hash,
-    log,
-    one_path,
-    start_logging,
-    write_json,
-)
-from pipeline.text import open_text, survey
+from pipeline.corpus import survey, text_hash
+from pipeline.dataset import fitting_micro_batch
+from pipeline.evaluate import teacher_choices
+from pipeline.exam import open_exam
+from pipeline.files import RunPaths, content_hash, one_path, write_json
+from pipeline.runtime import log, start_logging
+from pipeline.text import open_text
 from pipeline.topk import temperature_index
-from pipeline.types import InputError
+from pipeline.types import InputError, RunFailed
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on
 PATIENCE_SECONDS = 60.0  # how long to wait for the ranks of a driver that was killed to notice
@@ -52,33 +49,45 @@ CPU_MEMORY = {
 
 
 class Stopped(SystemExit):
-    """The run was stopped on request and can go on."""
+    """The run was stopped on request and can go on; a sweep ends with it."""
 
 
 def train(config: TrainConfig) -> float | None:
     """Bring one run to its result, from nothing or from where it stands; returns dev (else test) accuracy."""
     start_logging()
     configs.check_train(config)
+    ranks = num_processes(config)
+    fitting_micro_batch(config.global_batch, world_size=ranks, at_most=config.micro_batch)
     identity = identify(config)
     paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
-    if paths.result.exists():
-        log.info("%s is finished; nothing to do", paths.folder)
-        return objective(paths)
-    paths.folder.mkdir(parents=True, exist_ok=True)
-    wait_until_free(paths)
+    if not paths.result.exists():
+        check_checkpoint(paths, world_size=ranks, zero_stage=config.deepspeed.zero_stage)
+        paths.folder.mkdir(parents=True, exist_ok=True)
+        with alone(paths) as lock:
+            if not paths.result.exists():  # else somebody finished it while we waited
+                bring_to_result(config, identity, paths, ranks, lock)
+                return objective(paths)
+    log.info("%s is finished; nothing to do", paths.folder)
+    return objective(paths)
+
+
+def bring_to_result(config: TrainConfig, identity: dict[str, Any], paths: RunPaths, ranks: int, lock: int) -> None:
+    """Run the ranks until there is a result; Stopped if asked to stop, RunFailed if they end without one."""
     paths.stop.unlink(missing_ok=True)
     write_json(paths.identity, identity)
     configs.save(config, paths.config)
     log.info("%s: %s", "going on with" if paths.published.exists() else "starting", paths.folder)
-    exit_code = run_ranks(config, paths)
+    exit_code = run_ranks(paths, ranks, lock)
+    stopped = paths.stop.exists()
+    paths.stop.unlink(missing_ok=True)
     if paths.result.exists():
         log.info("finished: %s", paths.folder)
-        return objective(paths)
-    if exit_code == 0 and paths.stop.exists():
+    elif stopped and exit_code == 0:
         log.info("stopped: %s; the same command goes on from its checkpoint", paths.folder)
+    else:
+        raise RunFailed(f"{paths.folder} failed (exit code {exit_code}); the reason stands above and in {paths.log}")
+    if stopped:
         raise Stopped(EXIT_STOPPED)
-    log.error("%s failed (exit code %d); its last lines stand above and in %s", paths.folder, exit_code, paths.log)
-    raise SystemExit(exit_code or 1)
 
 
 def identify(config: TrainConfig) -> dict[str, Any]:
@@ -86,24 +95,38 @@ def identify(config: TrainConfig) -> dict[str, Any]:
 
     Reads and checks every input on the way, so that a bad one stops here, before any model loads.
     """
-    folder = models.model_folder(config.student.path, revision=config.student.revision)
-    tokenizer = models.load_tokenizer(folder, trust_remote_code=config.student.trust_remote_code)
+    folder, tokenizer = models.open_tokenizer(config.student)
     models.check_window(folder, config.window)
     identity: dict[str, Any] = {
         "options": configs.result_options(config),
-        "student": [models.weights_hash(folder), models.tokenizer_hash(tokenizer), tokenizer.chat_template],
+        "student": [models.weights_hash(folder), models.tokenizer_hash(tokenizer), models.text_rules(tokenizer)],
     }
     if config.cache is not None and config.gold_fraction < 1:
         identity["cache"] = check_cache(config, folder, tokenizer)
-    for split, text in (("gold", config.gold), ("dev", config.dev), ("test", config.test)):
-        if text is not None:
-            identity[split] = survey(open_text(text, split), tokenizer).sha256
     if config.gold is not None and config.gold_fraction > 0:
-        known_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
-    if config.scoring.teacher_predictions is not None:
-        path = one_path(config.scoring.teacher_predictions, "scoring.teacher_predictions")
-        identity["teacher_predictions"] = file_hash(path)
+        gold = open_text(config.gold, "gold")
+        identity["gold"] = survey(gold, tokenizer, window=config.window, require_targets=True).sha256
+    for split, held_out in (("dev", config.dev), ("test", config.test)):
+        if held_out is not None:
+            text = open_text(held_out, split)
+            exam = open_exam(text, tokenizer, longest=models.longest_sequence(folder))
+            identity[split] = text_hash(text)
+            if split == "test" and config.scoring.teacher_predictions is not None:
+                identity["teacher_predictions"] = teacher_choices(exam, config.scoring.teacher_predictions).to_list()
     return identity
+
+
+def check_checkpoint(paths: RunPaths, *, world_size: int, zero_stage: int) -> None:
+    """Refuse a checkpoint that these ranks cannot load, before they start."""
+    if not paths.published.exists() or paths.model.exists():
+        return
+    published = json.loads(paths.published.read_text())
+    found = (published["world_size"], published["zero_stage"])
+    if found != (world_size, zero_stage):
+        raise InputError(
+            f"{paths.published}: expected a checkpoint of {world_size} ranks at ZeRO {zero_stage}, found one of "
+            f"{found[0]} ranks at ZeRO {found[1]}; go on with those, or delete {paths.checkpoints} to begin again"
+        )
 
 
 def check_cache(config: TrainConfig, folder: Path, tokenizer: Any) -> str:
@@ -129,11 +152,9 @@ def num_processes(config: TrainConfig) -> int:
     return max(torch.cuda.device_count(), 1)
 
 
-def run_ranks(config: TrainConfig, paths: RunPaths) -> int:
+def run_ranks(paths: RunPaths, ranks: int, lock: int) -> int:
     """Start the ranks under torchrun and wait for them; a signal to this process asks them to stop."""
-    ranks = num_processes(config)
-    micro_batches_per_step(config.global_batch, world_size=ranks, micro_batch=config.micro_batch)
-    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // ranks, 1))}
+    threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1))}
     defaults = threads if torch.cuda.is_available() else threads | CPU_MEMORY
     environment = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -141,32 +162,37 @@ def run_ranks(config: TrainConfig, paths: RunPaths) -> int:
 
     def ask_to_stop(number: int, frame: object) -> None:
         paths.stop.touch()
+        log.info("asked to stop: the ranks save at their next step and leave")
 
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.signal(number, ask_to_stop) for number in handled}
     try:
-        # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file
-        return subprocess.Popen(command, env=environment, start_new_session=True).wait()
+        # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; the lock goes
+        # along, so that it is held until the last rank has left even if this process is killed
+        return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(lock,)).wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def wait_until_free(paths: RunPaths) -> None:
-    """Wait for ranks whose driver was killed: they notice at their next step, save and leave."""
+@contextlib.contextmanager
+def alone(paths: RunPaths) -> Iterator[int]:
+    """Hold a run folder's lock; waits for ranks whose driver was killed, which notice, save and leave."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     with paths.lock.open("a") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                break
             except OSError:
                 if time.monotonic() > deadline:
                     raise InputError(
                         f"{paths.folder}: expected nobody at work there, found {paths.lock.name} held for "
                         f"{PATIENCE_SECONDS:.0f} s; wait for that run or stop it"
                     ) from None
-                time.sleep(0.5)
+                log.info("%s: somebody is at work there; waiting", paths.folder)
+                time.sleep(2.0)
+        yield file.fileno()
 
 
 def objective(paths: RunPaths) -> float | None:

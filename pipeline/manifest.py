@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime import content_hash, file_hash, sync_folder, write_json
+from pipeline.files import content_hash, file_hash, sync_folder, write_json
 from pipeline.schema import describe
 from pipeline.types import InputError, Manifest, ShardInfo
 

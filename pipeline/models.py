@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.runtime import content_hash, file_hash, one_path
+from pipeline.config import ModelConfig
+from pipeline.files import content_hash, file_hash, one_path
 from pipeline.types import InputError
 
 Model = Any  # a transformers causal language model; its library leaves too much of it untyped to say more
@@ -20,7 +21,7 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def model_folder(path: str, *, revision: str | None = None) -> Path:
+def model_folder(path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
     """The local folder of a model: a folder, a glob matching one, or a hub name (downloaded, then local)."""
     if Path(path).is_dir():
         return Path(path)
@@ -28,7 +29,7 @@ def model_folder(path: str, *, revision: str | None = None) -> Path:
         return one_path(path, "model path")
     try:
         # weights only as safetensors: a pickle from a stranger is never even downloaded
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"] + ["*.py"] * with_code
         return Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (
         huggingface_hub.errors.HfHubHTTPError,
@@ -45,6 +46,24 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
+def open_tokenizer(config: ModelConfig) -> tuple[Path, Any]:
+    """From options to values: the local folder of a model, and its tokenizer."""
+    folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
+    return folder, load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+
+
+def open_model(config: ModelConfig, device: torch.device) -> Model:
+    """From options to a value: the model they describe, on a device."""
+    return load_model(
+        model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code),
+        dtype=config.dtype.name,
+        device=device,
+        attention=config.attention,
+        num_layers=config.num_layers,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def load_model(
     folder: Path,
     *,
@@ -54,7 +73,10 @@ def load_model(
     num_layers: int | None = None,
     trust_remote_code: bool = False,
 ) -> Model:
-    """The causal language model of a folder, cut to its first layers if asked; no weight is left random."""
+    """The causal language model of a folder, cut to its first layers if asked; no weight is left random.
+
+    Refuses an architecture in which packed segments see each other or whose logits we do not know to make.
+    """
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:
@@ -76,8 +98,10 @@ def load_model(
     if loading["missing_keys"] or loading["mismatched_keys"]:
         wrong = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
         raise InputError(f"{folder}: expected a weight for every parameter, found none that fits {wrong[:5]}")
+    model = model.to(device).eval()
     check_logits_path(model)
-    return model.to(device)
+    check_packing(model)
+    return model
 
 
 def hidden_states(model: Model, input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
@@ -102,17 +126,14 @@ def logits(model: Model, hidden_NH: Tensor, vocabulary_size: int) -> Tensor:
     return logits_NV
 
 
+@torch.no_grad()
 def check_logits_path(model: Model) -> None:
     """Refuse an architecture whose own forward does something between hidden states and logits that we do not."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        ids_BS = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.vocab_size
-        positions_BS = torch.arange(8, device=ids_BS.device)[None]
-        theirs = model(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).logits[0].float()
-        hidden_BSH = hidden_states(model, ids_BS, positions_BS)
-        ours = logits(model, hidden_BSH[0], theirs.shape[1]).float()
-    model.train(was_training)
+    ids_BS = torch.arange(3, 11, device=model.device)[None] % model.config.vocab_size
+    positions_BS = torch.arange(8, device=model.device)[None]
+    theirs = model(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).logits[0].float()
+    hidden_BSH = hidden_states(model, ids_BS, positions_BS)
+    ours = logits(model, hidden_BSH[0], theirs.shape[1]).float()
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2):
         worst = (ours - theirs).abs().max().item()
         raise InputError(
@@ -121,10 +142,37 @@ def check_logits_path(model: Model) -> None:
         )
 
 
+@torch.no_grad()
+def check_packing(model: Model) -> None:
+    """Refuse an architecture (or attention kernel) in which one packed segment sees another.
+
+    Two rows of three segments; the middle one changes, and the others must not, to the last bit. Models that do not
+    mask by position ids (ALiBi, state spaces, positions of their own) fail here instead of training wrongly.
+    """
+    positions_S = torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1], device=model.device)
+    first_BS = (torch.arange(18, device=model.device).reshape(2, 9) * 7 + 3) % model.config.vocab_size
+    second_BS = first_BS.clone()
+    second_BS[:, 3:7] = (second_BS[:, 3:7] + 11) % model.config.vocab_size
+    one, other = (hidden_states(model, ids_BS, positions_S.expand(2, -1)) for ids_BS in (first_BS, second_BS))
+    outside = torch.tensor([0, 1, 2, 7, 8], device=model.device)
+    if not torch.equal(one[:, outside], other[:, outside]):
+        raise InputError(
+            f"{type(model).__name__}: expected packed segments not to see each other, found that they do "
+            f"(attention {model.config._attn_implementation}); try attention=sdpa or eager, or another architecture"
+        )
+
+
+def longest_sequence(folder: Path) -> int | None:
+    """The positions that a model knows, or None if it does not say."""
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder}: expected a model in Hugging Face layout, found no config.json; check the path")
+    config = json.loads((folder / "config.json").read_text())
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
 def check_window(folder: Path, window: int) -> None:
     """Refuse a window longer than the positions that a model knows."""
-    config = json.loads((folder / "config.json").read_text())
-    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    longest = longest_sequence(folder)
     if longest is not None and window > longest:
         raise InputError(f"window: expected at most {longest} (the positions of {folder}), found {window}")
 
@@ -142,6 +190,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
     state.pop("truncation", None)
     state.pop("padding", None)
     return content_hash(state)
+
+
+def text_rules(tokenizer: Any) -> dict[str, Any]:
+    """What else decides how text becomes ids: part of a fingerprint, not of whether two models can share ids."""
+    return {"chat_template": tokenizer.chat_template, "end_token_id": tokenizer.eos_token_id}
 
 
 def check_same_tokenizer(teacher_hash: str, student_hash: str, *, cache: str, student: str) -> None:

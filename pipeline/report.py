@@ -11,13 +11,15 @@ import polars as pl
 
 from pipeline import config as configs
 from pipeline.config import ReportConfig, TrainConfig
-from pipeline.runtime import RunPaths, log, start_logging
+from pipeline.files import RunPaths, content_hash
+from pipeline.runtime import log, start_logging
 from pipeline.statistics import performance_gap_recovered
 from pipeline.types import InputError
 
 SCHEMA = {
     "experiment": pl.String,
     "seed": pl.Int64,
+    "settings": pl.String,
     "lm_weight": pl.Float64,
     "kd_weight": pl.Float64,
     "gold_fraction": pl.Float64,
@@ -40,7 +42,7 @@ def run(config: ReportConfig) -> pl.DataFrame:
     folders = sorted({Path(name) for pattern in config.runs for name in glob.glob(pattern)})
     table = with_pgr(read_runs(folders, config.runs))
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4, tbl_hide_dataframe_shape=True):
-        print(table.drop("run_dir", "gold_fraction"))
+        print(table.drop("run_dir", "gold_fraction", "settings", "train_seconds"))
     for line in conclusions(table):
         print(line)
     if config.out is not None:
@@ -55,6 +57,7 @@ def run(config: ReportConfig) -> pl.DataFrame:
 def read_runs(folders: list[Path], patterns: list[str]) -> pl.DataFrame:
     """A row a finished run with a test score; unfinished ones are named, not hidden."""
     rows: list[dict[str, Any]] = []
+    tests: dict[str | None, list[str]] = {}
     for paths in (RunPaths(folder=folder) for folder in folders):
         if not paths.config.exists():
             continue
@@ -63,19 +66,25 @@ def read_runs(folders: list[Path], patterns: list[str]) -> pl.DataFrame:
             continue
         config = configs.load(paths.config, TrainConfig)
         result = json.loads(paths.result.read_text())
-        rows.append(_row(config, result, paths.folder))
+        identity = json.loads(paths.identity.read_text())
+        rows.append(_row(config, result, identity, paths.folder))
+        tests.setdefault(identity.get("test"), []).append(str(paths.folder))
     if not rows:
         raise InputError(f"runs: expected finished run folders, found none in {patterns}; train with scripts/train.py")
+    if len(tests) > 1:
+        shown = "; ".join(", ".join(folders) for folders in tests.values())
+        raise InputError(f"runs: expected one test text, found {len(tests)}: {shown}; report them apart, with runs=")
     rank = pl.col("experiment").replace_strict(ORDER, range(len(ORDER)), default=len(ORDER))
     return pl.DataFrame(rows, schema=SCHEMA).sort(rank, "experiment", "kd_weight", "lm_weight", "seed")
 
 
-def _row(config: TrainConfig, result: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _row(config: TrainConfig, result: dict[str, Any], identity: dict[str, Any], folder: Path) -> dict[str, Any]:
     test = result.get("test") or {}
     accuracy, count = test.get("accuracy"), test.get("num_choice_records") or 0
     return {
         "experiment": config.name,
         "seed": config.seed,
+        "settings": content_hash([config.name, {**identity, "options": {**identity["options"], "seed": 0}}])[:8],
         "lm_weight": config.loss.lm.weight,
         "kd_weight": config.loss.kd.weight,
         "gold_fraction": config.gold_fraction,
@@ -92,9 +101,14 @@ def _row(config: TrainConfig, result: dict[str, Any], folder: Path) -> dict[str,
 
 
 def mean_accuracy(table: pl.DataFrame, experiment: str) -> float | None:
-    """Mean accuracy over the runs of an experiment, or None if it has none."""
-    values = table.filter(pl.col("experiment") == experiment)["accuracy"].drop_nulls()
-    return float(values.mean()) if len(values) else None  # type: ignore[arg-type]
+    """Mean accuracy over the seeds of an experiment, or None if it has no run; refuses to mix settings."""
+    runs = table.filter(pl.col("experiment") == experiment).drop_nulls("accuracy")
+    if runs["settings"].n_unique() > 1:
+        raise InputError(
+            f"runs: expected one setting of {experiment} to measure the gap by, found {runs['settings'].n_unique()}: "
+            f"{', '.join(runs['run_dir'])}; name the right ones in runs="
+        )
+    return float(runs["accuracy"].mean()) if len(runs) else None  # type: ignore[arg-type]
 
 
 def with_pgr(table: pl.DataFrame) -> pl.DataFrame:
@@ -112,15 +126,20 @@ def with_pgr(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def conclusions(table: pl.DataFrame) -> list[str]:
-    """The four numbers that a weak-to-strong result stands on, in words."""
-    names = {"teacher": "weak score", "gold_only": "floor", "combined": "combined", "ceiling": "ceiling"}
-    means = {name: mean_accuracy(table, name) for name in names}
-    lines = [f"{names[name]:<11} {value:.4f}" for name, value in means.items() if value is not None]
-    weak, floor, combined, ceiling = means.values()
-    if combined is not None and floor is not None:
-        lines.append(f"gain over the floor {combined - floor:+.4f}")
-    if weak is not None and combined is not None and ceiling is not None:
-        pgr = performance_gap_recovered(combined, weak=weak, ceiling=ceiling)
-        shown = "undefined: the ceiling does not lie above the weak score" if pgr is None else f"{pgr:.3f}"
-        lines.append(f"performance gap recovered (PGR) {shown}")
+    """The numbers that a weak-to-strong result stands on, in words: one line a setting, averaged over its seeds."""
+    names = {"teacher": "weak score", "gold_only": "floor", "ceiling": "ceiling"}
+    weak, floor, ceiling = (mean_accuracy(table, experiment) for experiment in names)
+    means = zip(names.values(), (weak, floor, ceiling), strict=True)
+    lines = [f"{name:<12} {value:.4f}" for name, value in means if value is not None]
+    students = table.filter(~pl.col("experiment").is_in(list(names))).drop_nulls("accuracy")
+    for (experiment, _), runs in students.group_by("experiment", "settings", maintain_order=True):
+        accuracy = float(runs["accuracy"].mean())  # type: ignore[arg-type]
+        line = f"{experiment:<12} {accuracy:.4f}  lm {runs['lm_weight'][0]:g}, kd {runs['kd_weight'][0]:g}"
+        line += f", {len(runs)} seed{'s' * (len(runs) > 1)}"
+        if floor is not None:
+            line += f"; over the floor {accuracy - floor:+.4f}"
+        if weak is not None and ceiling is not None:
+            pgr = performance_gap_recovered(accuracy, weak=weak, ceiling=ceiling)
+            line += "; PGR undefined: the ceiling is not above the weak score" if pgr is None else f"; PGR {pgr:.3f}"
+        lines.append(line)
     return lines

@@ -1,11 +1,9 @@
-"""Where this process stands: rank and device, files of a run, atomic writes, log lines, the progress bar."""
+"""Where this process stands: rank and device, requests to stop, log lines, the progress bar."""
 
 from __future__ import annotations
 
 import contextlib
-import glob
-import hashlib
-import json
+import gc
 import logging
 import os
 import signal
@@ -15,13 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
 from tqdm import tqdm
-
-from pipeline.types import InputError
 
 log = logging.getLogger("pipeline")
 
@@ -31,10 +26,9 @@ def start_logging(file: Path | None = None, *, level: int = logging.INFO) -> Non
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if file is not None:
         handlers.append(logging.FileHandler(file))
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True
-    )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    form = "%(asctime)s %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, datefmt="%H:%M:%S", handlers=handlers, force=True)
+    log.setLevel(level)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +70,6 @@ def ranks_from_environment() -> Iterator[Ranks]:
     device = compute_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
@@ -86,113 +78,11 @@ def ranks_from_environment() -> Iterator[Ranks]:
         torch.distributed.destroy_process_group()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunPaths:
-    """Every file name of a run folder."""
-
-    folder: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.folder / "config.yaml"
-
-    @property
-    def identity(self) -> Path:
-        """The run's hash and all it was made of."""
-        return self.folder / "identity.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held by rank 0 while it works."""
-        return self.folder / "lock"
-
-    @property
-    def stop(self) -> Path:
-        """Exists when somebody wants the run to save and leave."""
-        return self.folder / "stop-requested"
-
-    @property
-    def log(self) -> Path:
-        """Rank 0's log lines."""
-        return self.folder / "log.txt"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a step."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """DeepSpeed's checkpoints, one folder a step."""
-        return self.folder / "checkpoints"
-
-    @property
-    def published(self) -> Path:
-        """Names the newest whole checkpoint; replaced atomically."""
-        return self.checkpoints / "published.json"
-
-    @property
-    def model(self) -> Path:
-        """The trained student with its tokenizer, as `from_pretrained` reads it."""
-        return self.folder / "model"
-
-    def predictions(self, split: str) -> Path:
-        """One row a held-out record of dev or test."""
-        return self.folder / f"predictions-{split}.parquet"
-
-    @property
-    def result(self) -> Path:
-        """Scores; exists only when the run is finished."""
-        return self.folder / "result.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a reader, or a crash, sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain data atomically as JSON for people: indented, keys in the given order."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder as durable as the files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def content_hash(value: Any) -> str:
-    """sha256 of plain data as canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def one_path(pattern: str, what: str) -> Path:
-    """The one existing path that a name or glob stands for."""
-    found = sorted(glob.glob(pattern))
-    if len(found) != 1:
-        listed = "nothing" if not found else ", ".join(found)
-        raise InputError(f"{what}: expected {pattern!r} to match one path, found {listed}; check or narrow it")
-    return Path(found[0])
+def release_memory() -> None:
+    """Give back what nothing refers to any more, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class StopRequest:
@@ -266,23 +156,3 @@ class Progress:
         """Leave the terminal tidy."""
         if self._bar is not None:
             self._bar.close()
-
-
-class Metrics:
-    """metrics.jsonl: one line a step, cut back to the steps that a resumed run will not do again."""
-
-    def __init__(self, file: Path, *, keep_steps: int) -> None:
-        self._file = file
-        rows = self.read(file) if file.exists() else []
-        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= keep_steps))
-
-    @staticmethod
-    def read(file: Path) -> list[dict[str, Any]]:
-        """All whole lines; the last may have been cut short by a crash."""
-        whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return [json.loads(line) for line in whole]
-
-    def append(self, figures: dict[str, Any]) -> None:
-        """One more step."""
-        with self._file.open("a") as file:
-            file.write(json.dumps(figures) + "\n")

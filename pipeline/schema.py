@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.runtime import file_hash
+from pipeline.files import file_hash
 from pipeline.types import Captured, ShardInfo, TokenSequence, TopK
 
 SCHEMA_VERSION = 1

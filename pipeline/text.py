@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import io
 import itertools
 import json
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import TextConfig
-from pipeline.runtime import file_hash
+from pipeline.runtime import log
 from pipeline.types import InputError, Record
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
@@ -40,6 +39,11 @@ class Rejections:
             raise InputError(f"{where}: {reason}; mend the record, or set malformed=skip to count such and go on")
         self.count += 1
 
+    def tell(self, what: str) -> None:
+        """Say how many were left out."""
+        if self.count:
+            log.warning("%s: %d malformed records skipped", what, self.count)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
@@ -56,16 +60,6 @@ class Text:
     skip_malformed: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
-    """What a text is, whatever its files are called."""
-
-    num_records: int
-    """Malformed ones included."""
-    sha256: str
-    """Over the hash of each file, in order."""
-
-
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -77,8 +71,13 @@ def open_text(config: TextConfig, what: str) -> Text:
         if not found:
             raise InputError(f"{what}: expected {pattern!r} to be a file, a folder or a glob, found nothing there")
         for path in found:
-            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-            files += [file for file in inside if file.is_file() and file.name.endswith(SUFFIXES)]
+            if path.is_dir():
+                files += [file for file in sorted(path.rglob("*")) if file.is_file() and file.name.endswith(SUFFIXES)]
+            elif path.name.endswith(SUFFIXES):
+                files.append(path)
+            else:
+                raise InputError(f"{what}: expected a file ending in {', '.join(SUFFIXES)}, found {path}")
+    files = list(dict.fromkeys(files))  # patterns may overlap; a file is read once
     if not files:
         raise InputError(f"{what}: expected files ending in {', '.join(SUFFIXES)}, found none in {config.files}")
     return Text(
@@ -91,29 +90,27 @@ def open_text(config: TextConfig, what: str) -> Text:
     )
 
 
-def survey(text: Text, tokenizer: Any) -> Survey:
-    """Parse every record once and hash the content, before anything expensive; refuses an empty text."""
-    rejections = Rejections(skip=text.skip_malformed)
-    num_records = sum(1 for _ in parse_records(raw_records(text.files), text, tokenizer, rejections))
-    if num_records == 0:
-        raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
-    joined = "".join(file_hash(file) for file in text.files)
-    return Survey(num_records=num_records + rejections.count, sha256=hashlib.sha256(joined.encode()).hexdigest())
-
-
 def raw_records(files: Sequence[Path]) -> Iterator[Raw]:
     """Place, kind and unparsed content of every record; blank lines are no records."""
     for file in files:
-        if file.name.endswith(".parquet"):
-            rows = itertools.chain.from_iterable(b.to_pylist() for b in pq.ParquetFile(file).iter_batches(1024))
-            yield from ((f"{file}, row {number}", "row", row) for number, row in enumerate(rows, 1))
-            continue
-        kind = "text" if file.suffix == ".txt" else "json"
-        compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
-        with pa.input_stream(str(file), compression=compression) as stream:
-            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
-                if line.strip():
-                    yield f"{file}, line {number}", kind, line
+        try:
+            yield from _parquet_rows(file) if file.name.endswith(".parquet") else _lines(file)
+        except (OSError, EOFError, pa.ArrowException) as error:
+            raise InputError(f"{file}: expected a readable file, found it damaged ({error}); replace it") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[Raw]:
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in pq.ParquetFile(file).iter_batches(1024))
+    return ((f"{file}, row {number}", "row", row) for number, row in enumerate(rows, 1))
+
+
+def _lines(file: Path) -> Iterator[Raw]:
+    kind = "text" if file.suffix == ".txt" else "json"
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
+    with pa.input_stream(str(file), compression=compression) as stream:
+        for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+            if line.strip():
+                yield f"{file}, line {number}", kind, line
 
 
 # -------------------------------------------------------------------------------------------- records
@@ -137,6 +134,7 @@ def read_records(text: Text, tokenizer: Any) -> list[Record]:
     records = list(parse_records(raw_records(text.files), text, tokenizer, rejections))
     if not records:
         raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
+    rejections.tell(text.what)
     return records
 
 
@@ -196,7 +194,10 @@ def _chat(messages: Any, tokenizer: Any) -> tuple[str, str | None]:
         raise InputError("expected a tokenizer with a chat template, because records hold messages, found none")
 
     def render(some: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=add_generation_prompt)
+        try:
+            return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program of its author's: it may raise anything
+            raise InputError(f"expected messages that the chat template accepts, found: {error}") from None
 
     if messages[-1]["role"] != "assistant":
         return render(messages, True), None
@@ -208,7 +209,7 @@ def _chat(messages: Any, tokenizer: Any) -> tuple[str, str | None]:
 
 def _choices(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[tuple[str, ...], int | None]:
     choices = row.get(columns["choices"]) or []
-    answer = row.get(columns["answer"])
+    answer = row.get(columns["answer"]) if choices else None
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
         raise InputError(f"column {columns['choices']!r}: expected a list of strings, found {choices!r}")
     if len(set(choices)) != len(choices):

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +22,24 @@ from pipeline import engine as engines
 from pipeline import models, ramps
 from pipeline.config import LossConfig, OptimizerConfig, TrainConfig
 from pipeline.corpus import known_sequences
-from pipeline.dataset import Mixture, micro_batches_per_step, prefetched
+from pipeline.dataset import Mixture, fitting_micro_batch, prefetched
 from pipeline.evaluate import score
+from pipeline.exam import open_exam
+from pipeline.files import Metrics, RunPaths, content_hash, one_path, sync_files, sync_folder, write_json
 from pipeline.losses import TermOptions, count_positions
 from pipeline.runtime import (
-    Metrics,
     Progress,
     Ranks,
-    RunPaths,
     StopRequest,
     compute_device,
     log,
-    one_path,
     ranks_from_environment,
+    release_memory,
     start_logging,
-    write_json,
 )
 from pipeline.shards import ShardReader
-from pipeline.text import open_text, read_records
-from pipeline.types import Batch, InputError, TrainState
+from pipeline.text import open_text
+from pipeline.types import Batch, TrainState
 
 
 def run(folder: Path) -> None:
@@ -51,46 +48,26 @@ def run(folder: Path) -> None:
     config = configs.load(paths.config, TrainConfig)
     stop = StopRequest(paths.stop)
     with ranks_from_environment() as ranks:
-        start_logging(paths.log if ranks.rank == 0 else None, level=logging.INFO if ranks.rank == 0 else logging.ERROR)
-        with held(paths.lock, ranks):
-            if not paths.model.exists() and not train(config, paths, ranks, stop):
-                return
         is_first = ranks.rank == 0
-    if is_first:  # the other ranks leave: what is scored is the exported folder, as its users will load it
-        finish(config, paths)
-
-
-@contextlib.contextmanager
-def held(lock: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold a run folder on rank 0, so that no two processes ever train in it."""
-    if ranks.rank != 0:
-        yield
-        return
-    with lock.open("w") as file:
+        start_logging(paths.log if is_first else None, level=logging.INFO if is_first else logging.ERROR)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"{lock}: expected nobody at work in this run folder, found it held; wait or stop it"
-            ) from None
-        yield
+            trained = paths.model.exists() or train(config, paths, ranks, stop)
+        except Exception:
+            log.exception("rank %d failed", ranks.rank)
+            raise
+    if trained and is_first:  # what is scored is the exported folder, as its users will load it
+        release_memory()
+        finish(config, paths)
 
 
 def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest) -> bool:
     """Train to the last step and export; False if asked to stop before (a checkpoint is saved then)."""
-    folder = models.model_folder(config.student.path, revision=config.student.revision)
-    tokenizer = models.load_tokenizer(folder, trust_remote_code=config.student.trust_remote_code)
+    _, tokenizer = models.open_tokenizer(config.student)
     mixture = open_mixture(config, tokenizer)
     num_steps = steps_of(config, mixture)
+    micro_batch = fitting_micro_batch(config.global_batch, world_size=ranks.world_size, at_most=config.micro_batch)
     torch.manual_seed(config.seed)
-    student = models.load_model(
-        folder,
-        dtype=config.student.dtype.name,
-        device=ranks.device,
-        attention=config.student.attention,
-        num_layers=config.student.num_layers,
-        trust_remote_code=config.student.trust_remote_code,
-    )
+    student = models.open_model(config.student, ranks.device)
     module = engines.StudentWithLoss(
         student.train(), vocabulary_size=models.vocabulary_size(tokenizer), terms=term_options(config.loss)
     )
@@ -99,20 +76,18 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
         module,
         zero_stage=zero_stage,
         dtype=config.student.dtype.name,
-        micro_batch=config.micro_batch,
-        accumulation=micro_batches_per_step(
-            config.global_batch, world_size=ranks.world_size, micro_batch=config.micro_batch
-        ),
+        micro_batch=micro_batch,
+        accumulation=config.global_batch // (ranks.world_size * micro_batch),
         max_grad_norm=config.optimizer.max_grad_norm,
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         epsilon=config.optimizer.epsilon,
         weight_decay=config.optimizer.weight_decay,
         overrides=config.deepspeed.overrides,
     )
-    state = engines.load_checkpoint(engine, paths, ranks, zero_stage=zero_stage)
+    state = engines.load_checkpoint(engine, paths)
     where = (ranks.world_size, ranks.device, zero_stage)
     log.info("step %d of %d, %d ranks on %s, ZeRO %d", state.step, num_steps, *where)
-    state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps)
+    state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps, micro_batch)
     if state.step < num_steps:
         return False
     export(engine, student, tokenizer, paths, ranks, zero_stage=zero_stage)
@@ -128,6 +103,7 @@ def take_steps(
     mixture: Mixture,
     state: TrainState,
     num_steps: int,
+    micro_batch: int,
 ) -> TrainState:
     """Optimizer steps until the last one or until somebody asks to stop; checkpoints at the steps that are due."""
     quiet, every_seconds = ranks.rank != 0, config.launcher.log_every_seconds
@@ -135,7 +111,7 @@ def take_steps(
         config.name, total=num_steps, unit=" steps", done=state.step, log_every_seconds=every_seconds, quiet=quiet
     )
     metrics = None if quiet else Metrics(paths.metrics, keep_steps=state.step)
-    place = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch": config.micro_batch}
+    place = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch": micro_batch}
     every = config.checkpoint.every_steps
     waiting_since = time.monotonic()
     with contextlib.closing(prefetched(mixture, range(state.step, num_steps), **place)) as stream:
@@ -168,7 +144,7 @@ def take_step(
     DeepSpeed averages gradients over ranks, so the loss is multiplied by their number.
     """
     # dropout is a function of the step, so that a resumed run draws the same
-    torch.manual_seed((config.seed << 40) + (step << 16) + ranks.rank)
+    torch.manual_seed(int(content_hash([config.seed, step, ranks.rank])[:15], 16))
     terms = term_options(config.loss)
     weights = weights_at(config.loss, step, num_steps)
     learning_rate = learning_rate_at(config.optimizer, step, num_steps)
@@ -274,26 +250,25 @@ def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ra
         unfinished = paths.model.with_name(".model.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         models.save_model(student, weights, tokenizer, unfinished)
+        sync_files(unfinished)
         unfinished.rename(paths.model)
+        sync_folder(paths.folder)
     ranks.wait()
 
 
 def finish(config: TrainConfig, paths: RunPaths) -> None:
     """Score the exported folder on dev and test, write the result, drop the checkpoints."""
-    tokenizer = models.load_tokenizer(paths.model)
-    model = models.load_model(
-        paths.model, dtype=config.student.dtype.name, device=compute_device(), attention=config.student.attention
-    )
+    exported = dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None)
+    _, tokenizer = models.open_tokenizer(exported)
+    model = models.open_model(exported, compute_device())
     result: dict[str, Any] = {"name": config.name, "seed": config.seed}
     for split, text in (("dev", config.dev), ("test", config.test)):
         if text is None:
             continue
-        opened = open_text(text, split)
         scores, predictions = score(
             model,
-            tokenizer,
-            read_records(opened, tokenizer),
-            opened,
+            open_exam(open_text(text, split), tokenizer, longest=models.longest_sequence(paths.model)),
+            vocabulary_size=models.vocabulary_size(tokenizer),
             batch_tokens=config.scoring.batch_tokens,
             teacher_predictions=config.scoring.teacher_predictions if split == "test" else None,
             log_every_seconds=config.launcher.log_every_seconds,

@@ -25,6 +25,10 @@ class InputError(ValueError):
     """What the user gave cannot be used: the message says what was expected, what was found and what to do."""
 
 
+class RunFailed(RuntimeError):
+    """A run ended without a result and not because it was asked to: a sweep goes on with its other runs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One line of input as text, before it is tokenized."""

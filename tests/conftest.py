@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers looks at it
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -18,7 +21,6 @@ from pipeline.config import TextConfig
 from pipeline.text import Text, open_text
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(2)
 
 LINES = [

@@ -28,6 +28,7 @@ def yaml_choices(group: str) -> list[str]:
 
 
 # Where each group is used: every file of a group is composed there.
+OWN = {"model": "path=some/folder", "text": "files=[some.jsonl]"}  # what own.yaml leaves to the user
 USES = [
     ("train", "experiment", "experiment"),
     ("train", "loss", "loss"),
@@ -49,10 +50,12 @@ def test_roots_compose(root: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("root", "key", "choice"), [(root, key, choice) for root, key, group in USES for choice in yaml_choices(group)]
+    ("root", "key", "group", "choice"),
+    [(root, key, group, choice) for root, key, group in USES for choice in yaml_choices(group)],
 )
-def test_every_yaml_composes_and_holds_together(root: str, key: str, choice: str) -> None:
-    config = composed(root, f"{key}={choice}")
+def test_every_yaml_composes_and_holds_together(root: str, key: str, group: str, choice: str) -> None:
+    said = [f"{key.split('@')[-1]}.{OWN[group]}"] if choice == "own" else []
+    config = composed(root, f"{key}={choice}", *said)
     if root == "capture":
         check_capture(config)
     if root == "train" and key != "loss":
@@ -122,6 +125,12 @@ def test_contradictions(name: str) -> None:
         (["loss.kd.weight=0", "loss.lm.weight=0"], "no term with a weight above 0 reads any text"),
         (["loss.kd.temperature=0"], "kd_temperature: expected more than 0"),
         (["experiment=gold_only", "loss.lm.on=[corpus]"], "no term with a weight above 0 reads any text"),
+        (["loss.kd.on=[gold,corpus]"], "loss.kd.on: expected [corpus], found gold in it"),
+        (["epochs=null", "steps=0"], "steps: expected at least 1, found 0"),
+        (["epochs=-1"], "epochs: expected more than 0, found -1"),
+        (["launcher.num_processes=0"], "num_processes: expected at least 1, found 0"),
+        (["optimizer.warmup_fraction=3"], "warmup_fraction: expected 0 to 1, found 3"),
+        (["optimizer.max_grad_norm=-1"], "max_grad_norm: expected at least 0, found -1"),
     ],
 )
 def test_contradictions_from_the_command_line(overrides: list[str], message: str) -> None:

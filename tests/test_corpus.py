@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 from pathlib import Path
@@ -14,9 +15,9 @@ from conftest import text_of, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import ColumnsConfig, Malformed, Targets
-from pipeline.corpus import Segment, collate_inputs, known_sequences, pack, sequence, sequences
-from pipeline.text import Rejections, raw_records, read_records, survey
+from pipeline.config import ColumnsConfig, Malformed, Targets, TextConfig
+from pipeline.corpus import Segment, collate_inputs, known_sequences, pack, sequence, sequences, survey
+from pipeline.text import Rejections, open_text, raw_records, read_records
 from pipeline.types import UNKNOWN_TARGET, InputError
 
 
@@ -160,7 +161,7 @@ def test_every_format_reads_the_same(tmp_path: Path) -> None:
     assert found == dict.fromkeys(("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.txt"), texts)
     assert len(read_records(text_of(tmp_path), Letters())) == 15  # a folder
     assert len(read_records(text_of(tmp_path / "*.jsonl*"), Letters())) == 9  # a glob
-    kinds = {survey(text_of(tmp_path / name), Letters()).num_records for name in found}
+    kinds = {survey(text_of(tmp_path / name), Letters(), window=16).num_records for name in found}
     assert kinds == {3}
 
 
@@ -194,7 +195,7 @@ def test_malformed_stops_with_place_and_reason_or_is_counted(name: str, tmp_path
         read_records(text_of(path), Letters())
     text = text_of(path, malformed=Malformed.skip)
     assert [record.record_id for record in read_records(text, Letters())] == [0, 2]  # ids do not shift
-    assert survey(text, Letters()).num_records == 3
+    assert survey(text, Letters(), window=16).num_records == 3
 
 
 LONG = {"prompt": "abcdefgh", "completion": "ijklmnop"}
@@ -217,8 +218,49 @@ def test_records_that_cannot_become_a_segment(row: Any, targets: Targets, messag
 
 def test_gold_without_targets(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "gold.jsonl", [{"prompt": "ab"}])
+    text = text_of(path, "gold", targets=Targets.next)
     with pytest.raises(InputError, match=r"gold.jsonl, line 1: expected a known target, found no completion"):
-        known_sequences(text_of(path, "gold", targets=Targets.next), Letters(), window=16)
+        known_sequences(text, Letters(), window=16)
+    with pytest.raises(InputError, match=r"gold.jsonl, line 1: expected a known target, found no completion"):
+        survey(text, Letters(), window=16, require_targets=True)
+
+
+def test_damaged_files_and_strange_names(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 999)[:-20])
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no parquet")
+    for name in ("a.jsonl.gz", "b.parquet"):
+        with pytest.raises(InputError, match=f"{name}: expected a readable file, found it damaged"):
+            read_records(text_of(tmp_path / name), Letters())
+    (tmp_path / "c.json").write_text("{}")
+    with pytest.raises(InputError, match=r"expected a file ending in \.jsonl, .*, found .*c\.json"):
+        text_of(tmp_path / "c.json")
+
+
+def test_a_file_that_two_patterns_name_is_read_once(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])
+    text = open_text(TextConfig(files=[str(path), f"{tmp_path}/*.jsonl", str(tmp_path)]), "corpus")
+    assert text.files == (path,)
+
+
+def test_a_tokenizer_without_an_end_token(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])
+    endless = Letters()
+    endless.eos_token_id = None
+    with pytest.raises(InputError, match="expected a tokenizer with an end token, found none; set end_token=false"):
+        survey(text_of(path), endless, window=16)
+
+
+def test_an_answer_without_choices_is_not_an_index(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "c", "answer": "c, of course"}])
+    assert read_records(text_of(path), Letters())[0].answer is None
+
+
+def test_a_chat_template_that_refuses(tmp_path: Path, tokenizer: Any) -> None:
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "weak"}]}])
+    with pytest.raises(InputError, match="expected messages that the chat template accepts, found: roles must"):
+        read_records(text_of(path), strict)
 
 
 def test_missing_and_empty(tmp_path: Path) -> None:
@@ -228,12 +270,12 @@ def test_missing_and_empty(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected files ending in \.jsonl, .*, found none"):
         text_of(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(InputError, match=r"corpus: expected records, found none in .*empty.jsonl"):
-        survey(text_of(tmp_path / "empty.jsonl"), Letters())
+    with pytest.raises(InputError, match=r"corpus: expected usable records, found none in .*empty.jsonl"):
+        survey(text_of(tmp_path / "empty.jsonl"), Letters(), window=16)
 
 
 def test_content_hash_ignores_names_and_sees_content(tmp_path: Path) -> None:
-    one = survey(text_of(write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])), Letters())
-    same = survey(text_of(write_lines(tmp_path / "b.jsonl", [{"text": "ab"}])), Letters())
-    other = survey(text_of(write_lines(tmp_path / "c.jsonl", [{"text": "ac"}])), Letters())
+    one = survey(text_of(write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])), Letters(), window=16)
+    same = survey(text_of(write_lines(tmp_path / "b.jsonl", [{"text": "ab"}])), Letters(), window=16)
+    other = survey(text_of(write_lines(tmp_path / "c.jsonl", [{"text": "ac"}])), Letters(), window=16)
     assert one.sha256 == same.sha256 != other.sha256

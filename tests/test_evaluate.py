@@ -14,22 +14,34 @@ import transformers
 from conftest import prompts, script, text_of, write_lines
 
 from pipeline import models
-from pipeline.config import Targets
+from pipeline.config import Malformed, Targets
 from pipeline.evaluate import score
-from pipeline.text import read_records
+from pipeline.exam import Exam, open_exam
 from pipeline.types import InputError, Scores
 
 
 def scored(folder: Path, path: Path, *, teacher: str | None = None, **settings: Any) -> tuple[Scores, pl.DataFrame]:
-    tokenizer = models.load_tokenizer(folder)
+    exam = exam_of(folder, path, **settings)
     model = models.load_model(folder, dtype="float32", device=torch.device("cpu"))
+    vocabulary_size = len(models.load_tokenizer(folder))
+    return score(
+        model,
+        exam,
+        vocabulary_size=vocabulary_size,
+        batch_tokens=300,
+        teacher_predictions=teacher,
+        log_every_seconds=60,
+    )
+
+
+def exam_of(folder: Path, path: Path, **settings: Any) -> Exam:
     text = text_of(path, "test", **{"targets": Targets.completion, **settings})
-    records = read_records(text, tokenizer)
-    return score(model, tokenizer, records, text, batch_tokens=300, teacher_predictions=teacher, log_every_seconds=60)
+    return open_exam(text, models.load_tokenizer(folder), longest=models.longest_sequence(folder))
 
 
 def alone(model: Any, tokenizer: Any, prompt: str, completion: str) -> list[float]:
     head, tail = tokenizer(prompt)["input_ids"], tokenizer(completion, add_special_tokens=False)["input_ids"]
+    tail = [*tail, tokenizer.eos_token_id]
     with torch.no_grad():
         logits_SV = model(input_ids=torch.tensor([head + tail])).logits[0, :, : len(tokenizer)]
     log_p_SV = torch.log_softmax(logits_SV.double(), dim=1)
@@ -40,7 +52,7 @@ def test_choices_of_one_and_of_several_tokens(student: Path, tmp_path: Path) -> 
     rows = prompts(7, labeled=True)
     rows[3]["choices"] = [" weak", " weak model", " weak model supervises", "x"]  # each begins the next
     rows[3] |= {"answer": 1, "completion": " weak model"}
-    _, table = scored(student, write_lines(tmp_path / "a.jsonl", rows), end_token=False)
+    _, table = scored(student, write_lines(tmp_path / "a.jsonl", rows))
     model = transformers.AutoModelForCausalLM.from_pretrained(student).eval()
     tokenizer = models.load_tokenizer(student)
     for row, found in zip(rows, table.iter_rows(named=True), strict=True):
@@ -72,8 +84,32 @@ def test_plain_text_longer_than_the_batch_and_without_choices(student: Path, tmp
 
 def test_a_record_longer_than_the_model_is_refused(student: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "zq " * 300}])
-    with pytest.raises(InputError, match="a held-out record has .* tokens: expected at most 256"):
-        scored(student, path, targets=Targets.all)
+    with pytest.raises(InputError, match="line 1: expected at most 256 tokens, the model's positions, found"):
+        exam_of(student, path, targets=Targets.all)
+
+
+BAD = {
+    "nothing to score": ([{"prompt": "ab"}], {}, "expected records with targets or choices, found none"),
+    "choices beside text": ([{"text": "ab", "choices": ["c"]}], {"targets": Targets.all}, "expected a prompt beside"),
+    "one choice begins another": (
+        [{"prompt": "a", "choices": [" weak", " weak model"]}],
+        {"end_token": False},
+        "expected choices of which none begins another, found such; set end_token=true",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_asked_is_refused_before_a_model_loads(name: str, student: Path, tmp_path: Path) -> None:
+    rows, settings, message = BAD[name]
+    with pytest.raises(InputError, match=message):
+        exam_of(student, write_lines(tmp_path / "a.jsonl", rows), **settings)
+
+
+def test_malformed_held_out_records_are_skipped_if_asked(student: Path, tmp_path: Path) -> None:
+    rows = [*prompts(3, labeled=True), {"prompt": "zq " * 300, "completion": "x"}, "broken"]
+    exam = exam_of(student, write_lines(tmp_path / "a.jsonl", rows), malformed=Malformed.skip)
+    assert len(exam.records) == 3
 
 
 def test_agreement_is_joined_by_content_not_by_position(student: Path, teacher: Path, tmp_path: Path) -> None:

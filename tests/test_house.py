@@ -13,11 +13,11 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 FLOORS = [
     {"types"},
-    {"config", "runtime"},
+    {"config", "runtime", "files"},
     {"topk", "order", "ramps", "schema", "statistics", "claims"},
     {"losses", "manifest", "text", "models"},
     {"shards", "engine", "corpus"},
-    {"dataset", "teacher"},
+    {"dataset", "teacher", "exam"},
     {"evaluate"},
     {"capture", "train"},
     {"launch", "report", "command"},
@@ -25,7 +25,7 @@ FLOORS = [
 
 EVERYWHERE = set.union(*FLOORS)
 DOORS = {
-    "torch": EVERYWHERE - {"config", "command"},
+    "torch": EVERYWHERE - {"config", "command", "files"},
     "omegaconf": {"config", "command"},
     "hydra": {"command"},
     "tqdm": {"runtime"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,25 @@ def test_an_architecture_that_does_more_to_its_logits_is_refused() -> None:
     model.forward = sharper
     with pytest.raises(InputError, match=r"expected head\(hidden\) to equal the model's own logits"):
         models.check_logits_path(model)
+
+
+@pytest.mark.parametrize("name", ["Bloom", "OPT"])
+def test_an_architecture_that_leaks_between_packed_segments_is_refused(name: str) -> None:
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if name == "OPT":
+        sizes |= {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+    config = getattr(transformers, f"{name}Config")(**sizes, use_cache=False)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError, match="expected packed segments not to see each other, found that they do"):
+        models.check_packing(model)
+
+
+def test_the_end_token_and_the_chat_template_are_part_of_the_text_rules(tokenizer: Any) -> None:
+    before = models.text_rules(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<bos>"
+    assert models.text_rules(other) != before
+    assert models.tokenizer_hash(other) == models.tokenizer_hash(tokenizer)  # token ids mean the same
 
 
 def test_cut_to_the_first_layers_keeps_them(student: Path) -> None:

@@ -30,6 +30,8 @@ def make_run(folder: Path, name: str, accuracy: float | None, *, seed: int = 1, 
     configs.save(config, run_folder / "config.yaml")
     if accuracy is not None:
         test = {"num_records": 1000, "num_choice_records": 1000, "accuracy": accuracy, "nll": 0.5, "agreement": None}
+        identity = {"options": configs.result_options(config), "test": "same"}
+        (run_folder / "identity.json").write_text(json.dumps(identity))
         (run_folder / "result.json").write_text(json.dumps({"steps": 3, "train_seconds": 1.5, "test": test}))
 
 
@@ -51,14 +53,36 @@ def test_table_pgr_and_files(tmp_path: Path, capsys: pytest.CaptureFixture, capl
     assert pgr["ceiling1"] == pytest.approx(1.0)
     assert pgr["combined1"] == pytest.approx(-0.25)  # below the teacher: not clamped
     assert pgr["combined2"] == pytest.approx(1.25)  # above the ceiling: not clamped
-    assert "performance gap recovered (PGR) 0.500" in shown.out
-    assert "gain over the floor +0.2000" in shown.out
+    assert "combined     0.8000  lm 1, kd 1, 2 seeds; over the floor +0.2000; PGR 0.500" in shown.out
     columns = {"experiment", "seed", "kd_weight", "accuracy", "nll", "num_records", "run_dir"}
     for read, name in ((pl.read_csv, "report.csv"), (pl.read_parquet, "report.parquet")):
         found = read(tmp_path / "out" / name)
         assert columns <= set(found.columns)
         assert found.height == 7
     logging.getLogger().handlers.clear()
+
+
+def test_settings_are_never_averaged_into_one_number(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, accuracy in {"teacher": 0.6, "ceiling": 1.0}.items():
+        make_run(tmp_path, name, accuracy)
+    for kd_weight, accuracy in {0.0: 0.6, 0.5: 0.8, 1.0: 0.9}.items():
+        make_run(tmp_path, "combined", accuracy, kd_weight=kd_weight)
+    run(ReportConfig(runs=[f"{tmp_path}/*"]))
+    said = capsys.readouterr().out
+    for kd_weight, pgr in {"0": "0.000", "0.5": "0.500", "1": "0.750"}.items():
+        assert f"kd {kd_weight}, 1 seed; PGR {pgr}" in said
+    make_run(tmp_path, "teacher", 0.7, kd_weight=0.5)
+    with pytest.raises(InputError, match="expected one setting of teacher to measure the gap by, found 2"):
+        run(ReportConfig(runs=[f"{tmp_path}/*"]))
+
+
+def test_runs_scored_on_different_texts_are_not_compared(tmp_path: Path) -> None:
+    make_run(tmp_path, "teacher", 0.6)
+    make_run(tmp_path, "ceiling", 0.9)
+    (path,) = tmp_path.glob("ceiling*/identity.json")
+    path.write_text(path.read_text().replace("same", "other"))
+    with pytest.raises(InputError, match="expected one test text, found 2"):
+        run(ReportConfig(runs=[f"{tmp_path}/*"]))
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:

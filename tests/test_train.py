@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,7 +161,7 @@ def test_a_checkpoint_of_other_ranks_is_refused(student: Path, data: Path, cache
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     done = script("train", *arguments, "deepspeed.zero_stage=0", cwd=tmp_path, check=False)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "expected a checkpoint of 1 ranks at ZeRO 0, found one of 1 ranks at ZeRO 1" in done.stderr
 
 
@@ -178,6 +179,8 @@ def test_a_multirun_killed_in_the_middle_ends_with_all_results_and_nothing_twice
     done = script("train", *arguments, cwd=tmp_path)
     assert done.stderr.count("is finished; nothing to do") == 1
     assert done.stderr.count("going on with") == 1
+    resumed = int(re.findall(r"step (\d+) of 15,", done.stderr)[0])
+    assert resumed >= 2  # from its checkpoint, not from the beginning
     assert done.stderr.count("starting:") == 2
     results = list(tmp_path.glob("runs/*/result.json"))
     assert len(results) == 4
@@ -187,6 +190,39 @@ def test_a_multirun_killed_in_the_middle_ends_with_all_results_and_nothing_twice
         assert steps == list(range(1, 16))
     done = script("train", *arguments, cwd=tmp_path)
     assert done.stderr.count("is finished; nothing to do") == 4
+
+
+def test_one_failing_run_does_not_end_its_sweep(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(student, data, str(cache), steps=3)
+    done = script("train", *arguments, "optimizer.learning_rate=1e30,0.001", "-m", cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert "expected a finite loss, found" in done.stderr
+    assert "lower the learning rate" in done.stderr
+    assert len(list(tmp_path.glob("runs/*/result.json"))) == 1
+
+
+def test_stopped_while_it_starts_a_sweep_ends_and_goes_on(
+    student: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    arguments = [*train_arguments(student, data, str(cache), steps=4), "seed=1,2", "-m"]
+    process = start(arguments, tmp_path)
+    wait_for(lambda: list(tmp_path.glob("runs/*/config.yaml")), process)
+    process.send_signal(signal.SIGINT)  # long before the first step
+    assert process.wait(60) == 75
+    assert "asked to stop" in (tmp_path / "output.txt").read_text()
+    assert len(list(tmp_path.glob("runs/*"))) == 1
+    script("train", *arguments, cwd=tmp_path)
+    assert len(list(tmp_path.glob("runs/*/result.json"))) == 2
+
+
+def test_bf16_on_two_ranks(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
+    changes = {"student__dtype": "bfloat16", "launcher__num_processes": 2, "deepspeed__zero_stage": 2}
+    script("train", *train_arguments(student, data, str(cache), steps=12, **changes), cwd=tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    losses = losses_of(run)
+    assert losses[-1] < losses[0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")
+    assert model.dtype == torch.bfloat16
 
 
 def test_two_drivers_never_train_in_one_folder(
@@ -224,7 +260,11 @@ def test_refusals_before_any_rank_starts(student: Path, data: Path, cache: Path,
         ({"k": 9}, "k: expected 1 to 8 (captured in"),
         ({"loss__kd__temperature": 3.0}, "temperature: expected one of the captured [1.0, 2.0], found 3.0"),
         ({"cache": f"{cache.parent}"}, "cache: expected"),
-        ({"micro_batch": 3}, "global_batch: expected a multiple of ranks x micro_batch = 1 x 3, found 4"),
+        ({"launcher__num_processes": 3}, "global_batch: expected a multiple of the 3 ranks, found 4"),
+        (
+            {"test__targets": "next", "test__malformed": "skip", "test__files": f"[{tmp_path}/untold.jsonl]"},
+            "nothing to score",
+        ),
     ]
     for changes, message in cases:
         arguments = train_arguments(student, data, str(cache)) + [
@@ -234,4 +274,4 @@ def test_refusals_before_any_rank_starts(student: Path, data: Path, cache: Path,
         assert done.returncode == 2, (changes, done.stderr)
         assert message in done.stderr, (changes, done.stderr)
         assert "Traceback" not in done.stderr
-        assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
+        assert not (tmp_path / "runs").exists()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pipeline import config as configs
 from pipeline.config import TrainConfig
-from pipeline.runtime import RunPaths, StopRequest, ranks_from_environment, start_logging
+from pipeline.files import RunPaths
+from pipeline.runtime import StopRequest, ranks_from_environment, start_logging
 from pipeline.train import train
 
 if __name__ == "__main__":
