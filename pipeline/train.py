@@ -32,6 +32,7 @@ from pipeline.runtime import (
     Ranks,
     StopRequest,
     compute_device,
+    leave,
     log,
     ranks_from_environment,
     release_memory,
@@ -284,3 +285,4 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]))
+    leave()

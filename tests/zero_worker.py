@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline import config as configs
 from pipeline.config import TrainConfig
 from pipeline.files import RunPaths
-from pipeline.runtime import StopRequest, ranks_from_environment, start_logging
+from pipeline.runtime import StopRequest, leave, ranks_from_environment, start_logging
 from pipeline.train import train
 
 if __name__ == "__main__":
@@ -15,3 +15,4 @@ if __name__ == "__main__":
         for folder in sys.argv[1:]:
             paths = RunPaths(folder=Path(folder))
             assert train(configs.load(paths.config, TrainConfig), paths, ranks, StopRequest(paths.stop))
+    leave()
