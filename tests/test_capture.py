@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -175,14 +174,20 @@ def test_an_error_while_writing_leaves_nothing_behind(teacher: Path, data: Path,
 
 
 def test_a_commit_never_overwrites(teacher: Path, data: Path, tmp_path: Path) -> None:
-    cache = run(config_of(teacher, data / "corpus.jsonl", tmp_path))
+    """Two workers on one shard, one a little later and with other bits: the first stays, and stays vouched for."""
+    cache = run(config_of(teacher, data / "corpus.jsonl", tmp_path / "one"))
+    other = run(config_of(teacher, data / "corpus.jsonl", tmp_path / "two", k=7))
     info = manifests.committed(cache, 0)
     assert info is not None
-    temporary = cache / "shards" / ".tmp"
-    temporary.write_bytes(b"other bytes")
-    with pytest.raises(InputError, match="expected the bytes .* of a redone shard, found .*; delete the file"):
-        manifests.commit(cache, temporary, dataclasses.replace(info, sha256="0" * 64))
-    manifests.check_shard(cache, info)
+    temporary = cache / "shards" / ".late.tmp"
+    for without_info in (False, True):
+        shutil.copy(other / "shards" / "00000.parquet", temporary)
+        if without_info:
+            (cache / "shards" / "00000.json").unlink()
+        manifests.commit(cache, temporary, 0)
+        assert manifests.committed(cache, 0) == info
+        manifests.check_shard(cache, info)
+        assert not temporary.exists()
 
 
 @pytest.mark.parametrize("place", [0, 4, 1000, -9, -1])
