@@ -66,7 +66,8 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
     assert rows["step"].to_list() == list(range(1, 9))
     assert rows["lm_count"].sum() > 0
     assert rows["kd_count"].sum() > 0
-    assert (rows["loss"] - rows["lm"].fill_null(0) - rows["kd"].fill_null(0)).abs().max() < 1e-5
+    weighted = rows["lm_weight"] * rows["lm"].fill_null(0) + rows["kd_weight"] * rows["kd"].fill_null(0)
+    assert (rows["loss"] - weighted).abs().max() < 1e-5
     assert rows["loss"][-1] < rows["loss"][0]
     result = json.loads((run / "result.json").read_text())
     assert (result["test"]["num_records"], result["dev"]["num_records"], result["steps"]) == (20, 10, 8)
