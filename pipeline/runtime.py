@@ -150,7 +150,7 @@ class Progress:
             left_seconds = (self._total - self._done) / max(per_second, 1e-9)
             log.info(
                 "%s %d/%d %s  %.3g/s  %.0f s left  %s",
-                *(self._what, self._done, self._total, self._unit, per_second, left_seconds, shown),
+                *(self._what, self._done, self._total, self._unit.strip(), per_second, left_seconds, shown),
             )
 
     def close(self) -> None:
