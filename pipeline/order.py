@@ -31,7 +31,10 @@ class Slot:
 
 
 def gold_before(step: int, *, global_batch: int, gold_fraction: float) -> int:
-    """Gold sequences in all global batches before `step`: floor(step * G * f), so f holds over any stretch."""
+    """Gold sequences in all global batches before `step`: floor(step * G * f), so f holds over any stretch.
+
+    f is the fraction meant: the nearest with a denominator up to a million, so that 0.1 is one tenth.
+    """
     exact = Fraction(gold_fraction).limit_denominator(1_000_000)
     return math.floor(step * global_batch * exact)
 
