@@ -39,7 +39,7 @@ PATIENCE_SECONDS = 60.0  # how long to wait for the ranks of a driver that was k
 
 # On a CPU an optimizer step moves gigabytes, and an allocator that returns them to the kernel after each step
 # has every page faulted in anew: a step of SmolLM2 took 0.5 to 1.5 s so, 0.2 s with these. What the
-# user's environment says already stands.
+# user's environment says stands.
 CPU_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
