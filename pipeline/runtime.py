@@ -163,7 +163,8 @@ def leave() -> NoReturn:
     """End a rank whose work is done and on disk, without tearing the process down.
 
     On a busy machine a thread of the communication libraries is sometimes still joinable when C++ destroys its static
-    objects, and a rank that has done everything aborts (4 of 17 two-rank runs): its peers would be killed with it.
+    objects, and a rank that has done everything aborts (4 of 15 runs of one test of two ranks): its peers would be
+    killed with it.
     """
     logging.shutdown()
     sys.stdout.flush()
