@@ -17,7 +17,8 @@ from hydra.types import RunMode
 from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import ROOTS, check_files, options, plain, typed
+from pipeline.checks import check_files
+from pipeline.config import ROOTS, options, plain, typed
 from pipeline.types import InputError, RunFailed
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"

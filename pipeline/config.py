@@ -7,8 +7,6 @@ stays out of the run's hash. One marked `content=True` names files, which enter 
 from __future__ import annotations
 
 import dataclasses
-import glob
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,10 +19,11 @@ from pipeline.types import InputError
 
 T = TypeVar("T")
 
-Dtype = Enum("Dtype", ["float32", "bfloat16"])
+Dtype = Enum("Dtype", ["auto", "float32", "bfloat16"])
 Targets = Enum("Targets", ["all", "completion", "next"])
 Malformed = Enum("Malformed", ["stop", "skip"])
 Kind = Enum("Kind", ["topk", "sampled", "hybrid"])
+Complete = Enum("Complete", ["none", "greedy", "sample"])
 Source = Enum("Source", ["gold", "corpus"])
 Shape = Enum("Shape", ["constant", "linear", "cosine", "step"])
 
@@ -45,7 +44,10 @@ class ModelConfig:
         content=True,
     )
     revision: str | None = option(None, "commit or tag of a hub name")
-    dtype: Dtype = option(Dtype.bfloat16, "what the weights are loaded and run as")
+    dtype: Dtype = option(
+        Dtype.auto,
+        "what the weights are loaded and run as; auto: bfloat16 where this machine multiplies it fast, else float32",
+    )
     attention: str | None = option(
         None, "attention kernel by transformers' name (sdpa, eager, ...); null: its choice for the model", result=False
     )
@@ -79,6 +81,17 @@ class TextConfig:
 
 
 @dataclass
+class CompleteConfig:
+    how: Complete = option(
+        Complete.none, "records with a prompt alone: none: as they are; greedy or sample: the teacher completes them"
+    )
+    max_new_tokens: int = option(128, "longest completion, in tokens; the window bounds it too")
+    temperature: float = option(1.0, "of sampling; what is captured stays the distribution at `temperatures`")
+    seed: int = option(0, "decides what is sampled")
+    batch_records: int = option(16, "prompts completed together; changes rounding, so it is part of a cache's identity")
+
+
+@dataclass
 class CaptureConfig:
     name: str = option(MISSING, "first part of the cache folder's name")
     caches_dir: str = option("caches", "folder that holds all caches", result=False)
@@ -90,7 +103,11 @@ class CaptureConfig:
     draws: int = option(50, "draws a position for sampled and hybrid")
     seed: int = option(0, "decides those draws")
     temperatures: list[float] = option(lambda: [1.0], "temperatures whose tail is kept; must contain 1")
+    complete: CompleteConfig = option(CompleteConfig, "what the teacher says after a prompt, captured as it says it")
     records_per_shard: int = option(20_000, "records in one shard")
+    plans_dir: str | None = option(
+        None, "local folder for tokenized text until it is captured; null: .plans beside the caches", result=False
+    )
     batch_sequences: int = option(16, "sequences in one teacher forward", result=False)
     num_workers: int = option(1, "processes on this machine, each with a GPU or its share of the cores", result=False)
     share: str | None = option(
@@ -247,80 +264,6 @@ def load(path: Path, schema: type[T]) -> T:
     return typed(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)), schema)
 
 
-def check_capture(config: CaptureConfig) -> None:
-    """Refuse what cannot be meant, before anything is read."""
-    _at_least(2, window=config.window)
-    _at_least(1, k=config.k, draws=config.draws, records_per_shard=config.records_per_shard)
-    _at_least(1, batch_sequences=config.batch_sequences, num_workers=config.num_workers)
-    _positive(
-        lease_seconds=config.lease_seconds,
-        temperatures=min(config.temperatures, default=1.0),
-        log_every_seconds=config.log_every_seconds,
-    )
-    if config.kind is not Kind.topk and config.temperatures != [1.0]:
-        raise InputError(
-            f"temperatures: expected [1.0], because a {config.kind.name} cache is valid only there, found "
-            f"{config.temperatures}; use kind=topk for other temperatures"
-        )
-    if 1.0 not in config.temperatures:
-        raise InputError(f"temperatures: expected 1.0 among them, found {config.temperatures}; add it")
-
-
-def check_train(config: TrainConfig) -> None:
-    """Refuse what cannot be meant, before anything is read."""
-    kd, lm = config.loss.kd, config.loss.lm
-    _at_least(2, window=config.window)
-    _at_least(1, global_batch=config.global_batch, micro_batch=config.micro_batch)
-    _at_least(1, steps=1 if config.steps is None else config.steps)
-    _at_least(1, num_processes=1 if config.launcher.num_processes is None else config.launcher.num_processes)
-    _at_least(0, max_grad_norm=config.optimizer.max_grad_norm)
-    if config.epochs is not None:
-        _positive(epochs=config.epochs)
-    _at_least(0, checkpoint_every_steps=config.checkpoint.every_steps)
-    _at_least(1, checkpoint_keep=config.checkpoint.keep)
-    _positive(kd_temperature=kd.temperature, learning_rate=config.optimizer.learning_rate)
-    _fraction(gold_fraction=config.gold_fraction, warmup_fraction=config.optimizer.warmup_fraction)
-    if Source.gold in kd.on:
-        raise InputError(
-            "loss.kd.on: expected [corpus], found gold in it; gold carries no captured distribution: put the gold "
-            "records into the corpus of a capture if the teacher should speak on them"
-        )
-    if (config.steps is None) == (config.epochs is None):
-        raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
-    if config.gold_fraction > 0 and config.gold is None:
-        raise InputError(
-            f"gold_fraction is {config.gold_fraction} but gold is null; give a gold set or gold_fraction=0"
-        )
-    if config.gold_fraction < 1 and config.cache is None:
-        raise InputError(f"gold_fraction is {config.gold_fraction} but cache is null; give a cache or gold_fraction=1")
-    if not 0 <= config.deepspeed.zero_stage <= 3:
-        raise InputError(f"deepspeed.zero_stage: expected 0 to 3, found {config.deepspeed.zero_stage}")
-    if min(kd.weight, lm.weight) < 0:
-        raise InputError(f"loss weights: expected 0 or more, found lm={lm.weight}, kd={kd.weight}")
-    reads_gold = Source.gold in lm.on and lm.weight > 0 and config.gold_fraction > 0
-    reads_corpus = (kd.weight > 0 and Source.corpus in kd.on) or (lm.weight > 0 and Source.corpus in lm.on)
-    if not reads_gold and not (reads_corpus and config.gold_fraction < 1):
-        raise InputError("no term with a weight above 0 reads any text of this run; check loss.*.weight, loss.*.on")
-
-
-def _at_least(least: int, **values: float) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise InputError(f"{name}: expected at least {least}, found {value}")
-
-
-def _fraction(**values: float) -> None:
-    for name, value in values.items():
-        if not 0.0 <= value <= 1.0:
-            raise InputError(f"{name}: expected 0 to 1, found {value}")
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise InputError(f"{name}: expected more than 0, found {value}")
-
-
 def result_options(config: Any) -> dict[str, Any]:
     """The options that decide what comes out, as plain data: files and what is marked `result=False` left out."""
     chosen: dict[str, Any] = {}
@@ -359,18 +302,3 @@ def _dataclass_in(hint: Any) -> type | None:
 
 def _help_of(schema: type, dotted: str) -> str:
     return next((help for name, _, help in options(schema) if name == dotted), "a group of options; choose one")
-
-
-def check_files(config: Any, prefix: str = "") -> None:
-    """Refuse paths and globs that match nothing, in the first second; a hub name is left to the hub."""
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            check_files(value, f"{prefix}{item.name}.")
-        elif item.metadata["content"] and value is not None:
-            for pattern in [value] if isinstance(value, str) else value:
-                is_hub_name = isinstance(config, ModelConfig) and re.fullmatch(r"[\w.-]+/[\w.-]+", pattern)
-                if not glob.glob(pattern, recursive=True) and not is_hub_name:
-                    raise InputError(
-                        f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; check the path"
-                    )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.files import file_hash
-from pipeline.text import Raw, Rejections, Text, parse_records, raw_records
+from pipeline.text import Raw, Rejections, Text, all_records, parse_records
 from pipeline.types import UNKNOWN_TARGET, InputError, Record, TokenSequence
 
 OPEN_WINDOWS = 32  # windows that may still take a segment: packs tightly, stays a function of a few records
@@ -51,7 +51,10 @@ def segments(
     while some := list(itertools.islice(records, RECORDS_PER_CALL)):
         for record, (head, tail) in zip(some, _encode(some, tokenizer, text.end_token), strict=True):
             try:
-                yield from _segments_of(record.record_id, head, tail, window, text.targets, require_targets)
+                if tail is None and text.completes:
+                    yield _prompt_of(record.record_id, head, window)
+                else:
+                    yield from _segments_of(record.record_id, head, tail, window, text.targets, require_targets)
             except InputError as error:
                 rejections.reject(record.where, str(error))
 
@@ -114,6 +117,23 @@ def _segments_of(
     yield Segment(record_id=record_id, ids=tuple(ids), targets=tuple(pairs))
 
 
+def _prompt_of(record_id: int, head: list[int], window: int) -> Segment:
+    """A segment without targets: the teacher is to say what follows."""
+    if not 1 <= len(head) < window:
+        raise InputError(f"expected a prompt of 1 to {window - 1} tokens (the window less one), found {len(head)}")
+    return Segment(record_id=record_id, ids=tuple(head), targets=())
+
+
+def completed(prompt: TokenSequence, words: Sequence[int]) -> Segment:
+    """A prompt and what the teacher said after it, to be supervised there; the truth of it nobody knows."""
+    first = len(prompt.input_ids_S) - 1
+    return Segment(
+        record_id=prompt.record_ids[0],
+        ids=(*prompt.input_ids_S.tolist(), *words),
+        targets=tuple((first + t, UNKNOWN_TARGET) for t in range(len(words))),
+    )
+
+
 def sequences(
     raw: Iterable[Raw],
     text: Text,
@@ -133,7 +153,7 @@ def sequences(
 def known_sequences(text: Text, tokenizer: Any, *, window: int) -> list[TokenSequence]:
     """A whole text with known targets, packed, in memory."""
     rejections = Rejections(skip=text.skip_malformed)
-    raw = raw_records(text.files)
+    raw = all_records(text.files)
     return list(sequences(raw, text, tokenizer, rejections, window=window, require_targets=True))
 
 
@@ -160,7 +180,7 @@ def survey(text: Text, tokenizer: Any, *, window: int, require_targets: bool = F
 
     def counted() -> Iterator[Raw]:
         nonlocal num_records
-        for raw in raw_records(text.files):
+        for raw in all_records(text.files):
             num_records += 1
             yield raw
 
@@ -180,9 +200,15 @@ def text_hash(text: Text) -> str:
 
 
 def pack(parts: Iterable[Segment], *, window: int) -> Iterator[TokenSequence]:
-    """First-fit packing: each segment goes into the oldest of a few open windows that has room for it."""
+    """First-fit packing: each segment goes into the oldest of a few open windows that has room for it.
+
+    A segment without targets waits for its completion, so it is a sequence alone.
+    """
     open_windows: list[list[Segment]] = []
     for segment in parts:
+        if not segment.targets:
+            yield sequence([segment])
+            continue
         room = (w for w in open_windows if sum(len(s.ids) for s in w) + len(segment.ids) <= window)
         chosen = next(room, None)
         if chosen is None:

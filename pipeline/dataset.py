@@ -11,7 +11,7 @@ import torch
 from pipeline.corpus import collate_inputs
 from pipeline.order import Slot, global_batch_slots
 from pipeline.shards import ShardReader
-from pipeline.topk import widen
+from pipeline.topk import join
 from pipeline.types import Batch, InputError, TokenSequence, TopK
 
 
@@ -69,6 +69,7 @@ def collate(rows: Sequence[tuple[TokenSequence, TopK | None]], from_gold: Sequen
     sequences = [sequence for sequence, _ in rows]
     input_ids_BS, position_ids_BS, flat_positions_N = collate_inputs(sequences)
     counts = torch.tensor([len(sequence.target_positions_N) for sequence in sequences])
+    tops = [top for _, top in rows if top is not None]
     has_teacher = torch.tensor([top is not None for _, top in rows])
     return Batch(
         input_ids_BS=input_ids_BS,
@@ -77,20 +78,7 @@ def collate(rows: Sequence[tuple[TokenSequence, TopK | None]], from_gold: Sequen
         target_ids_N=torch.cat([sequence.target_ids_N for sequence in sequences]),
         gold_N=torch.tensor(from_gold).repeat_interleave(counts),
         weak_N=has_teacher.repeat_interleave(counts),
-        teacher=_join([top for _, top in rows if top is not None]),
-    )
-
-
-def _join(tops: Sequence[TopK]) -> TopK | None:
-    if not tops:
-        return None
-    width = max(top.ids_NK.shape[1] for top in tops)
-    tops = [widen(top, width) for top in tops]
-    return TopK(
-        ids_NK=torch.cat([top.ids_NK for top in tops]),
-        relative_logits_NK=torch.cat([top.relative_logits_NK for top in tops]),
-        log_tail_NC=torch.cat([top.log_tail_NC for top in tops]),
-        temperatures=tops[0].temperatures,
+        teacher=join(tops) if tops else None,
     )
 
 

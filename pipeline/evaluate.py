@@ -16,7 +16,8 @@ from pipeline.config import EvaluateConfig
 from pipeline.corpus import Segment, collate_inputs, pack
 from pipeline.exam import Exam, Item, open_exam, record_key
 from pipeline.files import one_path, write_json
-from pipeline.runtime import Progress, compute_device, log, start_logging
+from pipeline.progress import Progress, log, start_logging
+from pipeline.runtime import compute_device
 from pipeline.text import open_text
 from pipeline.types import InputError, Scores
 

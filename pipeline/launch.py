@@ -6,6 +6,7 @@ No DeepSpeed and no CUDA here: a sweep's driver lives through many runs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -22,13 +23,14 @@ import torch
 from pipeline import config as configs
 from pipeline import manifest as manifests
 from pipeline import models
+from pipeline.checks import check_train
 from pipeline.config import TrainConfig
 from pipeline.corpus import survey, text_hash
 from pipeline.dataset import fitting_micro_batch
 from pipeline.evaluate import teacher_choices
 from pipeline.exam import open_exam
 from pipeline.files import RunPaths, content_hash, one_path, write_json
-from pipeline.runtime import log, start_logging
+from pipeline.progress import log, start_logging
 from pipeline.text import open_text
 from pipeline.topk import temperature_index
 from pipeline.types import InputError, RunFailed
@@ -56,7 +58,8 @@ class Stopped(SystemExit):
 def train(config: TrainConfig) -> float | None:
     """Bring one run to its result, from nothing or from where it stands; returns dev (else test) accuracy."""
     start_logging()
-    configs.check_train(config)
+    check_train(config)
+    config = dataclasses.replace(config, student=models.settled(config.student))
     ranks = num_processes(config)
     fitting_micro_batch(config.global_batch, world_size=ranks, at_most=config.micro_batch)
     identity = identify(config)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.topk import log_probabilities
+from pipeline.topk import log_probabilities, select
 from pipeline.types import UNKNOWN_TARGET, Batch, LossTerm, TopK
 
 
@@ -82,16 +82,6 @@ def _cross(log_p: Tensor, log_q: Tensor) -> Tensor:
     has_mass = log_p > -torch.inf
     difference = torch.where(has_mass, log_p, 0.0) - torch.where(has_mass, log_q, 0.0)
     return (log_p.exp() * difference).sum()
-
-
-def select(top: TopK, rows_N: Tensor) -> TopK:
-    """The distributions of some positions."""
-    return TopK(
-        ids_NK=top.ids_NK[rows_N],
-        relative_logits_NK=top.relative_logits_NK[rows_N],
-        log_tail_NC=top.log_tail_NC[rows_N],
-        temperatures=top.temperatures,
-    )
 
 
 def read_positions(batch: Batch, name: str, options: TermOptions) -> Tensor:

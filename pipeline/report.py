@@ -12,7 +12,7 @@ import polars as pl
 from pipeline import config as configs
 from pipeline.config import ReportConfig, TrainConfig
 from pipeline.files import RunPaths, content_hash
-from pipeline.runtime import log, start_logging
+from pipeline.progress import log, start_logging
 from pipeline.statistics import performance_gap_recovered
 from pipeline.types import InputError
 

@@ -8,7 +8,7 @@ kept varies (sampled and hybrid), `kept_counts` holds it, and the entries of all
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,26 @@ from pipeline.types import Captured, ShardInfo, TokenSequence, TopK
 SCHEMA_VERSION = 1
 
 
-def arrow_schema(*, vocabulary_size: int, varies: bool, metadata: dict[str, str]) -> pa.Schema:
+SEQUENCE_COLUMNS = {
+    "key": pa.binary(16),
+    "record_ids": pa.list_(pa.int64()),
+    "segment_lengths": pa.list_(pa.int32()),
+    "input_ids": pa.list_(pa.int32()),
+    "target_positions": pa.list_(pa.int32()),
+    "target_ids": pa.list_(pa.int32()),
+}
+
+
+def sequence_schema() -> pa.Schema:
+    """The columns of sequences that nobody has spoken about yet."""
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in SEQUENCE_COLUMNS.items()])
+
+
+def arrow_schema(*, vocabulary_size: int, varies: bool, completed: bool = False, metadata: dict[str, str]) -> pa.Schema:
     """The columns of a shard; token ids of the kept entries take two bytes where the vocabulary allows."""
     id_type = pa.uint16() if vocabulary_size <= 65_536 else pa.uint32()
     columns = {
-        "key": pa.binary(16),
-        "record_ids": pa.list_(pa.int64()),
-        "segment_lengths": pa.list_(pa.int32()),
-        "input_ids": pa.list_(pa.int32()),
-        "target_positions": pa.list_(pa.int32()),
-        "target_ids": pa.list_(pa.int32()),
+        **SEQUENCE_COLUMNS,
         "topk_ids": pa.list_(id_type),
         "relative_logits": pa.list_(pa.float16()),
         "log_tail": pa.list_(pa.float32()),
@@ -41,6 +51,8 @@ def arrow_schema(*, vocabulary_size: int, varies: bool, metadata: dict[str, str]
     }
     if varies:
         columns["kept_counts"] = pa.list_(pa.uint16())
+    if completed:
+        columns["weak_ids"] = pa.list_(pa.int32())
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()], metadata=metadata)
 
 
@@ -49,11 +61,6 @@ def encode(rows: Sequence[tuple[TokenSequence, Captured]], schema: pa.Schema) ->
     varies = "kept_counts" in schema.names
     keeps = [c.top.relative_logits_NK > -torch.inf if varies else c.top.ids_NK >= 0 for _, c in rows]
     columns: dict[str, list[Any]] = {
-        "record_ids": [np.array(s.record_ids) for s, _ in rows],
-        "segment_lengths": [np.array(s.segment_lengths) for s, _ in rows],
-        "input_ids": [s.input_ids_S.numpy() for s, _ in rows],
-        "target_positions": [s.target_positions_N.numpy() for s, _ in rows],
-        "target_ids": [s.target_ids_N.numpy() for s, _ in rows],
         "topk_ids": [c.top.ids_NK[kept].numpy() for (_, c), kept in zip(rows, keeps, strict=True)],
         "relative_logits": [c.top.relative_logits_NK[kept].numpy() for (_, c), kept in zip(rows, keeps, strict=True)],
         "log_tail": [c.top.log_tail_NC.flatten().numpy() for _, c in rows],
@@ -62,9 +69,28 @@ def encode(rows: Sequence[tuple[TokenSequence, Captured]], schema: pa.Schema) ->
     }
     if varies:
         columns["kept_counts"] = [kept.sum(dim=1).numpy() for kept in keeps]
-    arrays = [pa.array([s.key for s, _ in rows], schema.field("key").type)]
+    if "weak_ids" in schema.names:
+        columns["weak_ids"] = [c.weak_ids_N.numpy() for _, c in rows if c.weak_ids_N is not None]
+    arrays = _sequence_arrays([s for s, _ in rows])
     arrays += [_list_array(parts, schema.field(name).type.value_type) for name, parts in columns.items()]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def encode_sequences(rows: Sequence[TokenSequence]) -> pa.Table:
+    """One row a sequence."""
+    return pa.Table.from_arrays(_sequence_arrays(rows), schema=sequence_schema())
+
+
+def _sequence_arrays(rows: Sequence[TokenSequence]) -> list[pa.Array]:
+    columns: dict[str, list[Any]] = {
+        "record_ids": [np.array(s.record_ids) for s in rows],
+        "segment_lengths": [np.array(s.segment_lengths) for s in rows],
+        "input_ids": [s.input_ids_S.numpy() for s in rows],
+        "target_positions": [s.target_positions_N.numpy() for s in rows],
+        "target_ids": [s.target_ids_N.numpy() for s in rows],
+    }
+    arrays = [_list_array(parts, SEQUENCE_COLUMNS[name].value_type) for name, parts in columns.items()]
+    return [pa.array([s.key for s in rows], SEQUENCE_COLUMNS["key"]), *arrays]
 
 
 def _list_array(parts: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
@@ -99,24 +125,13 @@ def describe(path: Path, index: int) -> ShardInfo:
 
 def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[TokenSequence, TopK]]:
     """The rows of a table as values; the large columns stay views of Arrow's memory."""
-    flat = {name: _flat(table.column(name)) for name in table.column_names if name != "key"}
-    keys = table.column("key").to_pylist()
     rows = []
-    for r, key in enumerate(keys):
-        part = {name: values[offsets[r] : offsets[r + 1]] for name, (values, offsets) in flat.items()}
-        positions = _int64(part["target_positions"])
-        shape = (len(positions), -1)
-        sequence = TokenSequence(
-            key=key,
-            input_ids_S=_int64(part["input_ids"]),
-            segment_lengths=tuple(part["segment_lengths"].tolist()),
-            record_ids=tuple(part["record_ids"].tolist()),
-            target_positions_N=positions,
-            target_ids_N=_int64(part["target_ids"]),
-        )
+    for key, part in _parts(table):
+        sequence = _sequence(key, part)
         ids, relative = _int64(part["topk_ids"]), torch.from_numpy(part["relative_logits"].copy())
         if "kept_counts" in part:
             ids, relative = _padded(ids, relative, _int64(part["kept_counts"]))
+        shape = (len(sequence.target_positions_N), -1)
         top = TopK(
             ids_NK=ids.reshape(shape),
             relative_logits_NK=relative.reshape(shape),
@@ -125,6 +140,29 @@ def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[To
         )
         rows.append((sequence, top))
     return rows
+
+
+def decode_sequences(table: pa.Table | pa.RecordBatch) -> list[TokenSequence]:
+    """What `encode_sequences` made a table of."""
+    return [_sequence(key, part) for key, part in _parts(table)]
+
+
+def _parts(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[bytes, dict[str, np.ndarray]]]:
+    """Key and columns of each row."""
+    flat = {name: _flat(table.column(name)) for name in table.column_names if name != "key"}
+    for r, key in enumerate(table.column("key").to_pylist()):
+        yield key, {name: values[offsets[r] : offsets[r + 1]] for name, (values, offsets) in flat.items()}
+
+
+def _sequence(key: bytes, part: dict[str, np.ndarray]) -> TokenSequence:
+    return TokenSequence(
+        key=key,
+        input_ids_S=_int64(part["input_ids"]),
+        segment_lengths=tuple(part["segment_lengths"].tolist()),
+        record_ids=tuple(part["record_ids"].tolist()),
+        target_positions_N=_int64(part["target_positions"]),
+        target_ids_N=_int64(part["target_ids"]),
+    )
 
 
 def _padded(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,8 +176,8 @@ def _padded(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -
     return ids_NK, relative_NK
 
 
-def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    array = column.combine_chunks()
+def _flat(column: pa.ChunkedArray | pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
     return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
 

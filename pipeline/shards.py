@@ -15,7 +15,7 @@ import torch
 from pipeline import manifest as manifests
 from pipeline.order import POOL_BLOCKS
 from pipeline.schema import arrow_schema, decode, encode, totals
-from pipeline.topk import log_probabilities, narrow
+from pipeline.topk import join, log_probabilities, narrow
 from pipeline.types import Captured, InputError, Manifest, TokenSequence, TopK
 
 ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
@@ -30,6 +30,7 @@ class ShardWriter:
         self._schema = arrow_schema(
             vocabulary_size=manifest.vocabulary_size,
             varies=manifest.kind != "topk",
+            completed="complete" in manifest.made_of,
             metadata={"fingerprint": manifest.fingerprint, "schema_version": str(manifest.schema_version)},
         )
         self._rows: list[tuple[TokenSequence, Captured]] = []
@@ -45,9 +46,6 @@ class ShardWriter:
 
     def write(self, sequence: TokenSequence, captured: Captured) -> None:
         """Append one sequence."""
-        log_p_NK, _ = log_probabilities(captured.top, temperature=1.0)
-        retained_N = log_p_NK.exp().sum(dim=1).clamp(0.0, 1.0)
-        self._histogram += torch.histc(retained_N, bins=10, min=0.0, max=1.0).long()
         self._rows.append((sequence, captured))
         self._targets += len(sequence.target_positions_N)
         self._rows_bytes += 4 * (len(sequence.input_ids_S) + captured.top.ids_NK.numel())
@@ -56,6 +54,9 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._rows:
+            log_p_NK, _ = log_probabilities(join([captured.top for _, captured in self._rows]), temperature=1.0)
+            retained_N = log_p_NK.exp().sum(dim=1).clamp(0.0, 1.0)
+            self._histogram += torch.histc(retained_N, bins=10, min=0.0, max=1.0).long()
             self._file.write_table(encode(self._rows, self._schema), row_group_size=len(self._rows))
             self._rows, self._rows_bytes = [], 0
 

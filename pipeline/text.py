@@ -5,6 +5,7 @@ A record is rejected, never silently changed: `Rejections` either stops with fil
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import io
@@ -19,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import TextConfig
-from pipeline.runtime import log
+from pipeline.progress import log
 from pipeline.types import InputError, Record
 
+LINES_A_PIECE = 1024
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 
 Raw = tuple[str, str, Any]  # (place, "json" | "text" | "row", unparsed bytes or a Parquet row)
@@ -58,6 +60,8 @@ class Text:
     """all, completion or next."""
     end_token: bool
     skip_malformed: bool
+    completes: bool = False
+    """A record with a prompt alone is to be completed by the teacher."""
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -90,27 +94,90 @@ def open_text(config: TextConfig, what: str) -> Text:
     )
 
 
-def raw_records(files: Sequence[Path]) -> Iterator[Raw]:
-    """Place, kind and unparsed content of every record; blank lines are no records."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Consecutive records of one file, not yet parsed: small to send to another process."""
+
+    file: Path
+    kind: str
+    """json or text: `lines` holds them; row: rows of a Parquet file, read where they are needed."""
+    numbers: Sequence[int]
+    """1-based line or row of each record."""
+    lines: tuple[bytes, ...] = ()
+
+
+def pieces(files: Sequence[Path], *, size: int) -> Iterator[list[Piece]]:
+    """The records of some files in groups of `size` (the last may be smaller); blank lines are no records."""
+    group: list[Piece] = []
+    missing = size
     for file in files:
-        try:
-            yield from _parquet_rows(file) if file.name.endswith(".parquet") else _lines(file)
-        except (OSError, EOFError, pa.ArrowException) as error:
-            raise InputError(f"{file}: expected a readable file, found it damaged ({error}); replace it") from None
+        with _readable(file):
+            parts = _row_ranges(file) if file.name.endswith(".parquet") else _lines(file)
+            for piece in parts:
+                while len(piece.numbers) >= missing:
+                    yield [*group, _cut(piece, 0, missing)]
+                    piece, group, missing = _cut(piece, missing, len(piece.numbers)), [], size
+                if piece.numbers:
+                    group.append(piece)
+                    missing -= len(piece.numbers)
+    if group:
+        yield group
 
 
-def _parquet_rows(file: Path) -> Iterator[Raw]:
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in pq.ParquetFile(file).iter_batches(1024))
-    return ((f"{file}, row {number}", "row", row) for number, row in enumerate(rows, 1))
+def raw_records(group: Iterable[Piece]) -> Iterator[Raw]:
+    """Place, kind and unparsed content of the records of some pieces."""
+    for piece in group:
+        if piece.kind != "row":
+            for number, line in zip(piece.numbers, piece.lines, strict=True):
+                yield f"{piece.file}, line {number}", piece.kind, line
+            continue
+        with _readable(piece.file):
+            for number, row in zip(piece.numbers, _rows(piece.file, piece.numbers), strict=True):
+                yield f"{piece.file}, row {number}", "row", row
 
 
-def _lines(file: Path) -> Iterator[Raw]:
+def all_records(files: Sequence[Path]) -> Iterator[Raw]:
+    """Every record of some files, in order."""
+    return itertools.chain.from_iterable(map(raw_records, pieces(files, size=LINES_A_PIECE)))
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, pa.ArrowException) as error:
+        raise InputError(f"{file}: expected a readable file, found it damaged ({error}); replace it") from None
+
+
+def _cut(piece: Piece, start: int, stop: int) -> Piece:
+    return Piece(file=piece.file, kind=piece.kind, numbers=piece.numbers[start:stop], lines=piece.lines[start:stop])
+
+
+def _row_ranges(file: Path) -> Iterator[Piece]:
+    yield Piece(file=file, kind="row", numbers=range(1, pq.read_metadata(file).num_rows + 1))
+
+
+def _rows(file: Path, numbers: Sequence[int]) -> Iterator[Any]:
+    """Rows of a Parquet file, reading only the row groups that hold them."""
+    parquet = pq.ParquetFile(file)
+    sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    first, stop = numbers[0] - 1, numbers[-1]
+    wanted = [g for g, size in enumerate(sizes) if starts[g] < stop and first < starts[g] + size]
+    batches = parquet.iter_batches(1024, row_groups=wanted)
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    return itertools.islice(rows, first - starts[wanted[0]], stop - starts[wanted[0]])
+
+
+def _lines(file: Path) -> Iterator[Piece]:
     kind = "text" if file.suffix == ".txt" else "json"
     compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
     with pa.input_stream(str(file), compression=compression) as stream:
-        for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
-            if line.strip():
-                yield f"{file}, line {number}", kind, line
+        numbered = enumerate(io.BufferedReader(stream, 1 << 20), 1)
+        while some := list(itertools.islice(numbered, LINES_A_PIECE)):
+            records = [(number, line) for number, line in some if line.strip()]
+            numbers, lines = tuple(n for n, _ in records), tuple(line for _, line in records)
+            yield Piece(file=file, kind=kind, numbers=numbers, lines=lines)
 
 
 # -------------------------------------------------------------------------------------------- records
@@ -131,7 +198,7 @@ def parse_records(
 def read_records(text: Text, tokenizer: Any) -> list[Record]:
     """All records of a text, in memory; refuses an empty one."""
     rejections = Rejections(skip=text.skip_malformed)
-    records = list(parse_records(raw_records(text.files), text, tokenizer, rejections))
+    records = list(parse_records(all_records(text.files), text, tokenizer, rejections))
     if not records:
         raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
     rejections.tell(text.what)

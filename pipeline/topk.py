@@ -8,12 +8,16 @@ are unbiased estimates of the whole distribution at T = 1, and know no tail: wha
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pipeline.types import InputError, TopK
+
+ROWS_IN_CACHE = 32  # positions handled at once on a CPU: their fp32 logits then stay in its cache
+BLOCKS = 32  # entries of a block whose largest stands for it while the largest k are looked for
 
 
 def top_k(logits_NV: Tensor, *, k: int, temperatures: tuple[float, ...]) -> TopK:
@@ -22,20 +26,68 @@ def top_k(logits_NV: Tensor, *, k: int, temperatures: tuple[float, ...]) -> TopK
     log_tail(T) = log sum_{i not kept} exp((l_i - max l) / T), from the logits as given, in fp32. `logits_NV`
     must hold the real vocabulary only (rows of a padded head cut away).
     """
+    return top_k_and_entropy(logits_NV, k=k, temperatures=temperatures)[0]
+
+
+def top_k_and_entropy(logits_NV: Tensor, *, k: int, temperatures: tuple[float, ...]) -> tuple[TopK, Tensor, Tensor]:
+    """`top_k`, and of the whole distribution at T = 1: log sum exp(l - max l) and the entropy, both [N], fp32 nats."""
     size = logits_NV.shape[1]
     if not 1 <= k <= size:
         raise InputError(f"k: expected 1 to {size} (the vocabulary), found {k}; choose a smaller capture.k")
-    logits_NV = logits_NV.float()
-    values_NK, ids_NK = logits_NV.topk(k, dim=1)
-    largest_N1 = values_NK[:, :1]
-    tail_NV = (logits_NV - largest_N1).scatter_(1, ids_NK, -torch.inf)
-    tails = [torch.logsumexp(tail_NV / T, dim=1) for T in temperatures]
-    return TopK(
-        ids_NK=ids_NK,
-        relative_logits_NK=(values_NK - largest_N1).half(),
-        log_tail_NC=torch.stack(tails, dim=1),
-        temperatures=temperatures,
-    )
+    rows = ROWS_IN_CACHE if logits_NV.device.type == "cpu" else max(len(logits_NV), 1)
+    parts = [_read_off(rows_NV, k, temperatures) for rows_NV in logits_NV.split(rows)]
+    ids_NK, relative_NK, log_tail_NC, log_z_N, entropy_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    top = TopK(ids_NK=ids_NK, relative_logits_NK=relative_NK.half(), log_tail_NC=log_tail_NC, temperatures=temperatures)
+    return top, log_z_N, entropy_N
+
+
+def _read_off(logits_NV: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """ids, logits relative to the largest, log tails, log z and entropy of some positions.
+
+    softmax is the one kernel that takes exp and sum in a single fast pass on every device; a log-sum-exp is read off
+    it as max l - log max softmax(l). With P the tail's mass and <l> its mean logit:
+    entropy = log z - sum_K p (l - max) - P (<l> - max).
+    """
+    work_NV = logits_NV.to(torch.float32, copy=True)
+    values_NK, ids_NK = largest(work_NV, k)
+    relative_NK = values_NK - values_NK[:, :1]
+    lowest = torch.finfo(torch.float32).min  # not -inf: 0 * -inf would be NaN
+    work_NV.clamp_(min=lowest).scatter_(1, ids_NK, lowest)
+    tail_max_N = work_NV.amax(dim=1)
+    has_tail_N = tail_max_N > lowest
+
+    def log_tail(p_NV: Tensor, T: float) -> Tensor:
+        log_sum_N = (tail_max_N - values_NK[:, 0]) / T - p_NV.amax(dim=1).log()
+        return torch.where(has_tail_N, log_sum_N, -torch.inf)
+
+    tails = {T: log_tail(torch.softmax(work_NV / T, dim=1), T) for T in temperatures if T != 1.0}
+    p_NV = torch.softmax(work_NV, dim=1)  # of the tail alone
+    tails[1.0] = log_tail(p_NV, 1.0)
+    log_z_N = torch.logaddexp(torch.logsumexp(relative_NK, dim=1), tails[1.0])
+    head_N = ((relative_NK - log_z_N[:, None]).exp() * relative_NK.clamp(min=lowest)).sum(dim=1)
+    tail_mean_N = torch.where(has_tail_N, p_NV.mul_(work_NV).sum(dim=1) - values_NK[:, 0], 0.0)
+    entropy_N = log_z_N - head_N - (tails[1.0] - log_z_N).exp() * tail_mean_N
+    return ids_NK, relative_NK, torch.stack([tails[T] for T in temperatures], dim=1), log_z_N, entropy_N
+
+
+def largest(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values and their ids, by falling value; a third of the time of a plain topk.
+
+    The k largest lie in the k blocks with the largest maxima, so only those blocks are searched. Block j holds
+    the ids j, j + W, j + 2W, ...: its maximum is then one vectorized pass.
+    """
+    size = logits_NV.shape[1]
+    width = size // BLOCKS
+    if width < 2 * k:
+        return logits_NV.topk(k, dim=1)
+    blocks_NBW = logits_NV[:, : BLOCKS * width].unflatten(1, (BLOCKS, width))
+    best_NK = blocks_NBW.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates_NBK = blocks_NBW.gather(2, best_NK[:, None].expand(-1, BLOCKS, -1))
+    rest_NR = logits_NV[:, BLOCKS * width :]
+    values_NK, places_NK = torch.cat([candidates_NBK.flatten(1), rest_NR], dim=1).topk(k, dim=1)
+    in_blocks_NK = places_NK.clamp(max=BLOCKS * k - 1)
+    ids_NK = in_blocks_NK // k * width + best_NK.gather(1, in_blocks_NK % k)
+    return values_NK, torch.where(places_NK < BLOCKS * k, ids_NK, places_NK - BLOCKS * k + BLOCKS * width)
 
 
 def sampled(logits_NV: Tensor, *, uniforms_ND: Tensor) -> TopK:
@@ -97,9 +149,33 @@ def uniforms(key: bytes, count: int, *, draws: int, seed: int) -> Tensor:
     return torch.rand(count, draws, generator=generator, dtype=torch.float64)
 
 
+def join(tops: Sequence[TopK]) -> TopK:
+    """The distributions of several, one after another, as wide as the widest."""
+    width = max(top.ids_NK.shape[1] for top in tops)
+    tops = [widen(top, width) for top in tops]
+    return TopK(
+        ids_NK=torch.cat([top.ids_NK for top in tops]),
+        relative_logits_NK=torch.cat([top.relative_logits_NK for top in tops]),
+        log_tail_NC=torch.cat([top.log_tail_NC for top in tops]),
+        temperatures=tops[0].temperatures,
+    )
+
+
+def select(top: TopK, rows_N: Tensor) -> TopK:
+    """The distributions of some positions."""
+    return TopK(
+        ids_NK=top.ids_NK[rows_N],
+        relative_logits_NK=top.relative_logits_NK[rows_N],
+        log_tail_NC=top.log_tail_NC[rows_N],
+        temperatures=top.temperatures,
+    )
+
+
 def widen(top: TopK, width: int) -> TopK:
     """The same distributions with padding up to `width` entries."""
     missing = width - top.ids_NK.shape[1]
+    if missing == 0:
+        return top
     return TopK(
         ids_NK=torch.cat([top.ids_NK, top.ids_NK[:, :1].expand(-1, missing)], dim=1),
         relative_logits_NK=functional.pad(top.relative_logits_NK, (0, missing), value=-torch.inf),
@@ -145,9 +221,3 @@ def narrow(top: TopK, *, k: int) -> TopK:
         log_tail_NC=torch.stack(columns, dim=1) if k < held else top.log_tail_NC,
         temperatures=top.temperatures,
     )
-
-
-def entropy(logits_NV: Tensor) -> Tensor:
-    """Entropy of softmax(logits) at T = 1, in nats: log z - E[l], in fp32."""
-    log_p_NV = torch.log_softmax(logits_NV.float(), dim=1)
-    return torch.special.entr(log_p_NV.exp()).sum(dim=1)

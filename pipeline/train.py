@@ -27,17 +27,8 @@ from pipeline.evaluate import score
 from pipeline.exam import open_exam
 from pipeline.files import Metrics, RunPaths, content_hash, one_path, sync_files, sync_folder, write_json
 from pipeline.losses import TermOptions, count_positions
-from pipeline.runtime import (
-    Progress,
-    Ranks,
-    StopRequest,
-    compute_device,
-    leave,
-    log,
-    ranks_from_environment,
-    release_memory,
-    start_logging,
-)
+from pipeline.progress import Progress, log, start_logging
+from pipeline.runtime import Ranks, StopRequest, compute_device, leave, ranks_from_environment, release_memory
 from pipeline.shards import ShardReader
 from pipeline.text import open_text
 from pipeline.types import Batch, TrainState

@@ -93,6 +93,8 @@ class Captured:
     """float16, nats: the teacher's log-probability of the true target at T = 1; NaN where it is unknown."""
     entropy_N: Tensor
     """float16, nats: entropy of the teacher's full distribution at T = 1."""
+    weak_ids_N: Tensor | None = None
+    """int64: the token that the teacher itself said, UNKNOWN_TARGET where it did not; None: it completes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -12,8 +12,9 @@ from conftest import script
 from hydra import compose, initialize_config_dir
 
 from pipeline import config as configs
+from pipeline.checks import check_capture, check_train
 from pipeline.command import CONF_DIR, help_text, register
-from pipeline.config import ROOTS, TrainConfig, check_capture, check_train, options, result_options, typed
+from pipeline.config import ROOTS, TrainConfig, options, result_options, typed
 from pipeline.types import InputError
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import ColumnsConfig, Malformed, Targets, TextConfig
 from pipeline.corpus import Segment, collate_inputs, known_sequences, pack, sequence, sequences, survey
-from pipeline.text import Rejections, open_text, raw_records, read_records
+from pipeline.text import Rejections, all_records, open_text, read_records
 from pipeline.types import UNKNOWN_TARGET, InputError
 
 
@@ -36,7 +36,7 @@ class Letters:
 def packed(path: Path, *, window: int = 16, tokenizer: Any = None, **settings: Any) -> list:
     text = text_of(path, **settings)
     rejections = Rejections(skip=text.skip_malformed)
-    return list(sequences(raw_records(text.files), text, tokenizer or Letters(), rejections, window=window))
+    return list(sequences(all_records(text.files), text, tokenizer or Letters(), rejections, window=window))
 
 
 def targets_of(row: Any) -> list[tuple[int, int]]:

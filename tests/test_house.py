@@ -13,27 +13,28 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 FLOORS = [
     {"types"},
-    {"config", "runtime", "files"},
-    {"topk", "order", "ramps", "schema", "statistics", "claims"},
+    {"config", "files", "progress", "runtime"},
+    {"topk", "order", "ramps", "schema", "statistics", "claims", "hub", "checks"},
     {"losses", "manifest", "text", "models"},
-    {"shards", "engine", "corpus"},
-    {"dataset", "teacher", "exam"},
-    {"evaluate"},
-    {"capture", "train"},
-    {"launch", "report", "command"},
+    {"shards", "engine", "corpus", "recall"},
+    {"dataset", "teacher", "exam", "plan"},
+    {"evaluate", "complete"},
+    {"train", "worker"},
+    {"capture", "launch", "report", "command"},
 ]
 
 EVERYWHERE = set.union(*FLOORS)
 DOORS = {
-    "torch": EVERYWHERE - {"config", "command", "files"},
+    # without these a wrong option, and a cache that is finished, would be known only after torch has loaded
+    "torch": EVERYWHERE - {"config", "checks", "command", "files", "progress", "hub", "text", "recall", "capture"},
     "omegaconf": {"config", "command"},
     "hydra": {"command"},
-    "tqdm": {"runtime"},
+    "tqdm": {"progress"},
     "numpy": {"schema", "corpus"},
-    "pyarrow": {"schema", "shards", "text"},
+    "pyarrow": {"schema", "shards", "text", "plan"},
     "polars": {"evaluate", "report"},
     "transformers": {"models"},
-    "huggingface_hub": {"models"},
+    "huggingface_hub": {"hub"},
     "deepspeed": {"engine"},
 }
 

@@ -14,6 +14,7 @@ from conftest import LINES, make_model, make_tokenizer
 
 from pipeline import models
 from pipeline.corpus import Segment, collate_inputs, sequence
+from pipeline.hub import model_folder
 from pipeline.types import InputError
 
 CPU = torch.device("cpu")
@@ -175,6 +176,6 @@ def test_window_longer_than_the_model_knows(student: Path) -> None:
 
 def test_model_path_that_is_nowhere() -> None:
     with pytest.raises(InputError, match="model path: expected '/no/where' to match one path, found nothing"):
-        models.model_folder("/no/where")
+        model_folder("/no/where")
     with pytest.raises(InputError, match="expected 'nobody/nothing' to be a folder or a model on the hub"):
-        models.model_folder("nobody/nothing")
+        model_folder("nobody/nothing")

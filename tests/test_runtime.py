@@ -16,7 +16,7 @@ from conftest import ROOT
 
 SHOW = """
 import time
-from pipeline.runtime import Progress, start_logging
+from pipeline.progress import Progress, start_logging
 start_logging()
 progress = Progress("train", total=4, unit=" steps", log_every_seconds=0.15)
 for step in range(4):

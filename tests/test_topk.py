@@ -5,7 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.topk import entropy, hybrid, log_probabilities, narrow, sampled, top_k, uniforms, widen
+from pipeline.topk import (
+    hybrid,
+    largest,
+    log_probabilities,
+    narrow,
+    sampled,
+    top_k,
+    top_k_and_entropy,
+    uniforms,
+    widen,
+)
 from pipeline.types import InputError, TopK
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(2, 40), st.integers(0, 1000), st.floats(0.1, 30))
@@ -61,12 +71,39 @@ def test_refusals() -> None:
         narrow(top, k=5)
 
 
-def test_entropy_of_uniform_and_certain() -> None:
-    logits_NV = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf]])
-    assert torch.allclose(entropy(logits_NV), torch.tensor([4.0, 1.0]).log())
+@settings(deadline=None)
+@given(shape=SHAPES, k=st.integers(1, 40), dead=st.integers(0, 30))
+def test_log_z_and_entropy_of_the_whole_distribution(shape: tuple, k: int, dead: int) -> None:
+    """Against fp64, with one-hot positions, ids of no mass (-inf) and tails too small for fp32's exp."""
+    logits_NV = draw(shape)
+    logits_NV[:, 1 : 1 + dead] = -torch.inf
+    logits_NV[0, 0] = 500.0
+    _, log_z_N, entropy_N = top_k_and_entropy(logits_NV, k=min(k, shape[1]), temperatures=(1.0,))
+    dense_NV = logits_NV.double()
+    p_NV = torch.softmax(dense_NV, dim=1)
+    expected_z_N = (dense_NV - dense_NV.max(1, keepdim=True).values).logsumexp(1)
+    assert torch.allclose(log_z_N.double(), expected_z_N, atol=1e-5)
+    assert torch.allclose(entropy_N.double(), torch.special.entr(p_NV).sum(1), atol=1e-4)
+    assert entropy_N.isfinite().all()
 
 
-# --------------------------------------------------------------------- sampled and hybrid: unbiased
+def test_a_far_tail_keeps_its_mass() -> None:
+    """exp(-200) is 0 in fp32, its logarithm is not -inf."""
+    top = top_k(torch.tensor([[0.0, -200.0, -200.0]]), k=1, temperatures=(1.0,))
+    assert top.log_tail_NC.item() == pytest.approx(-200.0 + torch.tensor(2.0).log().item())
+
+
+@pytest.mark.parametrize("size", [999, 4096, 49_152])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_the_largest_are_those_of_a_plain_topk(size: int, coarse: bool) -> None:
+    """`coarse` makes many ties, as bfloat16 logits do: which of equals is kept may differ, the values may not."""
+    logits_NV = draw((20, size, 3, 4.0))
+    logits_NV = logits_NV.round() if coarse else logits_NV
+    for k in (1, 8, 64, 300):
+        values_NK, ids_NK = largest(logits_NV, k)
+        assert torch.equal(values_NK, logits_NV.topk(k, dim=1).values)
+        assert torch.equal(logits_NV.gather(1, ids_NK), values_NK)
+        assert all(len(set(row)) == k for row in ids_NK.tolist())
 
 
 def dense(top: TopK, vocabulary: int) -> torch.Tensor:

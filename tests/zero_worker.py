@@ -6,7 +6,8 @@ from pathlib import Path
 from pipeline import config as configs
 from pipeline.config import TrainConfig
 from pipeline.files import RunPaths
-from pipeline.runtime import StopRequest, leave, ranks_from_environment, start_logging
+from pipeline.progress import start_logging
+from pipeline.runtime import StopRequest, leave, ranks_from_environment
 from pipeline.train import train
 
 if __name__ == "__main__":
