@@ -14,23 +14,23 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = [
     {"types"},
     {"config", "runtime", "files"},
-    {"topk", "order", "ramps", "schema", "statistics", "claims"},
+    {"topk", "order", "ramps", "schema", "statistics", "claims", "distillkit"},
     {"losses", "manifest", "text", "models"},
-    {"shards", "engine", "corpus"},
-    {"dataset", "teacher", "exam"},
+    {"shards", "engine", "corpus", "sources"},
+    {"dataset", "teacher", "exam", "foreign"},
     {"evaluate"},
-    {"capture", "train"},
+    {"capture", "train", "imports"},
     {"launch", "report", "command"},
 ]
 
 EVERYWHERE = set.union(*FLOORS)
 DOORS = {
     "torch": EVERYWHERE - {"config", "command", "files"},
-    "omegaconf": {"config", "command"},
+    "omegaconf": {"config", "command", "sources"},
     "hydra": {"command"},
     "tqdm": {"runtime"},
-    "numpy": {"schema", "corpus"},
-    "pyarrow": {"schema", "shards", "text"},
+    "numpy": {"schema", "corpus", "distillkit", "foreign"},
+    "pyarrow": {"schema", "shards", "text", "sources", "foreign"},
     "polars": {"evaluate", "report"},
     "transformers": {"models"},
     "huggingface_hub": {"models"},
