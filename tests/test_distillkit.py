@@ -22,6 +22,8 @@ from pipeline.distillkit import (
 )
 from pipeline.types import InputError
 
+FORMATS = {"float16": "e", "float32": "f", "float64": "d"}
+
 
 def bit_bytes(numbers: list[int], bits: int) -> bytes:
     """One stream of bits, most significant first, as a string of 0 and 1."""
@@ -86,7 +88,7 @@ def test_bits_of_an_id(d: int) -> None:
 def floats(values: list[float], dtype: str) -> bytes:
     if dtype == "bfloat16":
         return b"".join(struct.pack("<f", value)[2:] for value in values)
-    return struct.pack(f"<{len(values)}{dict(float16='e', float32='f', float64='d')[dtype]}", *values)
+    return struct.pack(f"<{len(values)}{FORMATS[dtype]}", *values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
