@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +55,15 @@ def run(config: ImportConfig) -> Path:
         unit=" rows",
         log_every_seconds=config.log_every_seconds,
     )
+    # one pass, from the first missing row on: a row group may hold the rows of many shards
+    at = manifests.shard_range(manifest, todo[0]).start if todo else manifest.num_records
+    stream = rows(source, range(at, manifest.num_records))
     for index in todo:
         if not manifests.adopt(cache, index):
-            import_shard(source, cache, manifest, index, progress)
+            records = manifests.shard_range(manifest, index)
+            taken = itertools.islice(stream, records.start - at, records.stop - at)
+            import_shard(source, taken, cache, manifest, index, progress)
+            at = records.stop
     progress.close()
     finished = manifests.finish(cache, manifest, stale_seconds=ABANDONED_SECONDS)
     infos = manifests.whole(cache, manifest)
@@ -229,11 +237,13 @@ def _check_mass(foreign: ForeignRow, tail: str) -> None:
         )
 
 
-def import_shard(source: Source, cache: Path, manifest: Manifest, index: int, progress: Progress) -> None:
+def import_shard(
+    source: Source, taken: Iterable[tuple[str, Row]], cache: Path, manifest: Manifest, index: int, progress: Progress
+) -> None:
     """One shard, from its source rows to its commit."""
     records, num_skipped = manifests.shard_range(manifest, index), 0
     with shard_writer(cache, manifest, index) as writer:
-        for record_id, (where, row) in zip(records, rows(source, records), strict=True):
+        for record_id, (where, row) in zip(records, taken, strict=True):
             foreign = checked_row(source, where, row)
             if len(foreign.target_positions_N):
                 writer.write(*stored(foreign, record_id, tail=manifest.tail))
