@@ -25,6 +25,8 @@ Malformed = Enum("Malformed", ["stop", "skip"])
 Kind = Enum("Kind", ["topk", "sampled", "hybrid"])
 Complete = Enum("Complete", ["none", "greedy", "sample"])
 Source = Enum("Source", ["gold", "corpus"])
+Format = Enum("Format", ["distillkit", "axolotl_raw", "axolotl_prepared"])
+Alignment = Enum("Alignment", ["current", "legacy"])
 Shape = Enum("Shape", ["constant", "linear", "cosine", "step"])
 
 
@@ -116,6 +118,23 @@ class CaptureConfig:
     lease_seconds: float = option(
         60.0, "a shard whose worker gave no sign of life for this long is taken over", result=False
     )
+    log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
+
+
+@dataclass
+class ImportConfig:
+    name: str = option(MISSING, "first part of the cache folder's name")
+    caches_dir: str = option("caches", "folder that holds all caches", result=False)
+    source: str = option(MISSING, "folder or glob of what another project kept of its teacher", content=True)
+    format: Format = option(MISSING, "which project's form: distillkit, axolotl_raw or axolotl_prepared")
+    tokenizer: str = option(MISSING, "folder of that teacher's tokenizer in Hugging Face layout", content=True)
+    alignment: Alignment | None = option(
+        None, "axolotl_prepared only: row j describes token j + 1 (current) or token j (legacy)"
+    )
+    logprobs_column: str = option("logprobs", "axolotl_raw: column of the kept log-probabilities")
+    messages_column: str = option("messages", "axolotl_raw: column of a chat, where there are no input_ids")
+    text_column: str = option("text", "axolotl_raw: column of plain text, where there is no chat either")
+    records_per_shard: int = option(1000, "source rows in one shard")
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
 
 
@@ -237,6 +256,7 @@ class ReportConfig:
 
 ROOTS: dict[str, type] = {
     "capture": CaptureConfig,
+    "import": ImportConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,

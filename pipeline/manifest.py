@@ -140,9 +140,10 @@ def whole(cache: Path, manifest: Manifest) -> list[ShardInfo]:
     infos = [committed(cache, index) for index in range(manifest.num_shards)]
     present = [info for info in infos if info is not None]
     if len(present) != manifest.num_shards:
+        maker = "scripts/capture.py" if manifest.tail == "exact" else "scripts/import.py"
         raise InputError(
             f"{cache}: expected {manifest.num_shards} committed shards, found {len(present)}; "
-            "run the same scripts/capture.py again, it goes on where it stopped"
+            f"run the same {maker} again, it goes on where it stopped"
         )
     return present
 
@@ -154,5 +155,5 @@ def check_shard(cache: Path, info: ShardInfo) -> None:
     if found != info.sha256:
         raise InputError(
             f"{path}: expected sha256 {info.sha256[:12]}, found {found[:12]}; the shard is damaged: "
-            f"delete it and {info_path(cache, info.index).name} beside it, then capture again (only it is redone)"
+            f"delete it and {info_path(cache, info.index).name} beside it, then make it again (only it is redone)"
         )

@@ -2,7 +2,7 @@
 
 Typed flat lists, so that plain polars, DuckDB or `datasets` read a shard with no code of ours. Row r of a
 shard holds N positions, K entries each: entry j of position n lies at n * K + j of `topk_ids`. Where the number
-kept varies (sampled and hybrid), `kept_counts` holds it, and the entries of all positions follow one another.
+kept varies (sampled, hybrid, imported), `kept_counts` holds it, and the entries of all positions follow one another.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class ShardWriter:
         self._temporary = cache / "shards" / f".{index:05d}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         self._schema = arrow_schema(
             vocabulary_size=manifest.vocabulary_size,
-            varies=manifest.kind != "topk",
+            varies=manifest.varies,
             completed="complete" in manifest.made_of,
             metadata={"fingerprint": manifest.fingerprint, "schema_version": str(manifest.schema_version)},
         )
@@ -118,7 +118,8 @@ class ShardReader:
     def row(self, block: int, row: int) -> tuple[TokenSequence, TopK]:
         """One sequence and its distributions."""
         sequence, top = self._block(block)[row]
-        return sequence, (top if self._k is None else narrow(top, k=self._k))
+        # where the number kept varies, a sequence may hold fewer than k
+        return sequence, (top if self._k is None else narrow(top, k=min(self._k, top.ids_NK.shape[1])))
 
     def _read_block(self, block: int) -> list[tuple[TokenSequence, TopK]]:
         info, group = self._places[block]

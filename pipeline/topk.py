@@ -171,6 +171,25 @@ def select(top: TopK, rows_N: Tensor) -> TopK:
     )
 
 
+def from_log_probabilities(ids_NK: Tensor, log_p_NK: Tensor, *, has_tail: bool) -> TopK:
+    """Entries that somebody else kept, in any order and -inf where there is none: at least one a position, T = 1.
+
+    With `has_tail` the mass outside is 1 - sum p, in fp64, and 0 where the entries sum to more; else it is 0.
+    """
+    log_p_NK, order_NK = log_p_NK.double().sort(dim=1, descending=True, stable=True)
+    ids_NK = ids_NK.gather(1, order_NK)
+    largest_N1 = log_p_NK[:, :1]
+    log_rest_N1 = torch.log1p(-log_p_NK.exp().sum(dim=1, keepdim=True).clamp(max=1.0))
+    relative_NK = (log_p_NK - largest_N1).half()
+    width = int((relative_NK > -torch.inf).sum(dim=1).max())
+    return TopK(
+        ids_NK=torch.where(relative_NK > -torch.inf, ids_NK, ids_NK[:, :1])[:, :width],
+        relative_logits_NK=relative_NK[:, :width],
+        log_tail_NC=(log_rest_N1 - largest_N1 if has_tail else torch.full_like(largest_N1, -torch.inf)).float(),
+        temperatures=(1.0,),
+    )
+
+
 def widen(top: TopK, width: int) -> TopK:
     """The same distributions with padding up to `width` entries."""
     missing = width - top.ids_NK.shape[1]

@@ -175,6 +175,15 @@ class Manifest:
     """The plan: shard i holds the records [i * records_per_shard, (i + 1) * records_per_shard)."""
     num_skipped: int | None = None
     """Malformed records counted and left out; None until every shard is committed."""
+    tail: str = "exact"
+    """What is known of the mass outside the kept entries. exact: all of it, our own caches. Of imported ones,
+    remainder: 1 - sum p, exact as well; renormalised: lost, the kept entries sum to 1; approximate: 1 - sum p of
+    values that were stored with loss, at least 0."""
+
+    @property
+    def varies(self) -> bool:
+        """The number kept may differ between positions, so that a shard has to say it."""
+        return self.kind != "topk" or self.tail != "exact"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,9 +45,13 @@ USES = [
 ]
 
 
+# What a root leaves to the user.
+SAID = {"import": ["name=theirs", "source=some/folder", "format=distillkit", "tokenizer=some/teacher"]}
+
+
 @pytest.mark.parametrize("root", sorted(ROOTS))
 def test_roots_compose(root: str) -> None:
-    assert isinstance(composed(root), ROOTS[root])
+    assert isinstance(composed(root, *SAID.get(root, [])), ROOTS[root])
 
 
 @pytest.mark.parametrize(

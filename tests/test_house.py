@@ -14,24 +14,26 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = [
     {"types"},
     {"config", "files", "progress", "runtime"},
-    {"topk", "order", "ramps", "schema", "statistics", "claims", "hub", "checks"},
+    {"topk", "order", "ramps", "schema", "statistics", "claims", "hub", "checks", "distillkit", "measure"},
     {"losses", "manifest", "text", "models"},
-    {"shards", "engine", "corpus", "recall"},
-    {"dataset", "teacher", "exam", "plan"},
+    {"shards", "engine", "corpus", "recall", "sources"},
+    {"dataset", "teacher", "exam", "plan", "foreign"},
     {"evaluate", "complete"},
-    {"train", "worker"},
+    {"train", "worker", "imports"},
     {"capture", "launch", "report", "command"},
+    {"bench_capture", "bench_read", "bench_fidelity", "bench_rerun"},
+    {"bench"},
 ]
 
 EVERYWHERE = set.union(*FLOORS)
 DOORS = {
     # without these a wrong option, and a cache that is finished, would be known only after torch has loaded
     "torch": EVERYWHERE - {"config", "checks", "command", "files", "progress", "hub", "text", "recall", "capture"},
-    "omegaconf": {"config", "command"},
+    "omegaconf": {"config", "command", "sources"},
     "hydra": {"command"},
     "tqdm": {"progress"},
-    "numpy": {"schema", "corpus"},
-    "pyarrow": {"schema", "shards", "text", "plan"},
+    "numpy": {"schema", "corpus", "distillkit", "foreign"},
+    "pyarrow": {"schema", "shards", "text", "plan", "sources", "foreign"},
     "polars": {"evaluate", "report"},
     "transformers": {"models"},
     "huggingface_hub": {"hub"},

@@ -1,0 +1,22 @@
+#!/usr/bin/env python
+"""Instead of stage one: turn the teacher outputs that another project kept into a cache of ours.
+
+    python scripts/import.py name=theirs source=FOLDER format=distillkit tokenizer=TEACHER
+    python scripts/import.py name=theirs 'source=FOLDER/*.parquet' format=axolotl_prepared alignment=current \\
+        tokenizer=TEACHER
+
+Prints the cache folder; the same command again goes on where it stopped, or does nothing.
+"""
+
+from pipeline.command import hydra_main
+from pipeline.config import ImportConfig
+
+
+def main(config: ImportConfig) -> None:
+    from pipeline.imports import run  # here, so that a wrong option is refused before torch has loaded
+
+    print(run(config))
+
+
+if __name__ == "__main__":
+    hydra_main("import", __doc__, main)
