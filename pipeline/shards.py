@@ -14,7 +14,7 @@ import torch
 
 from pipeline import manifest as manifests
 from pipeline.order import POOL_BLOCKS
-from pipeline.schema import arrow_schema, decode, encode, totals
+from pipeline.schema import ENCODING, arrow_schema, decode, encode, totals
 from pipeline.topk import join, log_probabilities, narrow
 from pipeline.types import Captured, InputError, Manifest, TokenSequence, TopK
 
@@ -40,7 +40,8 @@ class ShardWriter:
             self._temporary,
             self._schema,
             compression="zstd",
-            use_dictionary=["topk_ids.list.element"],
+            use_dictionary=False,
+            column_encoding={name: how for name, how in ENCODING.items() if name.split(".")[0] in self._schema.names},
             write_page_checksum=True,
         )
 
@@ -127,4 +128,4 @@ class ShardReader:
             manifests.check_shard(self.cache, info)
             self._checked.add(info.index)
         file = pq.ParquetFile(manifests.shard_path(self.cache, info.index))
-        return decode(file.read_row_group(group), temperatures=self.manifest.temperatures)
+        return decode(file.read_row_group(group, use_threads=False), temperatures=self.manifest.temperatures)

@@ -29,11 +29,17 @@ from pipeline.types import InputError, Manifest
 BATCHES_IN_FLIGHT = 3  # between the teacher and the disk: a slow disk holds the teacher back, memory stays bounded
 
 
-def work(config: CaptureConfig, cache: Path, sequences: Path, shards: Sequence[int], worker: int = 0) -> None:
+def work(
+    config: CaptureConfig,
+    cache: Path,
+    sequences: Path,
+    shards: Sequence[int],
+    worker: int = 0,
+    teacher: models.Model | None = None,
+) -> None:
     """Capture the shards that nobody else does until all are committed; the teacher loads when it is needed."""
     keep_memory()
     manifest = manifests.load(cache)
-    teacher: models.Model | None = None
     lease_seconds = config.lease_seconds
     missing = [index for index in shards if manifests.committed(cache, index) is None]
     progress = Progress(
