@@ -218,11 +218,27 @@ class ReportConfig:
     out: str | None = option(None, "folder for report.csv and report.parquet; null: print only")
 
 
+@dataclass
+class AuditConfig:
+    cache: str = option(MISSING, "folder of a capture, or a glob matching one", content=True)
+    teacher: ModelConfig | None = option(
+        None, "replay: the teacher of the cache; show: any model folder with its tokenizer", result=False
+    )
+    rows: int = option(8, "sequences drawn at random for replay and show")
+    seed: int = option(0, "decides which")
+    record: int | None = option(None, "show: the record with this id, all its positions; null: random rows")
+    top: int = option(8, "show: entries a position")
+    out: str | None = option(None, "summary: folder for summary.json, summary.png and summary.svg; null: print only")
+    batch_sequences: int = option(8, "replay: sequences in one teacher forward")
+    log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
+
+
 ROOTS: dict[str, type] = {
     "capture": CaptureConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
+    "audit": AuditConfig,
 }
 
 
@@ -301,6 +317,13 @@ def check_train(config: TrainConfig) -> None:
     reads_corpus = (kd.weight > 0 and Source.corpus in kd.on) or (lm.weight > 0 and Source.corpus in lm.on)
     if not reads_gold and not (reads_corpus and config.gold_fraction < 1):
         raise InputError("no term with a weight above 0 reads any text of this run; check loss.*.weight, loss.*.on")
+
+
+def check_audit(config: AuditConfig) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    _at_least(1, rows=config.rows, top=config.top, batch_sequences=config.batch_sequences)
+    _at_least(0, record=0 if config.record is None else config.record)
+    _positive(log_every_seconds=config.log_every_seconds)
 
 
 def _at_least(least: int, **values: float) -> None:

@@ -116,7 +116,7 @@ def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[To
         )
         ids, relative = _int64(part["topk_ids"]), torch.from_numpy(part["relative_logits"].copy())
         if "kept_counts" in part:
-            ids, relative = _padded(ids, relative, _int64(part["kept_counts"]))
+            ids, relative = padded(ids, relative, _int64(part["kept_counts"]))
         top = TopK(
             ids_NK=ids.reshape(shape),
             relative_logits_NK=relative.reshape(shape),
@@ -127,7 +127,7 @@ def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[To
     return rows
 
 
-def _padded(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Entries that follow one another -> [N, K], padded by -inf and each position's first id."""
     is_kept_NK = torch.arange(int(counts_N.max())) < counts_N[:, None]
     first_N = counts_N.cumsum(0) - counts_N

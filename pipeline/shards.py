@@ -21,6 +21,13 @@ from pipeline.types import Captured, InputError, Manifest, TokenSequence, TopK
 ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
 
 
+def retained_mass_histogram(top: TopK) -> torch.Tensor:
+    """Positions by the probability that the kept entries hold at T = 1, in ten equal bins: [10] int64."""
+    log_p_NK, _ = log_probabilities(top, temperature=1.0)
+    retained_N = log_p_NK.exp().sum(dim=1).clamp(0.0, 1.0)
+    return torch.histc(retained_N, bins=10, min=0.0, max=1.0).long()
+
+
 class ShardWriter:
     """Writes one shard into a temporary file and publishes it whole; leaving it early leaves nothing behind."""
 
@@ -30,7 +37,12 @@ class ShardWriter:
         self._schema = arrow_schema(
             vocabulary_size=manifest.vocabulary_size,
             varies=manifest.kind != "topk",
-            metadata={"fingerprint": manifest.fingerprint, "schema_version": str(manifest.schema_version)},
+            metadata={
+                "fingerprint": manifest.fingerprint,
+                "schema_version": str(manifest.schema_version),
+                # the one promise that neither the fingerprint nor the rows would miss if it were changed
+                "vocabulary_size": str(manifest.vocabulary_size),
+            },
         )
         self._rows: list[tuple[TokenSequence, Captured]] = []
         self._rows_bytes = self._targets = 0
@@ -45,9 +57,7 @@ class ShardWriter:
 
     def write(self, sequence: TokenSequence, captured: Captured) -> None:
         """Append one sequence."""
-        log_p_NK, _ = log_probabilities(captured.top, temperature=1.0)
-        retained_N = log_p_NK.exp().sum(dim=1).clamp(0.0, 1.0)
-        self._histogram += torch.histc(retained_N, bins=10, min=0.0, max=1.0).long()
+        self._histogram += retained_mass_histogram(captured.top)
         self._rows.append((sequence, captured))
         self._targets += len(sequence.target_positions_N)
         self._rows_bytes += 4 * (len(sequence.input_ids_S) + captured.top.ids_NK.numel())
