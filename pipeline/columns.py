@@ -7,8 +7,10 @@ R rows (sequences) of the row group, E kept entries of all its positions, one af
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +43,23 @@ class Columns:
     def rows(self, name: str) -> np.ndarray:
         """The row of each value of a column."""
         return np.repeat(np.arange(self.num_rows), self.lengths[name])
+
+
+def read_groups(path: Path) -> Iterator[Columns]:
+    """The row groups of a shard, one after the other; ValueError where a value is missing."""
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        yield read_group(file, group)
+
+
+def column_bytes(path: Path) -> Counter[str]:
+    """Bytes of each column as they lie in a shard, compressed."""
+    metadata, found = pq.read_metadata(path), Counter[str]()
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(column)
+            found[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
+    return found
 
 
 def read_group(file: pq.ParquetFile, group: int) -> Columns:
@@ -84,6 +103,6 @@ def sequence_keys(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]
         before_R = np.cumsum(lengths) - lengths
         joined[np.repeat(at_R + 1 - before_R, lengths) + np.arange(len(values))] = values
         at_R += lengths + 1
-    data, ends = memoryview(joined).cast("B"), (8 * at_R).tolist()
+    data, ends = memoryview(joined.tobytes()), (8 * at_R).tolist()
     blake2b = hashlib.blake2b
     return [blake2b(data[a:b], digest_size=16).digest() for a, b in zip((8 * first_R).tolist(), ends, strict=True)]

@@ -30,7 +30,10 @@ def wrong_lists(columns: Columns, manifest: Manifest) -> Iterator[Wrong]:
     for name in ("target_ids", "next_log_prob", "entropy"):
         yield f"{name}: expected one value a target position", np.flatnonzero(lengths[name] != num_R)
     tails_R = num_R * len(manifest.temperatures)
-    yield "log_tail: expected one value a target position and temperature", np.flatnonzero(lengths["log_tail"] != tails_R)
+    yield (
+        "log_tail: expected one value a target position and temperature",
+        np.flatnonzero(lengths["log_tail"] != tails_R),
+    )
     kept_R = num_R * manifest.k
     if manifest.kind != "topk":
         yield "kept_counts: expected one value a target position", np.flatnonzero(lengths["kept_counts"] != num_R)
@@ -41,7 +44,10 @@ def wrong_lists(columns: Columns, manifest: Manifest) -> Iterator[Wrong]:
     for name in ("topk_ids", "relative_logits"):
         yield f"{name}: expected as many values as entries are kept", np.flatnonzero(lengths[name] != kept_R)
     size_R = lengths["input_ids"]
-    yield f"input_ids: expected 1 to {manifest.window} tokens", np.flatnonzero((size_R < 1) | (size_R > manifest.window))
+    yield (
+        f"input_ids: expected 1 to {manifest.window} tokens",
+        np.flatnonzero((size_R < 1) | (size_R > manifest.window)),
+    )
     sums_R = row_sums(columns, "segment_lengths")
     yield "segment_lengths: expected them to add up to the tokens", np.flatnonzero(sums_R != size_R)
     empty = columns.values["segment_lengths"] < 1

@@ -6,6 +6,7 @@ A finding is one line: where, what was expected, what was found, what to do. Mem
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline import manifest as manifests
-from pipeline.columns import Columns, distributions, read_group
+from pipeline.columns import distributions, read_groups
 from pipeline.content import Wrong, wrong_distributions, wrong_lists, wrong_sequences
 from pipeline.runtime import Progress
 from pipeline.schema import SCHEMA_VERSION, arrow_schema, describe
@@ -27,6 +28,10 @@ from pipeline.shards import retained_mass_histogram
 from pipeline.types import InputError, Manifest, ShardInfo
 
 PROMISED = ("kind", "k", "draws", "draw_seed", "temperatures", "window", "records_per_shard", "schema_version")
+NUMBERS = (
+    *("schema_version", "k", "draws", "draw_seed", "vocabulary_size", "window"),
+    *("num_records", "num_shards", "records_per_shard"),
+)
 REDO = "delete it and the .json beside it, then capture again (only it is redone)"
 
 
@@ -35,9 +40,7 @@ def load_manifest(cache: Path) -> Manifest:
     path = manifests.manifest_path(cache)
     try:
         manifest = manifests.load(cache)
-        numbers = ("schema_version", "k", "draws", "draw_seed", "vocabulary_size", "window")
-        numbers += ("num_records", "num_shards", "records_per_shard")
-        wrong = [name for name in numbers if type(getattr(manifest, name)) is not int]
+        wrong = [name for name in NUMBERS if type(getattr(manifest, name)) is not int]
         wrong += [name for name in ("fingerprint", "kind") if type(getattr(manifest, name)) is not str]
         wrong += [] if type(manifest.made_of) is dict else ["made_of"]
         wrong += [] if all(type(T) is float and T > 0 for T in manifest.temperatures) else ["temperatures"]
@@ -96,7 +99,7 @@ def _promise(cache: Path, manifest: Manifest, planned: int) -> Iterator[str]:
         if value != manifest.made_of.get(name):
             yield f"{path}: {name}: expected {manifest.made_of.get(name)} (made_of), found {value}; {RESTORE}"
     if manifest.schema_version != SCHEMA_VERSION:
-        yield f"{path}: schema_version: expected {SCHEMA_VERSION}, found {manifest.schema_version}; use its version of us"
+        yield f"{path}: schema_version: expected {SCHEMA_VERSION}, found {manifest.schema_version}; use its version"
     if manifest.num_shards != planned:
         yield f"{path}: num_shards: expected {planned} (the plan), found {manifest.num_shards}; {RESTORE}"
     if manifest.num_skipped is None:
@@ -123,12 +126,12 @@ def _indices(cache: Path) -> list[int]:
 def _gaps(cache: Path, present: list[int], planned: int) -> Iterator[str]:
     """One line a run of missing shards."""
     edges = [-1, *present, planned]
-    for before, after in zip(edges, edges[1:], strict=False):
+    for before, after in itertools.pairwise(edges):
         if after - before > 1:
             first, last = manifests.shard_path(cache, before + 1), manifests.shard_path(cache, after - 1)
             where = str(first) if first == last else f"{first} to {last.name}"
             missing = "a shard" if first == last else f"{after - before - 1} shards"
-            yield f"{where}: expected {missing} of the plan, found no file; capture again, it goes on with what is missing"
+            yield f"{where}: expected {missing} of the plan, found no file; capture again (it goes on)"
 
 
 def _strays(cache: Path, planned: int) -> Iterator[str]:
@@ -216,11 +219,10 @@ def _footer(path: Path, manifest: Manifest) -> Iterator[str]:
 
 def _content(path: Path, manifest: Manifest, info: ShardInfo) -> Iterator[str]:
     """The rows, one row group at a time, and what they add up to."""
-    file, records = pq.ParquetFile(path), manifests.shard_range(manifest, info.index)
+    records = manifests.shard_range(manifest, info.index)
     seen = np.zeros(len(records), dtype=bool)
     targets, histogram, first = 0, torch.zeros(10, dtype=torch.int64), 0
-    for group in range(file.num_row_groups):
-        columns = read_group(file, group)
+    for columns in read_groups(path):
         wrong = [item for item in wrong_lists(columns, manifest) if len(item[1])]
         if not wrong:
             checks = (*wrong_sequences(columns, manifest, records), *wrong_distributions(columns, manifest))
@@ -244,7 +246,8 @@ def _totals(
 ) -> Iterator[str]:
     if seen + info.num_skipped != num_records:
         yield (
-            f"{path}: records: expected all {num_records} of the plan, found {seen} and {info.num_skipped} skipped; {REDO}"
+            f"{path}: records: expected all {num_records} of the plan, found {seen} and {info.num_skipped} skipped; "
+            f"{REDO}"
         )
     if targets != info.targets:
         yield f"{path}: targets: expected {info.targets} (its footer), found {targets}; {REDO}"

@@ -14,13 +14,13 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = [
     {"types"},
     {"config", "runtime", "files"},
-    {"topk", "order", "ramps", "schema", "statistics", "claims"},
-    {"losses", "manifest", "text", "models"},
-    {"shards", "engine", "corpus"},
-    {"dataset", "teacher", "exam"},
-    {"evaluate"},
+    {"topk", "order", "ramps", "schema", "statistics", "claims", "pictures"},
+    {"losses", "manifest", "text", "models", "columns"},
+    {"shards", "engine", "corpus", "content", "samples"},
+    {"dataset", "teacher", "exam", "verify", "summary"},
+    {"evaluate", "replay"},
     {"capture", "train"},
-    {"launch", "report", "command"},
+    {"launch", "report", "command", "audit"},
 ]
 
 EVERYWHERE = set.union(*FLOORS)
@@ -29,12 +29,13 @@ DOORS = {
     "omegaconf": {"config", "command"},
     "hydra": {"command"},
     "tqdm": {"runtime"},
-    "numpy": {"schema", "corpus"},
-    "pyarrow": {"schema", "shards", "text"},
+    "numpy": {"schema", "corpus", "columns", "content", "samples", "verify", "summary"},
+    "pyarrow": {"schema", "shards", "text", "columns", "samples", "verify"},
     "polars": {"evaluate", "report"},
     "transformers": {"models"},
     "huggingface_hub": {"models"},
     "deepspeed": {"engine"},
+    "altair": {"pictures"},
 }
 
 FILES = sorted(path for path in PIPELINE.glob("*.py") if path.stem != "__init__")
