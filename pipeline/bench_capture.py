@@ -19,7 +19,7 @@ from pipeline import models
 from pipeline.config import CaptureConfig, ModelConfig, Targets, TextConfig
 from pipeline.corpus import collate_inputs
 from pipeline.measure import Figure, Findings, figure, in_turn, ratios, seconds, shown, table
-from pipeline.plan import make
+from pipeline.plan import make, planned
 from pipeline.recall import request_of
 from pipeline.runtime import compute_device, keep_memory
 from pipeline.topk import top_k_and_entropy

@@ -7,7 +7,7 @@ import glob
 import re
 from typing import Any
 
-from pipeline.config import CaptureConfig, Complete, Kind, ModelConfig, Source, Targets, TrainConfig
+from pipeline.config import AuditConfig, CaptureConfig, Complete, Kind, ModelConfig, Source, Targets, TrainConfig
 from pipeline.types import InputError
 
 
@@ -72,6 +72,13 @@ def check_train(config: TrainConfig) -> None:
     reads_corpus = (kd.weight > 0 and Source.corpus in kd.on) or (lm.weight > 0 and Source.corpus in lm.on)
     if not reads_gold and not (reads_corpus and config.gold_fraction < 1):
         raise InputError("no term with a weight above 0 reads any text of this run; check loss.*.weight, loss.*.on")
+
+
+def check_audit(config: AuditConfig) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    _at_least(1, rows=config.rows, top=config.top, batch_sequences=config.batch_sequences)
+    _at_least(0, record=0 if config.record is None else config.record)
+    _positive(log_every_seconds=config.log_every_seconds)
 
 
 def _at_least(least: int, **values: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,6 +98,22 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is left", file=sys.stderr)
         sys.exit(130)
+
+
+def take_action(actions: Mapping[str, str], story: str) -> str:
+    """Take the first word off the command line; `--help` passes, no or an unknown action ends with exit code 2.
+
+    `actions` is each action with its sentence.
+    """
+    word = next(iter(sys.argv[1:]), "")
+    if word in actions:
+        return sys.argv.pop(1)
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        return ""
+    listed = "\n".join(f"  {name:<8} {sentence}" for name, sentence in actions.items())
+    found = f"{word!r}" if word else "nothing"
+    error = f"expected an action as the first word, found {found}; give one of these, or --help:\n{listed}"
+    return refuse(InputError(error))
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -254,12 +254,28 @@ class ReportConfig:
     out: str | None = option(None, "folder for report.csv and report.parquet; null: print only")
 
 
+@dataclass
+class AuditConfig:
+    cache: str = option(MISSING, "folder of a capture, or a glob matching one", content=True)
+    teacher: ModelConfig | None = option(
+        None, "replay: the teacher of the cache; show: any model folder with its tokenizer", result=False
+    )
+    rows: int = option(8, "sequences drawn at random for replay and show")
+    seed: int = option(0, "decides which")
+    record: int | None = option(None, "show: the record with this id, all its positions; null: random rows")
+    top: int = option(8, "show: entries a position")
+    out: str | None = option(None, "summary: folder for summary.json, summary.png and summary.svg; null: print only")
+    batch_sequences: int = option(8, "replay: sequences in one teacher forward")
+    log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
+
+
 ROOTS: dict[str, type] = {
     "capture": CaptureConfig,
     "import": ImportConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
+    "audit": AuditConfig,
 }
 
 

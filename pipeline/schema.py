@@ -152,7 +152,7 @@ def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[To
         sequence = _sequence(key, part)
         ids, relative = _int64(part["topk_ids"]), torch.from_numpy(part["relative_logits"].copy())
         if "kept_counts" in part:
-            ids, relative = _padded(ids, relative, _int64(part["kept_counts"]))
+            ids, relative = padded(ids, relative, _int64(part["kept_counts"]))
         shape = (len(sequence.target_positions_N), -1)
         top = TopK(
             ids_NK=ids.reshape(shape),
@@ -187,7 +187,7 @@ def _sequence(key: bytes, part: dict[str, np.ndarray]) -> TokenSequence:
     )
 
 
-def _padded(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Entries that follow one another -> [N, K], padded by -inf and each position's first id."""
     is_kept_NK = torch.arange(int(counts_N.max())) < counts_N[:, None]
     first_N = counts_N.cumsum(0) - counts_N

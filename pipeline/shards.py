@@ -21,6 +21,13 @@ from pipeline.types import Captured, InputError, Manifest, TokenSequence, TopK
 ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
 
 
+def retained_mass_histogram(top: TopK) -> torch.Tensor:
+    """Positions by the probability that the kept entries hold at T = 1, in ten equal bins: [10] int64."""
+    log_p_NK, _ = log_probabilities(top, temperature=1.0)
+    retained_N = log_p_NK.exp().sum(dim=1).clamp(0.0, 1.0)
+    return torch.histc(retained_N, bins=10, min=0.0, max=1.0).long()
+
+
 class ShardWriter:
     """Writes one shard into a temporary file and publishes it whole; leaving it early leaves nothing behind."""
 
@@ -31,7 +38,12 @@ class ShardWriter:
             vocabulary_size=manifest.vocabulary_size,
             varies=manifest.varies,
             completed="complete" in manifest.made_of,
-            metadata={"fingerprint": manifest.fingerprint, "schema_version": str(manifest.schema_version)},
+            metadata={
+                "fingerprint": manifest.fingerprint,
+                "schema_version": str(manifest.schema_version),
+                # the one promise that neither the fingerprint nor the rows would miss if it were changed
+                "vocabulary_size": str(manifest.vocabulary_size),
+            },
         )
         self._rows: list[tuple[TokenSequence, Captured]] = []
         self._rows_bytes = self._targets = 0
@@ -55,9 +67,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            log_p_NK, _ = log_probabilities(join([captured.top for _, captured in self._rows]), temperature=1.0)
-            retained_N = log_p_NK.exp().sum(dim=1).clamp(0.0, 1.0)
-            self._histogram += torch.histc(retained_N, bins=10, min=0.0, max=1.0).long()
+            self._histogram += retained_mass_histogram(join([captured.top for _, captured in self._rows]))
             self._file.write_table(encode(self._rows, self._schema), row_group_size=len(self._rows))
             self._rows, self._rows_bytes = [], 0
 

@@ -16,6 +16,7 @@ from pipeline import models
 from pipeline.capture import run
 from pipeline.config import Complete, CompleteConfig, Kind, Targets, TextConfig
 from pipeline.types import UNKNOWN_TARGET, InputError
+from pipeline.verify import findings
 
 PROMPTS = [
     "the weak",
@@ -68,6 +69,7 @@ def test_greedy_is_transformers_own_generation(teacher: Path, tmp_path: Path) ->
     tokenizer = models.load_tokenizer(teacher)
     spoken = spoken_by_record(cache)
     assert sorted(spoken) == list(range(len(PROMPTS)))
+    assert findings(cache) == []
     for record_id, prompt in enumerate(PROMPTS):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         forbidden = list(range(len(tokenizer), model.config.vocab_size))  # padding rows of the head say nothing

@@ -13,15 +13,16 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 FLOORS = [
     {"types"},
-    {"config", "files", "progress", "runtime"},
-    {"topk", "order", "ramps", "schema", "statistics", "claims", "hub", "checks", "distillkit", "measure"},
-    {"losses", "manifest", "text", "models"},
-    {"shards", "engine", "corpus", "recall", "sources"},
-    {"dataset", "teacher", "exam", "plan", "foreign"},
-    {"evaluate", "complete"},
+    {"config", "files", "progress", "runtime", "measure"},
+    {"topk", "order", "ramps", "schema", "statistics", "claims", "hub", "checks", "distillkit", "pictures"},
+    {"losses", "manifest", "text", "models", "columns"},
+    {"shards", "engine", "corpus", "recall", "sources", "content", "samples"},
+    {"dataset", "teacher", "exam", "plan", "foreign", "verify", "summary"},
+    {"evaluate", "complete", "replay"},
     {"train", "worker", "imports"},
-    {"capture", "launch", "report", "command"},
-    {"bench_capture", "bench_read", "bench_fidelity", "bench_rerun"},
+    {"capture", "launch", "report", "command", "audit"},
+    {"bench_capture", "bench_read", "bench_fidelity"},
+    {"bench_rerun"},
     {"bench"},
 ]
 
@@ -32,12 +33,13 @@ DOORS = {
     "omegaconf": {"config", "command", "sources"},
     "hydra": {"command"},
     "tqdm": {"progress"},
-    "numpy": {"schema", "corpus", "distillkit", "foreign"},
-    "pyarrow": {"schema", "shards", "text", "plan", "sources", "foreign"},
+    "numpy": {"schema", "corpus", "distillkit", "foreign", "columns", "content", "samples", "verify", "summary"},
+    "pyarrow": {"schema", "shards", "text", "plan", "sources", "foreign", "columns", "samples", "verify"},
     "polars": {"evaluate", "report"},
     "transformers": {"models"},
     "huggingface_hub": {"hub"},
     "deepspeed": {"engine"},
+    "altair": {"pictures"},
 }
 
 FILES = sorted(path for path in PIPELINE.glob("*.py") if path.stem != "__init__")

@@ -22,6 +22,7 @@ from pipeline.imports import run
 from pipeline.shards import ShardReader
 from pipeline.topk import log_probabilities
 from pipeline.types import UNKNOWN_TARGET, InputError, TokenSequence, TopK
+from pipeline.verify import findings
 
 K, BITS = 6, 9  # 300 tokens need 9 bits
 
@@ -178,6 +179,7 @@ def test_an_imported_distribution_is_the_one_that_was_kept(
     assert (manifest.kind, manifest.k, manifest.num_records, manifest.num_shards) == ("topk", K, 13, 3)
     assert (manifest.window, manifest.num_skipped) == (max(len(ids) for ids, _ in truths), 0)
     assert sorted(found) == list(range(13))
+    assert findings(cache) == []
     for r, (ids, log_p_LV) in enumerate(truths):
         sequence, kept = found[r]
         assert sequence.input_ids_S.tolist() == ids
@@ -227,6 +229,7 @@ def test_a_curve_is_approximate_and_its_tail_is_never_negative(student: Path, tm
     (tmp_path / "source" / "compression_config.yml").write_text(json.dumps(config))
     cache = imported(tmp_path / "source", student, {"format": Format.distillkit})
     assert manifests.load(cache).tail == "approximate"
+    assert findings(cache) == []
     (_, kept) = sequences(cache)[0]
     assert kept.ids_NK.tolist() == [[7, 8, 9], [8, 7, 9]]  # by falling value, whatever the file's order
     log_p_NK, log_tail_N = log_probabilities(kept, temperature=1.0)
