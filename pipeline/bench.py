@@ -45,9 +45,7 @@ def main() -> None:
 
 def plain(findings: Findings) -> dict[str, object]:
     """Findings as JSON knows them."""
-    return {
-        name: dataclasses.asdict(value) if isinstance(value, Figure) else value for name, value in findings.items()
-    }
+    return {name: dataclasses.asdict(value) if isinstance(value, Figure) else value for name, value in findings.items()}
 
 
 if __name__ == "__main__":

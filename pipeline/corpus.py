@@ -64,7 +64,11 @@ def _encode(records: list[Record], tokenizer: Any, end_token: bool) -> list[tupl
     end = [tokenizer.eos_token_id] if end_token else []
 
     def ids(texts: list[str], special: bool) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+        if not texts:
+            return []
+        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False)[
+            "input_ids"
+        ]
 
     by_special: dict[bool, list[str]] = {True: [], False: []}
     plan: list[tuple[tuple[bool, int] | None, tuple[bool, int] | None]] = []
@@ -205,17 +209,21 @@ def pack(parts: Iterable[Segment], *, window: int) -> Iterator[TokenSequence]:
     A segment without targets waits for its completion, so it is a sequence alone.
     """
     open_windows: list[list[Segment]] = []
+    rooms: list[int] = []  # tokens that still fit into each
     for segment in parts:
         if not segment.targets:
             yield sequence([segment])
             continue
-        room = (w for w in open_windows if sum(len(s.ids) for s in w) + len(segment.ids) <= window)
-        chosen = next(room, None)
-        if chosen is None:
-            open_windows.append(chosen := [])
-        chosen.append(segment)
+        size = len(segment.ids)
+        chosen = next((w for w, room in enumerate(rooms) if room >= size), len(rooms))
+        if chosen == len(rooms):
+            open_windows.append([])
+            rooms.append(window)
+        open_windows[chosen].append(segment)
+        rooms[chosen] -= size
         if len(open_windows) > OPEN_WINDOWS:
             yield sequence(open_windows.pop(0))
+            rooms.pop(0)
     yield from map(sequence, open_windows)
 
 
@@ -232,7 +240,7 @@ def sequence(parts: Sequence[Segment]) -> TokenSequence:
         segment_lengths=lengths,
         record_ids=tuple(part.record_id for part in parts),
         target_positions_N=torch.from_numpy(positions),
-        target_ids_N=torch.tensor([t for _, t in pairs], dtype=torch.int64),
+        target_ids_N=torch.from_numpy(np.array([t for _, t in pairs], dtype=np.int64)),
     )
 
 
