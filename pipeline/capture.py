@@ -25,6 +25,7 @@ from pipeline.corpus import Survey, sequences, survey
 from pipeline.runtime import Progress, compute_device, log, start_logging
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.shards import shard_writer
+from pipeline.store import Place
 from pipeline.teacher import capture_batch
 from pipeline.text import Raw, Rejections, Text, open_text, raw_records
 from pipeline.types import InputError, Manifest, TokenSequence
@@ -32,8 +33,8 @@ from pipeline.types import InputError, Manifest, TokenSequence
 DEATHS_WITHOUT_PROGRESS = 5  # killed workers, for each of num_workers, before the cause is no longer chance
 
 
-def run(config: CaptureConfig) -> Path:
-    """Capture what is not captured yet; returns the cache folder."""
+def run(config: CaptureConfig) -> Place:
+    """Capture what is not captured yet; returns the cache's folder or address."""
     start_logging()
     check_capture(config)
     folder, tokenizer = models.open_tokenizer(config.teacher)
@@ -44,14 +45,14 @@ def run(config: CaptureConfig) -> Path:
         )
     text = open_text(config.corpus, "corpus")
     manifest = plan(config, folder, tokenizer, survey(text, tokenizer, window=config.window))
-    cache = Path(config.caches_dir) / f"{config.name}-{manifest.fingerprint[:12]}"
+    cache = manifests.cache_place(manifest, cache=config.cache, caches_dir=config.caches_dir, name=config.name)
     manifests.start(cache, manifest)
     shards = share_of(config, manifest.num_shards)
-    todo = [index for index in shards if manifests.committed(cache, index) is None]
+    todo = manifests.uncommitted(cache, shards)
     if todo:
         log.info("capturing %d of %d shards into %s", len(todo), manifest.num_shards, cache)
         supervise(config, cache, shards) if config.num_workers > 1 else work(config, cache, shards)
-    present = sum(manifests.committed(cache, index) is not None for index in range(manifest.num_shards))
+    present = manifest.num_shards - len(manifests.uncommitted(cache, range(manifest.num_shards)))
     if present < manifest.num_shards:
         log.info("%s: this share is done; %d of %d shards are there", cache, present, manifest.num_shards)
         return cache
@@ -123,14 +124,14 @@ class RawCursor:
         return taken
 
 
-def work(config: CaptureConfig, cache: Path, shards: Sequence[int], worker: int = 0) -> None:
+def work(config: CaptureConfig, cache: Place, shards: Sequence[int], worker: int = 0) -> None:
     """Capture the shards that nobody else does until all are committed; the teacher loads when it is needed."""
     manifest = manifests.load(cache)
     _, tokenizer = models.open_tokenizer(config.teacher)
     text = open_text(config.corpus, "corpus")
     cursor, teacher = RawCursor(text), None
     lease_seconds = config.lease_seconds
-    missing = [index for index in shards if manifests.committed(cache, index) is None]
+    missing = manifests.uncommitted(cache, shards)
     total = sum(len(manifests.shard_range(manifest, index)) for index in missing)
     progress = Progress(
         f"capture {worker}" if config.num_workers > 1 else "capture",
@@ -152,7 +153,7 @@ def work(config: CaptureConfig, cache: Path, shards: Sequence[int], worker: int 
                 )
                 teacher = teacher or models.open_model(config.teacher, compute_device(worker))
                 capture_shard(teacher, packed, cache, manifest, index, rejections.count, config, progress)
-        missing = [index for index in missing if manifests.committed(cache, index) is None]
+        missing = manifests.uncommitted(cache, missing)
         if missing:  # others are at work on them: be there if they die
             time.sleep(min(1.0, lease_seconds / 4))
     progress.close()
@@ -161,7 +162,7 @@ def work(config: CaptureConfig, cache: Path, shards: Sequence[int], worker: int 
 def capture_shard(
     teacher: models.Model,
     packed: Sequence[TokenSequence],
-    cache: Path,
+    cache: Place,
     manifest: Manifest,
     index: int,
     num_skipped: int,
@@ -198,7 +199,7 @@ def share_of(config: CaptureConfig, num_shards: int) -> list[int]:
     return list(range(int(found[1]), num_shards, int(found[2])))
 
 
-def start_worker(config: CaptureConfig, cache: Path, shards: Sequence[int], worker: int) -> SpawnProcess:
+def start_worker(config: CaptureConfig, cache: Place, shards: Sequence[int], worker: int) -> SpawnProcess:
     """A worker as a process of its own, which ends with this one."""
     process = multiprocessing.get_context("spawn").Process(
         target=worker_process, args=(config, cache, shards, worker), daemon=True
@@ -207,7 +208,7 @@ def start_worker(config: CaptureConfig, cache: Path, shards: Sequence[int], work
     return process
 
 
-def worker_process(config: CaptureConfig, cache: Path, shards: Sequence[int], worker: int) -> None:
+def worker_process(config: CaptureConfig, cache: Place, shards: Sequence[int], worker: int) -> None:
     """What a worker process runs: its share of the cores, one line where it cannot go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     start_logging()
@@ -219,7 +220,7 @@ def worker_process(config: CaptureConfig, cache: Path, shards: Sequence[int], wo
         raise SystemExit(2) from None
 
 
-def supervise(config: CaptureConfig, cache: Path, shards: Sequence[int]) -> None:
+def supervise(config: CaptureConfig, cache: Place, shards: Sequence[int]) -> None:
     """Run the workers; one that was killed is replaced, unless workers keep dying without a shard committed."""
     workers = {number: start_worker(config, cache, shards, number) for number in range(config.num_workers)}
     deaths, committed = 0, 0
@@ -233,7 +234,7 @@ def supervise(config: CaptureConfig, cache: Path, shards: Sequence[int]) -> None
                 raise InputError(
                     f"worker {number} stopped with the error above; mend it and run the same command again"
                 )
-            now = sum(manifests.committed(cache, index) is not None for index in shards)
+            now = len(shards) - len(manifests.uncommitted(cache, shards))
             deaths, committed = (1 if now > committed else deaths + 1), now
             if deaths > DEATHS_WITHOUT_PROGRESS * config.num_workers:
                 raise InputError(

@@ -79,7 +79,7 @@ def totals(*, targets: int, num_skipped: int, histogram: Sequence[int]) -> dict[
 
 
 def describe(path: Path, index: int) -> ShardInfo:
-    """The ShardInfo of a whole file; ValueError if it is not whole."""
+    """The ShardInfo of a whole file, under the name that it has in a local cache; ValueError if it is not whole."""
     metadata = pq.read_metadata(path)
     written = json.loads((metadata.metadata or {}).get(b"totals", b"null"))
     if written is None:
@@ -87,6 +87,7 @@ def describe(path: Path, index: int) -> ShardInfo:
     groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     return ShardInfo(
         index=index,
+        file=f"{index:05d}.parquet",
         rows=metadata.num_rows,
         row_groups=groups,
         targets=written["targets"],

@@ -14,8 +14,8 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = [
     {"types"},
     {"config", "runtime", "files"},
-    {"topk", "order", "ramps", "schema", "statistics", "claims"},
-    {"losses", "manifest", "text", "models"},
+    {"topk", "order", "ramps", "schema", "statistics", "store"},
+    {"losses", "manifest", "claims", "downloads", "text", "models"},
     {"shards", "engine", "corpus"},
     {"dataset", "teacher", "exam"},
     {"evaluate"},
@@ -30,7 +30,7 @@ DOORS = {
     "hydra": {"command"},
     "tqdm": {"runtime"},
     "numpy": {"schema", "corpus"},
-    "pyarrow": {"schema", "shards", "text"},
+    "pyarrow": {"schema", "shards", "text", "store"},
     "polars": {"evaluate", "report"},
     "transformers": {"models"},
     "huggingface_hub": {"models"},
@@ -82,7 +82,7 @@ def test_one_library_behind_one_door(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_functions_and_files_stay_readable(path: Path) -> None:
     text = path.read_text()
-    allowed_lines = {"config": 400, "train": 330}  # every option in one place; one story in one file
+    allowed_lines = {"config": 420, "train": 330}  # every option in one place; one story in one file
     assert len(text.splitlines()) <= allowed_lines.get(path.stem, 300)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
