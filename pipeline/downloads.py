@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from typing import BinaryIO
 from pipeline.store import Remote, download
 from pipeline.types import InputError
 
+KEPT = re.compile(r"[0-9a-f]{64}")
+COMING = re.compile(r"\.[0-9a-f]{64}\.\d+\.[0-9a-f]{8}\.tmp")
 ABANDONED_SECONDS = 3600.0  # a download that did not grow for so long belongs to somebody who was killed
 
 
@@ -78,17 +81,23 @@ class Downloads:
         return file
 
     def _make_room(self, size_bytes: int) -> None:
-        """Delete the least recently used until there is room; before a download, so that the bound holds."""
+        """Delete the least recently used until there is room; before a download, so that the bound holds.
+
+        Only what has a name of ours: somebody may keep other things in this folder.
+        """
         kept: list[tuple[float, int, Path]] = []
         taken_bytes = size_bytes
         for path in self.folder.iterdir():
+            is_coming = COMING.fullmatch(path.name)
+            if not is_coming and not KEPT.fullmatch(path.name):
+                continue
             with contextlib.suppress(FileNotFoundError):
                 found = path.stat()
-                if path.suffix == ".tmp" and time.time() - found.st_mtime > ABANDONED_SECONDS:
+                if is_coming and time.time() - found.st_mtime > ABANDONED_SECONDS:
                     path.unlink()
                     continue
                 taken_bytes += found.st_size
-                if not path.name.startswith("."):
+                if not is_coming:
                     kept.append((found.st_mtime, found.st_size, path))
         for _, file_bytes, path in sorted(kept):
             if taken_bytes <= self.limit_bytes:

@@ -25,7 +25,7 @@ from pipeline.types import InputError
 
 CHUNK_BYTES = 8 << 20
 PATIENT = {"attempts": 7, "connect_seconds": 10.0, "answer_seconds": 30.0}  # at work: sits out half a minute
-BRISK = {"attempts": 2, "connect_seconds": 3.0, "answer_seconds": 3.0}  # at the start, when somebody is watching
+BRISK = {"attempts": 2, "connect_seconds": 2.0, "answer_seconds": 2.0}  # at the start, when somebody is watching
 SECRET = re.compile(r"secret|token|key|sig|password|credential", re.IGNORECASE)
 
 
