@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import pytest
 from conftest import ROOT, capture_arguments, prompts, script, train_arguments, write_lines
 from moto.server import ThreadedMotoServer
 
+from pipeline import downloads, store
 from pipeline import manifest as manifests
-from pipeline import store
 from pipeline.capture import run
 from pipeline.claims import claim
 from pipeline.config import CaptureConfig, Dtype, ModelConfig, Targets, TextConfig
@@ -172,8 +173,8 @@ def test_what_fsspec_knows(teacher: Path, data: Path, near: Path, tmp_path: Path
         name for i, path in enumerate(sorted((near / "shards").glob("*.parquet")))
         for name in (f"{i:05d}-{file_hash(path)[:12]}.parquet", f"{i:05d}.json")
     ]  # fmt: skip
-    downloads = Downloads(folder=tmp_path, limit_bytes=1 << 30)
-    assert rows(ShardReader(made, downloads=downloads)) == rows(ShardReader(near))
+    folder = Downloads(folder=tmp_path, limit_bytes=1 << 30)
+    assert rows(ShardReader(made, downloads=folder)) == rows(ShardReader(near))
 
 
 def test_a_name_with_a_space_reaches_a_worker(bucket: Any) -> None:
@@ -206,8 +207,8 @@ def test_a_killed_capture_and_then_two_at_once(bucket: Any, teacher: Path, many:
     changes = {"records_per_shard": 5, "batch_sequences": 1, "lease_seconds": 2}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # so that every process computes the same bits
 
-    def start(cache: str) -> subprocess.Popen:
-        arguments = capture_arguments(teacher, many, cache=cache, **changes)
+    def start(cache: str, num_workers: int = 1) -> subprocess.Popen:
+        arguments = capture_arguments(teacher, many, cache=cache, num_workers=num_workers, **changes)
         command = [sys.executable, str(ROOT / "scripts" / "capture.py"), *arguments]
         with (tmp_path / "output.txt").open("a") as output:
             return subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, env=environment)
@@ -220,7 +221,7 @@ def test_a_killed_capture_and_then_two_at_once(bucket: Any, teacher: Path, many:
     killed.wait()
     done = len([name for name in store.names(remote("s3://bucket/killed") / "shards") if name.endswith(".json")])
     assert undisturbed.wait(120) == 0
-    assert [process.wait(120) for process in [start("s3://bucket/killed") for _ in range(2)]] == [0, 0]
+    assert [process.wait(120) for process in [start("s3://bucket/killed", n) for n in (1, 2)]] == [0, 0]
     said = (tmp_path / "output.txt").read_text()
     assert SECRET not in said
     assert "of 30 shards into s3://bucket/killed" in said
@@ -361,15 +362,33 @@ def test_downloads_stay_within_their_bound(captured: Remote, cache: Path, tmp_pa
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_those_that_want_one_shard_at_once_fetch_it_once(
+    captured: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[Remote] = []
+
+    def slowly(place: Remote, local: Path) -> None:
+        fetched.append(place)
+        time.sleep(0.2)
+        store.download(place, local)
+
+    monkeypatch.setattr(downloads, "download", slowly)
+    readers = [ShardReader(captured, downloads=Downloads(folder=tmp_path, limit_bytes=1 << 30)) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        keys = [sequence.key for sequence, _ in pool.map(lambda reader: reader.row(0, 0), readers)]
+    assert len(set(keys)) == 1
+    assert len(fetched) == 1
+
+
 def test_a_download_that_the_disk_damaged_is_fetched_again(captured: Remote, cache: Path, tmp_path: Path) -> None:
-    downloads = Downloads(folder=tmp_path, limit_bytes=1 << 30)
-    expected = rows(ShardReader(captured, downloads=downloads))
+    folder = Downloads(folder=tmp_path, limit_bytes=1 << 30)
+    expected = rows(ShardReader(captured, downloads=folder))
     (damaged, *_) = (path for path in tmp_path.iterdir() if not path.name.startswith("."))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     left = tmp_path / f".{damaged.name}.1.0123abcd.tmp"
     left.write_bytes(b"somebody was killed")
     os.utime(left, (0, 0))
-    assert rows(ShardReader(captured, downloads=downloads)) == expected
+    assert rows(ShardReader(captured, downloads=folder)) == expected
     assert file_hash(damaged) == damaged.name
     assert not left.exists()
 
