@@ -19,21 +19,22 @@ from pipeline.checks import check_capture
 from pipeline.config import CaptureConfig
 from pipeline.progress import log, start_logging
 from pipeline.recall import request_of
+from pipeline.store import Place
 from pipeline.types import InputError, Manifest
 
 DEATHS_WITHOUT_PROGRESS = 5  # killed workers, for each of num_workers, before the cause is no longer chance
 
 
-def run(config: CaptureConfig) -> Path:
-    """Capture what is not captured yet; returns the cache folder."""
+def run(config: CaptureConfig) -> Place:
+    """Capture what is not captured yet; returns the cache's folder or address."""
     start_logging()
     check_capture(config)
     request = request_of(config)
     manifest = request.recall() or planned(config)
-    cache = Path(config.caches_dir) / f"{config.name}-{manifest.fingerprint[:12]}"
+    cache = manifests.cache_place(manifest, cache=config.cache, caches_dir=config.caches_dir, name=config.name)
     manifests.start(cache, manifest)
     shards = share_of(config, manifest.num_shards)
-    todo = [index for index in shards if manifests.committed(cache, index) is None]
+    todo = manifests.uncommitted(cache, shards)
     if todo:
         if not request.sequences.exists():  # planned and captured once, and something of it is missing now
             planned(config)
@@ -44,7 +45,7 @@ def run(config: CaptureConfig) -> Path:
             from pipeline.worker import work  # here, as below, because torch is needed only if there is work
 
             work(config, cache, request.sequences, shards)
-    present = sum(manifests.committed(cache, index) is not None for index in range(manifest.num_shards))
+    present = manifest.num_shards - len(manifests.uncommitted(cache, range(manifest.num_shards)))
     if present < manifest.num_shards:
         log.info("%s: this share is done; %d of %d shards are there", cache, present, manifest.num_shards)
         return cache
@@ -84,7 +85,7 @@ def share_of(config: CaptureConfig, num_shards: int) -> list[int]:
 
 
 def start_worker(
-    config: CaptureConfig, cache: Path, sequences: Path, shards: Sequence[int], worker: int
+    config: CaptureConfig, cache: Place, sequences: Path, shards: Sequence[int], worker: int
 ) -> SpawnProcess:
     """A worker as a process of its own, which ends with this one."""
     from pipeline.worker import worker_process
@@ -96,7 +97,7 @@ def start_worker(
     return process
 
 
-def supervise(config: CaptureConfig, cache: Path, sequences: Path, shards: Sequence[int]) -> None:
+def supervise(config: CaptureConfig, cache: Place, sequences: Path, shards: Sequence[int]) -> None:
     """Run the workers; one that was killed is replaced, unless workers keep dying without a shard committed."""
     workers = {number: start_worker(config, cache, sequences, shards, number) for number in range(config.num_workers)}
     deaths, committed = 0, 0
@@ -110,7 +111,7 @@ def supervise(config: CaptureConfig, cache: Path, sequences: Path, shards: Seque
                 raise InputError(
                     f"worker {number} stopped with the error above; mend it and run the same command again"
                 )
-            now = sum(manifests.committed(cache, index) is not None for index in shards)
+            now = len(shards) - len(manifests.uncommitted(cache, shards))
             deaths, committed = (1 if now > committed else deaths + 1), now
             if deaths > DEATHS_WITHOUT_PROGRESS * config.num_workers:
                 raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config import AuditConfig, CaptureConfig, Complete, Kind, ModelConfig, Source, Targets, TrainConfig
@@ -48,7 +49,7 @@ def check_train(config: TrainConfig) -> None:
     if config.epochs is not None:
         _positive(epochs=config.epochs)
     _at_least(0, checkpoint_every_steps=config.checkpoint.every_steps)
-    _at_least(1, checkpoint_keep=config.checkpoint.keep)
+    _at_least(1, checkpoint_keep=config.checkpoint.keep, downloads_bytes=config.downloads.bytes)
     _positive(kd_temperature=kd.temperature, learning_rate=config.optimizer.learning_rate)
     _fraction(gold_fraction=config.gold_fraction, warmup_fraction=config.optimizer.warmup_fraction)
     if Source.gold in kd.on:
@@ -100,7 +101,7 @@ def _positive(**values: float) -> None:
 
 
 def check_files(config: Any, prefix: str = "") -> None:
-    """Refuse paths and globs that match nothing, in the first second; a hub name is left to the hub."""
+    """Refuse paths and globs that match nothing, in the first second; hub names and addresses are asked for later."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
@@ -108,7 +109,16 @@ def check_files(config: Any, prefix: str = "") -> None:
         elif item.metadata["content"] and value is not None:
             for pattern in [value] if isinstance(value, str) else value:
                 is_hub_name = isinstance(config, ModelConfig) and re.fullmatch(r"[\w.-]+/[\w.-]+", pattern)
-                if not glob.glob(pattern, recursive=True) and not is_hub_name:
+                is_address = item.metadata["address"] and "://" in pattern
+                if not (is_hub_name or is_address or glob.glob(pattern, recursive=True)):
                     raise InputError(
                         f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; check the path"
                     )
+
+
+def addresses(config: Any) -> Iterator[tuple[str, str]]:
+    """The options of a root that name a place in an object store, with their values."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.metadata["address"] and value is not None and "://" in value:
+            yield item.name, value

@@ -1,7 +1,7 @@
 """Claims: who is at work on which shard. They only save work; correctness never depends on them.
 
-A claim is a small file that its holder touches; one that was not touched for a lease may be taken over. Ages are
-taken against a file touched just now in the same folder, so the clocks of two machines are never compared.
+A claim is a small file or object that its holder renews; one that was not renewed for a lease may be taken over. Ages
+are taken against one written just now in the same folder, so the clocks of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -14,22 +14,27 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.store import Place, Remote, age_seconds, beside
+from pipeline.types import InputError
+
 BEATS_PER_LEASE = 4
 
 
 @contextlib.contextmanager
-def claim(path: Path, *, lease_seconds: float) -> Iterator[bool]:
-    """Hold `path` while the body runs and keep it fresh from a thread; yields False if somebody else holds it."""
+def claim(place: Place, *, lease_seconds: float) -> Iterator[bool]:
+    """Hold `place` while the body runs and keep it fresh from a thread; yields False if somebody else holds it."""
     owner = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
-    if not _create(path, owner) and not (_is_stale(path, lease_seconds) and _take_over(path, owner)):
+    if not _create(place, owner) and not (_is_stale(place, lease_seconds) and _take_over(place, owner)):
         yield False
         return
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(lease_seconds / BEATS_PER_LEASE) and _owner(path) == owner:
-            with contextlib.suppress(OSError):
-                os.utime(path)
+        while not done.wait(lease_seconds / BEATS_PER_LEASE):
+            with contextlib.suppress(OSError, InputError):  # a store that does not answer may do so at the next beat
+                if place.read_text() != owner:
+                    return
+                _renew(place, owner)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -38,13 +43,23 @@ def claim(path: Path, *, lease_seconds: float) -> Iterator[bool]:
     finally:
         done.set()
         thread.join()
-        if _owner(path) == owner:  # a holder that was frozen past its lease leaves its successor's claim alone
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, InputError):  # what cannot be released goes stale
+            if place.read_text() == owner:  # a holder frozen past its lease leaves its successor's claim alone
+                place.unlink(missing_ok=True)
 
 
-def _create(path: Path, owner: str) -> bool:
+def _is_stale(place: Place, lease_seconds: float) -> bool:
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        return age_seconds(place) > lease_seconds
+    except FileNotFoundError:  # released meanwhile
+        return False
+
+
+def _create(place: Place, owner: str) -> bool:
+    if isinstance(place, Remote):
+        return not place.exists() and _put(place, owner)
+    try:
+        descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
     with os.fdopen(descriptor, "w") as file:
@@ -52,30 +67,30 @@ def _create(path: Path, owner: str) -> bool:
     return True
 
 
-def _owner(path: Path) -> str | None:
+def _put(place: Remote, owner: str) -> bool:
+    """Of two that put at once the last one holds the claim; the first may miss that, and then both do the work."""
+    place.write_text(owner)
     try:
-        return path.read_text()
-    except OSError:
-        return None
-
-
-def _is_stale(path: Path, lease_seconds: float) -> bool:
-    now = path.with_name(f".{path.name}.{secrets.token_hex(4)}.now")
-    try:
-        now.touch()
-        return now.stat().st_mtime - path.stat().st_mtime > lease_seconds
-    except FileNotFoundError:  # released meanwhile
+        return place.read_text() == owner
+    except FileNotFoundError:  # that other one has released it already
         return False
-    finally:
-        now.unlink(missing_ok=True)
 
 
-def _take_over(path: Path, owner: str) -> bool:
+def _renew(place: Place, owner: str) -> None:
+    if isinstance(place, Remote):
+        place.write_text(owner)
+    else:
+        os.utime(place)
+
+
+def _take_over(place: Place, owner: str) -> bool:
     """Two that try at once may both succeed; then both do the work, and the second commit finds it done."""
-    stale = path.with_name(f".{path.name}.{secrets.token_hex(4)}.stale")
+    if isinstance(place, Remote):
+        return _put(place, owner)
+    stale = Path(str(beside(place, "stale")))
     try:
-        path.rename(stale)
+        place.rename(stale)
     except FileNotFoundError:
         return False
     stale.unlink(missing_ok=True)
-    return _create(path, owner)
+    return _create(place, owner)

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.checks import check_files
+from pipeline.checks import addresses, check_files
 from pipeline.config import ROOTS, options, plain, typed
 from pipeline.types import InputError, RunFailed
 
@@ -81,6 +81,10 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         try:
             config: Any = typed(node, ROOTS[root])
             check_files(config)
+            for name, location in addresses(config):
+                from pipeline.store import check_address  # here: pyarrow is slow to load, and most need none
+
+                check_address(location, name, writing=root == "capture")
             return body(config)
         except InputError as error:  # here, before Hydra adds its own words; a sweep goes on with its other runs
             if HydraConfig.get().mode != RunMode.MULTIRUN:

@@ -1,7 +1,8 @@
 """Every option of every stage: its default, its unit, one sentence. YAML under `conf/` holds choices only.
 
 An option marked `result=False` changes where, when or how fast a run works but not what comes out of it: it
-stays out of the run's hash. One marked `content=True` names files, which enter the hash by what is in them.
+stays out of the run's hash. One marked `content=True` names files, which enter the hash by what is in them; one
+marked `address=True` may name a place in an object store (s3://bucket/prefix) instead of a local path.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ Alignment = Enum("Alignment", ["current", "legacy"])
 Shape = Enum("Shape", ["constant", "linear", "cosine", "step"])
 
 
-def option(default: Any, help: str, *, result: bool = True, content: bool = False) -> Any:
+def option(default: Any, help: str, *, result: bool = True, content: bool = False, address: bool = False) -> Any:
     """A dataclass field that knows its sentence and whether it changes what a run produces."""
-    metadata = {"help": help, "result": result, "content": content}
+    metadata = {"help": help, "result": result, "content": content, "address": address}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -96,7 +97,13 @@ class CompleteConfig:
 @dataclass
 class CaptureConfig:
     name: str = option(MISSING, "first part of the cache folder's name")
-    caches_dir: str = option("caches", "folder that holds all caches", result=False)
+    caches_dir: str = option("caches", "folder or address that holds all caches", result=False, address=True)
+    cache: str | None = option(
+        None,
+        "exactly this folder or address for the cache (s3://bucket/prefix); null: caches_dir/name-fingerprint",
+        result=False,
+        address=True,
+    )
     teacher: ModelConfig = option(ModelConfig, "the weak model")
     corpus: TextConfig = option(TextConfig, "unlabeled text")
     window: int = option(512, "longest sequence, in tokens; records are packed into it")
@@ -215,12 +222,23 @@ class LauncherConfig:
 
 
 @dataclass
+class DownloadsConfig:
+    dir: str = option("caches/.downloads", "folder for shards of caches in object stores; may be shared", result=False)
+    bytes: int = option(50_000_000_000, "bytes it may take; the shards not used for longest go first", result=False)
+
+
+@dataclass
 class TrainConfig:
     name: str = option(MISSING, "first part of the run folder's name; what the report calls the experiment")
     runs_dir: str = option("runs", "folder that holds all runs", result=False)
     seed: int = option(1, "decides the order of the data and every other draw")
     student: ModelConfig = option(ModelConfig, "the strong model, before training")
-    cache: str | None = option(None, "folder of a capture, or a glob matching one; null: no teacher", content=True)
+    cache: str | None = option(
+        None,
+        "folder of a capture, a glob matching one, or an address (s3://bucket/prefix); null: no teacher",
+        content=True,
+        address=True,
+    )
     k: int | None = option(None, "kept entries to read from the cache; null: all that were captured")
     gold: TextConfig | None = option(None, "trusted text with known targets; null: none")
     dev: TextConfig | None = option(None, "held-out text that decisions may look at; null: none")
@@ -237,6 +255,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig = option(CheckpointConfig, "what survives a stop")
     scoring: ScoringConfig = option(ScoringConfig, "evaluation at the end")
     launcher: LauncherConfig = option(LauncherConfig, "how ranks are started", result=False)
+    downloads: DownloadsConfig = option(
+        DownloadsConfig, "caches in object stores are read through this folder", result=False
+    )
 
 
 @dataclass

@@ -29,8 +29,9 @@ from pipeline.corpus import survey, text_hash
 from pipeline.dataset import fitting_micro_batch
 from pipeline.evaluate import teacher_choices
 from pipeline.exam import open_exam
-from pipeline.files import RunPaths, content_hash, one_path, write_json
+from pipeline.files import RunPaths, content_hash, write_json
 from pipeline.progress import log, start_logging
+from pipeline.store import one_place
 from pipeline.text import open_text
 from pipeline.topk import temperature_index
 from pipeline.types import InputError, RunFailed
@@ -137,7 +138,7 @@ def check_checkpoint(paths: RunPaths, *, world_size: int, zero_stage: int) -> No
 def check_cache(config: TrainConfig, folder: Path, tokenizer: Any) -> str:
     """The fingerprint of a whole cache that this student can read."""
     assert config.cache is not None
-    cache = one_path(config.cache, "cache")
+    cache = one_place(config.cache, "cache")
     manifest = manifests.load(cache)
     manifests.whole(cache, manifest)
     models.check_same_tokenizer(

@@ -28,10 +28,11 @@ from pipeline import models
 from pipeline.claims import claim
 from pipeline.config import CaptureConfig, Complete, Kind
 from pipeline.corpus import sequences, text_hash
-from pipeline.files import sync_files, write_json
+from pipeline.files import sync_files
 from pipeline.progress import log
 from pipeline.recall import Request, state_of
 from pipeline.schema import SCHEMA_VERSION, decode_sequences, encode_sequences, sequence_schema
+from pipeline.store import write_json
 from pipeline.text import Piece, Rejections, Text, open_text, pieces, raw_records
 from pipeline.types import InputError, Manifest, TokenSequence
 

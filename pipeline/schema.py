@@ -7,18 +7,14 @@ kept varies (sampled, hybrid, imported), `kept_counts` holds it, and the entries
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from pipeline.files import file_hash
-from pipeline.types import Captured, ShardInfo, TokenSequence, TopK
+from pipeline.types import Captured, TokenSequence, TopK
 
 SCHEMA_VERSION = 1
 
@@ -119,30 +115,6 @@ def _list_array(parts: Sequence[np.ndarray], value_type: pa.DataType) -> pa.List
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int32)
     values = np.concatenate(parts).astype(value_type.to_pandas_dtype())
     return pa.ListArray.from_arrays(offsets, pa.array(values, value_type), type=_list(value_type))
-
-
-def totals(*, targets: int, num_skipped: int, histogram: Sequence[int]) -> dict[str, str]:
-    """What a writer adds to a shard's own metadata, so that the file can vouch for itself."""
-    return {"totals": json.dumps({"targets": targets, "num_skipped": num_skipped, "histogram": list(histogram)})}
-
-
-def describe(path: Path, index: int) -> ShardInfo:
-    """The ShardInfo of a whole file; ValueError if it is not whole."""
-    metadata = pq.read_metadata(path)
-    written = json.loads((metadata.metadata or {}).get(b"totals", b"null"))
-    if written is None:
-        raise ValueError("no totals in its footer")
-    groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-    return ShardInfo(
-        index=index,
-        rows=metadata.num_rows,
-        row_groups=groups,
-        targets=written["targets"],
-        bytes=path.stat().st_size,
-        sha256=file_hash(path),
-        num_skipped=written["num_skipped"],
-        retained_mass_histogram=tuple(written["histogram"]),
-    )
 
 
 def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[TokenSequence, TopK]]:

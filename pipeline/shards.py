@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow.parquet as pq
 import torch
 
 from pipeline import manifest as manifests
+from pipeline.downloads import Downloads
 from pipeline.order import POOL_BLOCKS
-from pipeline.schema import ENCODING, arrow_schema, decode, encode, totals
+from pipeline.schema import ENCODING, arrow_schema, decode, encode
+from pipeline.store import Place
 from pipeline.topk import join, log_probabilities, narrow
-from pipeline.types import Captured, InputError, Manifest, TokenSequence, TopK
+from pipeline.types import Captured, InputError, Manifest, ShardInfo, TokenSequence, TopK
 
 ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
 
@@ -31,9 +35,9 @@ def retained_mass_histogram(top: TopK) -> torch.Tensor:
 class ShardWriter:
     """Writes one shard into a temporary file and publishes it whole; leaving it early leaves nothing behind."""
 
-    def __init__(self, cache: Path, manifest: Manifest, index: int) -> None:
+    def __init__(self, cache: Place, manifest: Manifest, index: int, *, folder: Path) -> None:
         self._cache, self._manifest, self._index = cache, manifest, index
-        self._temporary = cache / "shards" / f".{index:05d}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        self._temporary = folder / f".{index:05d}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         self._schema = arrow_schema(
             vocabulary_size=manifest.vocabulary_size,
             varies=manifest.varies,
@@ -72,13 +76,17 @@ class ShardWriter:
             self._rows, self._rows_bytes = [], 0
 
     def commit(self, *, num_skipped: int) -> None:
-        """Publish the shard: fsync, re-open and check, link, ShardInfo last."""
+        """Publish the shard: fsync, re-open and check, link or upload, ShardInfo last."""
         self._flush()
         histogram = self._histogram.tolist()
-        self._file.add_key_value_metadata(totals(targets=self._targets, num_skipped=num_skipped, histogram=histogram))
+        self._file.add_key_value_metadata(
+            manifests.totals(targets=self._targets, num_skipped=num_skipped, histogram=histogram)
+        )
         self._file.close()
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
+        # at an exact address two captures may have begun at once, of which the manifest names one
+        manifests.check_same(manifests.load(self._cache), self._manifest.made_of, self._cache)
         manifests.commit(self._cache, self._temporary, self._index)
 
     def abandon(self) -> None:
@@ -89,12 +97,17 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def shard_writer(cache: Path, manifest: Manifest, index: int) -> Iterator[ShardWriter]:
-    """A ShardWriter whose temporary file does not outlive an error."""
+def shard_writer(cache: Place, manifest: Manifest, index: int) -> Iterator[ShardWriter]:
+    """A ShardWriter whose temporary file, local even where the cache is not, does not outlive an error."""
     writer = None
     try:
-        writer = ShardWriter(cache, manifest, index)
-        yield writer
+        if isinstance(cache, Path):
+            writer = ShardWriter(cache, manifest, index, folder=cache / "shards")
+            yield writer
+        else:
+            with tempfile.TemporaryDirectory(prefix="shard-") as folder:
+                writer = ShardWriter(cache, manifest, index, folder=Path(folder))
+                yield writer
     except BaseException as error:
         if writer is not None:
             writer.abandon()
@@ -110,16 +123,16 @@ class ShardReader:
     """Random access to the sequences of a whole cache by (block, row); a block is a row group of a shard.
 
     A shard's bytes are checked against its ShardInfo before its first row is used. Holds as many decoded
-    blocks as the order shuffles together.
+    blocks as the order shuffles together. A remote cache is read through `downloads`, whole shards at a time.
     """
 
-    def __init__(self, cache: Path, *, k: int | None = None) -> None:
+    def __init__(self, cache: Place, *, k: int | None = None, downloads: Downloads | None = None) -> None:
         self.cache, self.manifest = cache, manifests.load(cache)
         if k is not None and self.manifest.kind != "topk":
             raise InputError(f"k: expected null, because {cache} is {self.manifest.kind}, found {k}")
         if k is not None and not 1 <= k <= self.manifest.k:
             raise InputError(f"k: expected 1 to {self.manifest.k} (captured in {cache}), found {k}")
-        self._k = k
+        self._k, self._downloads = k, downloads
         self._infos = manifests.whole(cache, self.manifest)
         self._places = [(info, group) for info in self._infos for group in range(len(info.row_groups))]
         self.blocks = tuple(rows for info in self._infos for rows in info.row_groups)
@@ -134,8 +147,19 @@ class ShardReader:
 
     def _read_block(self, block: int) -> list[tuple[TokenSequence, TopK]]:
         info, group = self._places[block]
-        if info.index not in self._checked:
-            manifests.check_shard(self.cache, info)
-            self._checked.add(info.index)
-        file = pq.ParquetFile(manifests.shard_path(self.cache, info.index))
-        return decode(file.read_row_group(group, use_threads=False), temperatures=self.manifest.temperatures)
+        with self._open(info) as file:
+            table = pq.ParquetFile(file).read_row_group(group, use_threads=False)
+        return decode(table, temperatures=self.manifest.temperatures)
+
+    def _open(self, info: ShardInfo) -> BinaryIO:
+        trusted, place = info.index in self._checked, manifests.shard_file(self.cache, info)
+        if isinstance(place, Path):
+            if not trusted:
+                manifests.check_shard(self.cache, info)
+            file: BinaryIO = place.open("rb")
+        else:
+            assert self._downloads is not None, "a remote cache is read through a folder of downloads"
+            check = partial(manifests.check_shard, self.cache, info)
+            file = self._downloads.fetch(place, sha256=info.sha256, size_bytes=info.bytes, check=check, trusted=trusted)
+        self._checked.add(info.index)
+        return file

@@ -23,13 +23,15 @@ from pipeline import models, ramps
 from pipeline.config import LossConfig, OptimizerConfig, TrainConfig
 from pipeline.corpus import known_sequences
 from pipeline.dataset import Mixture, fitting_micro_batch, prefetched
+from pipeline.downloads import Downloads
 from pipeline.evaluate import score
 from pipeline.exam import open_exam
-from pipeline.files import Metrics, RunPaths, content_hash, one_path, sync_files, sync_folder, write_json
+from pipeline.files import Metrics, RunPaths, content_hash, sync_files, sync_folder, write_json
 from pipeline.losses import TermOptions, count_positions
 from pipeline.progress import Progress, log, start_logging
 from pipeline.runtime import Ranks, StopRequest, compute_device, leave, ranks_from_environment, release_memory
 from pipeline.shards import ShardReader
+from pipeline.store import one_place
 from pipeline.text import open_text
 from pipeline.types import Batch, TrainState
 
@@ -210,7 +212,8 @@ def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
     if config.gold is not None and config.gold_fraction > 0:
         gold = known_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
     if config.cache is not None and config.gold_fraction < 1:
-        reader = ShardReader(one_path(config.cache, "cache"), k=config.k)
+        downloads = Downloads(folder=Path(config.downloads.dir), limit_bytes=config.downloads.bytes)
+        reader = ShardReader(one_place(config.cache, "cache"), k=config.k, downloads=downloads)
     return Mixture(
         gold=gold,
         reader=reader,

@@ -191,6 +191,8 @@ class ShardInfo:
     """What lies in one shard; its file exists only if the shard is whole."""
 
     index: int
+    file: str
+    """Name of the Parquet file beside this ShardInfo; in an object store it holds a part of the content's hash."""
     rows: int
     """Sequences."""
     row_groups: tuple[int, ...]

@@ -23,7 +23,7 @@ from pipeline import manifest as manifests
 from pipeline.columns import distributions, read_groups
 from pipeline.content import Wrong, wrong_distributions, wrong_lists, wrong_sequences
 from pipeline.progress import Progress
-from pipeline.schema import SCHEMA_VERSION, arrow_schema, describe
+from pipeline.schema import SCHEMA_VERSION, arrow_schema
 from pipeline.shards import retained_mass_histogram
 from pipeline.types import InputError, Manifest, ShardInfo
 
@@ -89,7 +89,7 @@ RESTORE = "restore manifest.json from a copy, or capture into another folder"
 
 def _promise(cache: Path, manifest: Manifest, planned: int) -> Iterator[str]:
     """What the manifest says of itself; its text is compared too, so that no byte of it may differ."""
-    path = manifests.manifest_path(cache)
+    path = cache / "manifest.json"
     if manifest.fingerprint != manifests.fingerprint(manifest.made_of):
         right = manifests.fingerprint(manifest.made_of)[:12]
         yield f"{path}: fingerprint: expected {right} (hash of made_of), found {manifest.fingerprint[:12]}; {RESTORE}"
@@ -156,7 +156,7 @@ def check_shard(cache: Path, manifest: Manifest, index: int) -> tuple[list[str],
     """What is wrong with one shard, and the records that it says were left out."""
     path = manifests.shard_path(cache, index)
     try:
-        info = describe(path, index)
+        info = manifests.describe(path, index)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         return [f"{path}: expected a whole Parquet file, found it damaged ({_line(error)}); {REDO}"], 0
     wrong = list(_vouched(cache, info))
@@ -179,6 +179,7 @@ def _vouched(cache: Path, info: ShardInfo) -> Iterator[str]:
     if not beside.exists():
         yield f"{beside}: expected the ShardInfo of a committed shard, found no file; capture again, it is mended"
         return
+    assert isinstance(beside, Path)
     if beside.read_bytes() == _written(info):
         return
     try:

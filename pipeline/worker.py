@@ -23,6 +23,7 @@ from pipeline.plan import Planned, planned
 from pipeline.progress import Progress, log, start_logging
 from pipeline.runtime import compute_device, keep_memory
 from pipeline.shards import ShardWriter, shard_writer
+from pipeline.store import Place
 from pipeline.teacher import Flight, capture_batch, land
 from pipeline.types import InputError, Manifest
 
@@ -31,7 +32,7 @@ BATCHES_IN_FLIGHT = 3  # between the teacher and the disk: a slow disk holds the
 
 def work(
     config: CaptureConfig,
-    cache: Path,
+    cache: Place,
     sequences: Path,
     shards: Sequence[int],
     worker: int = 0,
@@ -41,7 +42,7 @@ def work(
     keep_memory()
     manifest = manifests.load(cache)
     lease_seconds = config.lease_seconds
-    missing = [index for index in shards if manifests.committed(cache, index) is None]
+    missing = manifests.uncommitted(cache, shards)
     progress = Progress(
         f"capture {worker}" if config.num_workers > 1 else "capture",
         total=sum(planned(sequences, index).num_rows for index in missing),
@@ -57,7 +58,7 @@ def work(
                 options = dataclasses.replace(config.teacher, dtype=Dtype[manifest.made_of["teacher_dtype"]])
                 teacher = teacher or models.open_model(options, compute_device(worker))
                 capture_shard(teacher, planned(sequences, index), cache, manifest, index, config, progress)
-        missing = [index for index in missing if manifests.committed(cache, index) is None]
+        missing = manifests.uncommitted(cache, missing)
         if missing:  # others are at work on them: be there if they die
             time.sleep(min(1.0, lease_seconds / 4))
     progress.close()
@@ -66,7 +67,7 @@ def work(
 def capture_shard(
     teacher: models.Model,
     shard: Planned,
-    cache: Path,
+    cache: Place,
     manifest: Manifest,
     index: int,
     config: CaptureConfig,
@@ -115,7 +116,7 @@ def write(writer: ShardWriter, flight: Flight) -> tuple[int, int, float]:
     return len(captured), sum(len(sequence.input_ids_S) for sequence in flight.sequences), forward_seconds
 
 
-def worker_process(config: CaptureConfig, cache: Path, sequences: Path, shards: Sequence[int], worker: int) -> None:
+def worker_process(config: CaptureConfig, cache: Place, sequences: Path, shards: Sequence[int], worker: int) -> None:
     """What a worker process runs: its share of the cores, one line where it cannot go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     start_logging()

@@ -26,8 +26,8 @@ from pipeline.columns import sequence_keys
 from pipeline.config import AuditConfig, CaptureConfig, Dtype, Kind, ModelConfig, TextConfig
 from pipeline.corpus import sequence_key
 from pipeline.files import write_json
+from pipeline.manifest import describe
 from pipeline.pictures import readable
-from pipeline.schema import describe
 from pipeline.shards import ShardReader
 from pipeline.summary import Counts, summarize
 from pipeline.topk import log_probabilities

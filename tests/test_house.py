@@ -14,27 +14,41 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = [
     {"types"},
     {"config", "files", "progress", "runtime", "measure"},
-    {"topk", "order", "ramps", "schema", "statistics", "claims", "hub", "checks", "distillkit", "pictures"},
-    {"losses", "manifest", "text", "models", "columns"},
+    {"topk", "order", "ramps", "schema", "statistics", "store", "hub", "checks", "distillkit", "pictures"},
+    {"losses", "manifest", "claims", "downloads", "text", "models", "columns"},
     {"shards", "engine", "corpus", "recall", "sources", "content", "samples"},
     {"dataset", "teacher", "exam", "plan", "foreign", "verify", "summary"},
     {"evaluate", "complete", "replay"},
     {"train", "worker", "imports"},
     {"capture", "launch", "report", "command", "audit"},
-    {"bench_capture", "bench_read", "bench_fidelity"},
-    {"bench_rerun"},
+    {"bench_capture", "bench_read"},
+    {"bench_rerun", "bench_fidelity"},
     {"bench"},
 ]
 
 EVERYWHERE = set.union(*FLOORS)
 DOORS = {
-    # without these a wrong option, and a cache that is finished, would be known only after torch has loaded
-    "torch": EVERYWHERE - {"config", "checks", "command", "files", "progress", "hub", "text", "recall", "capture"},
+    # without torch in these, a wrong option and a finished cache are known within a second
+    "torch": EVERYWHERE
+    - {"config", "checks", "command", "files", "progress", "hub", "text", "recall", "capture"}
+    - {"store", "manifest", "claims", "downloads"},
     "omegaconf": {"config", "command", "sources"},
     "hydra": {"command"},
     "tqdm": {"progress"},
     "numpy": {"schema", "corpus", "distillkit", "foreign", "columns", "content", "samples", "verify", "summary"},
-    "pyarrow": {"schema", "shards", "text", "plan", "sources", "foreign", "columns", "samples", "verify"},
+    "pyarrow": {
+        "schema",
+        "manifest",
+        "shards",
+        "store",
+        "text",
+        "plan",
+        "sources",
+        "foreign",
+        "columns",
+        "samples",
+        "verify",
+    },
     "polars": {"evaluate", "report"},
     "transformers": {"models"},
     "huggingface_hub": {"hub"},
@@ -87,7 +101,7 @@ def test_one_library_behind_one_door(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_functions_and_files_stay_readable(path: Path) -> None:
     text = path.read_text()
-    allowed_lines = {"config": 400, "train": 330}  # every option in one place; one story in one file
+    allowed_lines = {"config": 420, "train": 330}  # every option in one place; one story in one file
     assert len(text.splitlines()) <= allowed_lines.get(path.stem, 300)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
