@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from pyarrow import ArrowException
 
 from pipeline import manifest as manifests
 from pipeline import models
@@ -217,9 +218,15 @@ class Planned:
     num_skipped: int
 
     def __iter__(self) -> Iterator[TokenSequence]:
-        with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(ROWS_A_GROUP):
-                yield from decode_sequences(batch)
+        try:
+            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+                for batch in file.iter_batches(ROWS_A_GROUP):
+                    yield from decode_sequences(batch)
+        except (OSError, ArrowException) as error:
+            raise InputError(
+                f"{self.path}: expected the tokenized corpus, found it damaged ({error}); delete {self.path.parent} "
+                "and run the same command again"
+            ) from error
 
 
 def planned(sequences_dir: Path, index: int) -> Planned:

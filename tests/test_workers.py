@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, capture_arguments, prompts, script, write_lines
+from conftest import ROOT, capture_arguments, prompts, script, train_arguments, write_lines
 
 from pipeline.claims import claim
 from pipeline.config import CaptureConfig
@@ -52,10 +53,15 @@ def shards_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(teacher: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed_folder(teacher: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     script("capture", *arguments(teacher, many), cwd=folder, env=one_thread())
-    return shards_of(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_folder: Path) -> dict[str, bytes]:
+    return shards_of(undisturbed_folder)
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -93,9 +99,18 @@ def test_shares_of_a_job_array(teacher: Path, many: Path, undisturbed: dict[str,
 
 @pytest.mark.slow
 def test_fifty_kills_lose_nothing_and_double_nothing(
-    teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    teacher: Path,
+    student: Path,
+    data: Path,
+    many: Path,
+    undisturbed_folder: Path,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
 ) -> None:
-    """SIGKILL to random workers at random times; where a capture ends before 50, another begins in a new folder."""
+    """SIGKILL to random workers at random times; where a capture ends before 50, another begins in a new folder.
+
+    A training on what came of it has the losses of one on undisturbed shards.
+    """
     chance, kills, rounds = random.Random(0), 0, 0
     while kills < 50:
         rounds += 1
@@ -117,6 +132,15 @@ def test_fifty_kills_lose_nothing_and_double_nothing(
             assert process.returncode == 0, said[-3000:]
         assert shards_of(folder) == undisturbed
     assert kills == 50
+    losses = []
+    for cache in (tmp_path / "1", undisturbed_folder):
+        (found,) = cache.glob("caches/tiny-*")
+        script(
+            "train", *train_arguments(student, data, str(found), runs_dir=tmp_path / "runs" / cache.name), cwd=tmp_path
+        )
+        (metrics,) = (tmp_path / "runs" / cache.name).glob("*/metrics.jsonl")
+        losses.append([json.loads(line)["loss"] for line in metrics.read_text().splitlines()])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow
