@@ -14,6 +14,7 @@ from pipeline import manifest as manifests
 from pipeline.config import CaptureConfig, result_options
 from pipeline.files import content_hash
 from pipeline.hub import model_folder
+from pipeline.store import is_address
 from pipeline.text import open_text
 from pipeline.types import Manifest
 
@@ -41,7 +42,8 @@ def request_of(config: CaptureConfig) -> Request:
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     files = [*open_text(config.corpus, "corpus").files, *sorted(path for path in folder.iterdir() if path.is_file())]
     files += sorted(Path(__file__).parent.glob("*.py"))  # another version of us may plan otherwise
-    asked = content_hash([result_options(config), state_of(files)])
+    where = [config.cache, config.caches_dir]  # a plan is of one cache: its sequences go when that is whole
+    asked = content_hash([result_options(config), where, state_of(files)])
     return Request(folder=plans_dir(config) / asked[:16])
 
 
@@ -49,7 +51,7 @@ def plans_dir(config: CaptureConfig) -> Path:
     """Where plans are kept: always local, beside the caches where these are local too."""
     if config.plans_dir is not None:
         return Path(config.plans_dir)
-    return Path("caches" if "://" in config.caches_dir else config.caches_dir) / ".plans"
+    return Path("caches" if is_address(config.caches_dir) else config.caches_dir) / ".plans"
 
 
 def state_of(paths: Sequence[Path]) -> list[tuple[str | int, ...]]:

@@ -45,7 +45,7 @@ def work(
     missing = manifests.uncommitted(cache, shards)
     progress = Progress(
         f"capture {worker}" if config.num_workers > 1 else "capture",
-        total=sum(planned(sequences, index).num_rows for index in missing),
+        total=sum(rows_left(sequences, index) for index in missing),
         unit=" sequences",
         log_every_seconds=config.log_every_seconds,
     )
@@ -62,6 +62,14 @@ def work(
         if missing:  # others are at work on them: be there if they die
             time.sleep(min(1.0, lease_seconds / 4))
     progress.close()
+
+
+def rows_left(sequences: Path, index: int) -> int:
+    """The sequences that wait for a shard; none if others have made the cache whole this moment and cleared away."""
+    try:
+        return planned(sequences, index).num_rows
+    except FileNotFoundError:
+        return 0
 
 
 def capture_shard(
