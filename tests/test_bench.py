@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
 
-from pipeline import bench, bench_fidelity, bench_read
+from pipeline import bench, bench_fidelity, bench_read, shards
 from pipeline.bench_fidelity import Scene, Way, bytes_a_token, gradient, renormalised, row_of
 from pipeline.corpus import Segment, sequence
 from pipeline.measure import Figure, figure, in_turn, ratios, table
@@ -78,6 +80,22 @@ def test_bytes_grow_with_what_is_kept(scene: Scene) -> None:
 def test_reading_is_measured_over_every_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench_read.write_cache(tmp_path / "cache", num_sequences=4) == 4 * 511
     bench_read.read_epoch(tmp_path / "cache")
+
+
+def test_memory_is_flat_over_epochs_of_random_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty row groups, of which a few are held: a third epoch in any order needs no more than the first."""
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 2 << 20)
+    bench_read.write_cache(tmp_path / "cache", num_sequences=600)
+    reader, chance = shards.ShardReader(tmp_path / "cache"), random.Random(0)
+    places = [(block, row) for block, size in enumerate(reader.blocks) for row in range(size)]
+    assert len(reader.blocks) > 30
+    peaks = []
+    for _ in range(3):
+        blocks = chance.sample(range(len(reader.blocks)), len(reader.blocks))
+        for block, row in sorted(places, key=lambda place: blocks[place[0]]):
+            reader.row(block, row)
+        peaks.append(psutil.Process().memory_info().rss)
+    assert peaks[2] < peaks[0] + (16 << 20)
 
 
 def test_parts_and_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
