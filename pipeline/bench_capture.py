@@ -45,7 +45,7 @@ def run(quick: bool) -> Findings:
         folder = Path(name)
         corpus = folder / "corpus.jsonl"
         lines = CORPUS.read_text().splitlines(keepends=True)
-        corpus.write_text("".join(lines[: 60 if quick else 240]))
+        corpus.write_text("".join(lines[: 150 if quick else 600]))
         config = options(teacher, corpus, folder / "caches", Targets.all)
         request = request_of(config)
         make(config, request)

@@ -12,6 +12,7 @@ from pipeline import manifest as manifests
 from pipeline.corpus import Segment, sequence
 from pipeline.dataset import collate
 from pipeline.measure import Findings, figure, in_turn, seconds, shown, table
+from pipeline.runtime import keep_memory
 from pipeline.shards import ShardReader, shard_writer
 from pipeline.topk import top_k
 from pipeline.types import Captured, Manifest, TokenSequence
@@ -21,6 +22,7 @@ K, VOCABULARY, WINDOW = 64, 49_152, 512
 
 def run(quick: bool) -> Findings:
     """tokens/s over a whole epoch of a cache of random content at K = 64: hash, decompress, decode, collate."""
+    keep_memory()  # as training's ranks do
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

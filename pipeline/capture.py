@@ -30,14 +30,14 @@ def run(config: CaptureConfig) -> Place:
     start_logging()
     check_capture(config)
     request = request_of(config)
-    manifest = request.recall() or planned(config)
+    manifest = request.recall() or planned(config, with_sequences=False)
     cache = manifests.cache_place(manifest, cache=config.cache, caches_dir=config.caches_dir, name=config.name)
     manifests.start(cache, manifest)
     shards = share_of(config, manifest.num_shards)
     todo = manifests.uncommitted(cache, shards)
     if todo:
         if not request.sequences.exists():  # planned and captured once, and something of it is missing now
-            planned(config)
+            planned(config, with_sequences=True)
         log.info("capturing %d of %d shards into %s", len(todo), manifest.num_shards, cache)
         if config.num_workers > 1:
             supervise(config, cache, request.sequences, shards)
@@ -60,11 +60,11 @@ def run(config: CaptureConfig) -> Place:
     return cache
 
 
-def planned(config: CaptureConfig) -> Manifest:
+def planned(config: CaptureConfig, *, with_sequences: bool) -> Manifest:
     """The plan, made now: the corpus is read, tokenized and packed."""
     from pipeline.plan import make
 
-    return make(config, request_of(config))
+    return make(config, request_of(config), with_sequences=with_sequences)
 
 
 def share_of(config: CaptureConfig, num_shards: int) -> list[int]:

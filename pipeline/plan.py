@@ -41,8 +41,11 @@ ROWS_A_GROUP = 2048  # sequences written, and later read, at once: bounds the me
 CORPUS_A_PROCESS_BYTES = 4 << 20  # starting a process takes longer than tokenizing this much
 
 
-def make(config: CaptureConfig, request: Request) -> Manifest:
-    """Plan a capture, or wait for a process that is planning the same; the result is remembered."""
+def make(config: CaptureConfig, request: Request, *, with_sequences: bool = True) -> Manifest:
+    """Plan a capture, or wait for a process that is planning the same; the result is remembered.
+
+    Without `with_sequences` a plan is enough whose sequences are captured and gone.
+    """
     teacher = models.settled(config.teacher)
     folder = models.model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = tokenizer_of(folder, teacher.trust_remote_code)
@@ -62,7 +65,7 @@ def make(config: CaptureConfig, request: Request) -> Manifest:
     while True:
         with claim(request.folder / "claim", lease_seconds=config.lease_seconds) as held:
             manifest = request.recall()
-            if manifest is not None and request.sequences.exists():
+            if manifest is not None and (request.sequences.exists() or not with_sequences):
                 return manifest
             if held:
                 return _make(dataclasses.replace(config, teacher=teacher), folder, tokenizer, request)
@@ -73,6 +76,9 @@ def make(config: CaptureConfig, request: Request) -> Manifest:
 def _make(config: CaptureConfig, folder: Path, tokenizer: Any, request: Request) -> Manifest:
     text = corpus_of(config)
     before = state_of([*text.files, folder])
+    for left in request.folder.glob(".*.tmp"):  # of planners that were killed
+        if time.time() - left.stat().st_mtime > config.lease_seconds:
+            shutil.rmtree(left, ignore_errors=True)
     spool = request.folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
     spool.mkdir()
     try:

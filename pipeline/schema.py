@@ -56,12 +56,11 @@ def sequence_schema() -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in SEQUENCE_COLUMNS.items()])
 
 
-def arrow_schema(*, vocabulary_size: int, varies: bool, completed: bool = False, metadata: dict[str, str]) -> pa.Schema:
-    """The columns of a shard; token ids of the kept entries take two bytes where the vocabulary allows."""
-    id_type = pa.uint16() if vocabulary_size <= 65_536 else pa.uint32()
+def arrow_schema(*, varies: bool, completed: bool = False, metadata: dict[str, str]) -> pa.Schema:
+    """The columns of a shard."""
     columns = {
         **SEQUENCE_COLUMNS,
-        "topk_ids": _list(id_type),
+        "topk_ids": _list(pa.uint32()),
         "relative_logits": _list(pa.float16()),
         "log_tail": _list(pa.float32()),
         "next_log_prob": _list(pa.float16()),
@@ -122,14 +121,15 @@ def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[To
     rows = []
     for key, part in _parts(table):
         sequence = _sequence(key, part)
-        ids, relative = _int64(part["topk_ids"]), torch.from_numpy(part["relative_logits"].copy())
+        # as int32: half the bytes of int64, which `topk.join` makes of them once, in a batch
+        ids, relative = part["topk_ids"].view(torch.int32), part["relative_logits"]
         if "kept_counts" in part:
-            ids, relative = padded(ids, relative, _int64(part["kept_counts"]))
+            ids, relative = padded(ids, relative, part["kept_counts"].long())
         shape = (len(sequence.target_positions_N), -1)
         top = TopK(
             ids_NK=ids.reshape(shape),
             relative_logits_NK=relative.reshape(shape),
-            log_tail_NC=torch.from_numpy(part["log_tail"].copy()).reshape(shape),
+            log_tail_NC=part["log_tail"].reshape(shape),
             temperatures=temperatures,
         )
         rows.append((sequence, top))
@@ -141,21 +141,21 @@ def decode_sequences(table: pa.Table | pa.RecordBatch) -> list[TokenSequence]:
     return [_sequence(key, part) for key, part in _parts(table)]
 
 
-def _parts(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[bytes, dict[str, np.ndarray]]]:
+def _parts(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[bytes, dict[str, torch.Tensor]]]:
     """Key and columns of each row."""
     flat = {name: _flat(table.column(name)) for name in table.column_names if name != "key"}
     for r, key in enumerate(table.column("key").to_pylist()):
         yield key, {name: values[offsets[r] : offsets[r + 1]] for name, (values, offsets) in flat.items()}
 
 
-def _sequence(key: bytes, part: dict[str, np.ndarray]) -> TokenSequence:
+def _sequence(key: bytes, part: dict[str, torch.Tensor]) -> TokenSequence:
     return TokenSequence(
         key=key,
-        input_ids_S=_int64(part["input_ids"]),
+        input_ids_S=part["input_ids"].long(),
         segment_lengths=tuple(part["segment_lengths"].tolist()),
         record_ids=tuple(part["record_ids"].tolist()),
-        target_positions_N=_int64(part["target_positions"]),
-        target_ids_N=_int64(part["target_ids"]),
+        target_positions_N=part["target_positions"].long(),
+        target_ids_N=part["target_ids"].long(),
     )
 
 
@@ -170,11 +170,8 @@ def padded(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) ->
     return ids_NK, relative_NK
 
 
-def _flat(column: pa.ChunkedArray | pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+def _flat(column: pa.ChunkedArray | pa.ListArray) -> tuple[torch.Tensor, list[int]]:
+    """A column's values end to end, without a copy, and where each row begins."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
-
-
-def _int64(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int64))
+    return torch.from_dlpack(array.values), array.offsets.to_pylist()

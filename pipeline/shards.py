@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import secrets
 import tempfile
@@ -11,6 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -21,6 +23,8 @@ from pipeline.schema import ENCODING, arrow_schema, decode, encode
 from pipeline.store import Place
 from pipeline.topk import join, log_probabilities, narrow
 from pipeline.types import Captured, InputError, Manifest, ShardInfo, TokenSequence, TopK
+
+pa.set_memory_pool(pa.system_memory_pool())  # malloc's, so that what keeps its memory (`keep_memory`) keeps Arrow's too
 
 ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
 
@@ -39,7 +43,6 @@ class ShardWriter:
         self._cache, self._manifest, self._index = cache, manifest, index
         self._temporary = folder / f".{index:05d}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         self._schema = arrow_schema(
-            vocabulary_size=manifest.vocabulary_size,
             varies=manifest.varies,
             completed="complete" in manifest.made_of,
             metadata={
@@ -148,7 +151,9 @@ class ShardReader:
     def _read_block(self, block: int) -> list[tuple[TokenSequence, TopK]]:
         info, group = self._places[block]
         with self._open(info) as file:
-            table = pq.ParquetFile(file).read_row_group(group, use_threads=False)
+            # mapped, because reading through a Python file copies; the map outlives a download that is evicted
+            mapped = pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+            table = pq.ParquetFile(mapped).read_row_group(group, use_threads=False)
         return decode(table, temperatures=self.manifest.temperatures)
 
     def _open(self, info: ShardInfo) -> BinaryIO:

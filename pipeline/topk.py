@@ -154,7 +154,7 @@ def join(tops: Sequence[TopK]) -> TopK:
     width = max(top.ids_NK.shape[1] for top in tops)
     tops = [widen(top, width) for top in tops]
     return TopK(
-        ids_NK=torch.cat([top.ids_NK for top in tops]),
+        ids_NK=torch.cat([top.ids_NK for top in tops]).long(),
         relative_logits_NK=torch.cat([top.relative_logits_NK for top in tops]),
         log_tail_NC=torch.cat([top.log_tail_NC for top in tops]),
         temperatures=tops[0].temperatures,

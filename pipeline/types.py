@@ -75,7 +75,7 @@ class TopK:
     """
 
     ids_NK: Tensor
-    """int64 token ids, by falling logit."""
+    """Token ids by falling logit: int64, or int32 as a shard holds them until they are joined in a batch."""
     relative_logits_NK: Tensor
     """float16: logit minus the position's largest, so the first is 0; -inf pads where fewer are kept."""
     log_tail_NC: Tensor

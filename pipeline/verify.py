@@ -202,7 +202,6 @@ def _footer(path: Path, manifest: Manifest) -> Iterator[str]:
     """Columns, types and promises in the Parquet footer."""
     found = pq.read_schema(path)
     expected = arrow_schema(
-        vocabulary_size=manifest.vocabulary_size,
         varies=manifest.varies,
         completed="complete" in manifest.made_of,
         metadata={},

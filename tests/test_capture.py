@@ -79,7 +79,7 @@ def test_a_shard_is_plain_parquet(cache: Path) -> None:
     assert (rows["relative_logits"].list.len() == counts * manifest["k"]).all()
     assert (rows["log_tail"].list.len() == counts * len(manifest["temperatures"])).all()
     assert (rows["segment_lengths"].list.sum() == rows["input_ids"].list.len()).all()
-    assert rows.schema["topk_ids"] == pl.List(pl.UInt16)
+    assert rows.schema["topk_ids"] == pl.List(pl.UInt32)
     assert rows["topk_ids"].explode().max() < manifest["vocabulary_size"]
 
 

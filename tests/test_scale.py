@@ -92,7 +92,6 @@ def speak_at_random(sequences: Path, cache: Path, manifest: Manifest, index: int
         "entropy": chance.uniform(0, 5, num).astype(np.float16),
     }
     schema = arrow_schema(
-        vocabulary_size=manifest.vocabulary_size,
         varies=False,
         metadata={
             "fingerprint": manifest.fingerprint,
