@@ -12,9 +12,9 @@ import transformers
 from conftest import script, train_arguments, write_lines
 from test_capture import config_of
 
-from pipeline import models
+from pipeline import audit, models
 from pipeline.capture import run
-from pipeline.config import Complete, CompleteConfig, Kind, Targets, TextConfig
+from pipeline.config import AuditConfig, Complete, CompleteConfig, Kind, ModelConfig, Targets, TextConfig
 from pipeline.types import UNKNOWN_TARGET, InputError
 from pipeline.verify import findings
 
@@ -148,6 +148,13 @@ def test_the_window_bounds_a_completion(teacher: Path, tmp_path: Path) -> None:
     settings["corpus"].targets = Targets.all
     with pytest.raises(InputError, match=r"complete.how=greedy: expected corpus.targets=completion"):
         run(config_of(teacher, tmp_path, tmp_path, **settings))
+
+
+def test_a_whole_forward_says_what_was_captured_word_by_word(teacher: Path, tmp_path: Path) -> None:
+    """Captured from a batch with a KV cache, replayed over packed sequences."""
+    cache = run(config_of(teacher, tmp_path, tmp_path, **completing(tmp_path, [{"prompt": p} for p in PROMPTS])))
+    teacher_options = ModelConfig(path=str(teacher))
+    assert audit.run("replay", AuditConfig(cache=str(cache), teacher=teacher_options, rows=3)) == 0
 
 
 def test_a_student_learns_from_what_was_said(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
