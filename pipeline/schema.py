@@ -172,6 +172,7 @@ def padded(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) ->
 
 def _flat(column: pa.ChunkedArray | pa.ListArray) -> tuple[torch.Tensor, list[int]]:
     """A column's values end to end, without a copy, and where each row begins."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    array = column
+    if isinstance(column, pa.ChunkedArray):  # combining even a single chunk copies it
+        array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
     return torch.from_dlpack(array.values), array.offsets.to_pylist()
