@@ -27,7 +27,7 @@ class Letters:
     eos_token_id = 99
     chat_template = None
 
-    def __call__(self, texts: list[str] | str, add_special_tokens: bool = True) -> dict[str, Any]:
+    def __call__(self, texts: list[str] | str, add_special_tokens: bool = True, **_: bool) -> dict[str, Any]:
         if isinstance(texts, str):
             return {"input_ids": self([texts], add_special_tokens)["input_ids"][0]}
         return {"input_ids": [[90] * add_special_tokens + [ord(c) - 96 for c in text] for text in texts]}
