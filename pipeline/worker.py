@@ -57,7 +57,12 @@ def work(
                 # as planned, which may have been on a machine with another idea of `auto`
                 options = dataclasses.replace(config.teacher, dtype=Dtype[manifest.made_of["teacher_dtype"]])
                 teacher = teacher or models.open_model(options, compute_device(worker))
-                capture_shard(teacher, planned(sequences, index), cache, manifest, index, config, progress)
+                try:
+                    capture_shard(teacher, planned(sequences, index), cache, manifest, index, config, progress)
+                except (InputError, FileNotFoundError):
+                    # frozen past the lease: others finished the shard, and cleared its plan away
+                    if manifests.committed(cache, index) is None:
+                        raise
         missing = manifests.uncommitted(cache, missing)
         if missing:  # others are at work on them: be there if they die
             time.sleep(min(1.0, lease_seconds / 4))
