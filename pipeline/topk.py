@@ -71,7 +71,7 @@ def _read_off(logits_NV: Tensor, k: int, temperatures: tuple[float, ...]) -> tup
 
 
 def largest(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values and their ids, by falling value; a third of the time of a plain topk.
+    """The k largest values and their ids, by falling value.
 
     The k largest lie in the k blocks with the largest maxima, so only those blocks are searched. Block j holds
     the ids j, j + W, j + 2W, ...: its maximum is then one vectorized pass.
