@@ -18,6 +18,7 @@ from pipeline import manifest as manifests
 from pipeline import models
 from pipeline.config import CaptureConfig, ModelConfig, Targets, TextConfig
 from pipeline.corpus import collate_inputs
+from pipeline.logits import logits
 from pipeline.measure import Figure, Findings, figure, in_turn, ratios, seconds, shown, table
 from pipeline.plan import make, planned
 from pipeline.recall import request_of
@@ -139,7 +140,7 @@ def top_k_seconds(model: models.Model, sequences: Sequence[TokenSequence]) -> fl
     input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
     hidden_BSH = models.hidden_states(model, input_ids_BS.to(model.device), position_ids_BS.to(model.device))
     hidden_NH = hidden_BSH.flatten(0, 1)[flat_N.to(model.device)][:512]
-    logits_NV = models.logits(model, hidden_NH, model.config.vocab_size)
+    logits_NV = logits(model, hidden_NH, model.config.vocab_size)
     times = [seconds(functools.partial(top_k_and_entropy, logits_NV, k=K, temperatures=(1.0,))) for _ in range(5)]
     return figure(times).median / len(logits_NV) * sum(len(sequence.target_ids_N) for sequence in sequences)
 

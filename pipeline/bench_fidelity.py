@@ -23,7 +23,9 @@ from pipeline import models
 from pipeline.bench_capture import CORPUS, MODEL
 from pipeline.config import Dtype, ModelConfig, Targets, TextConfig
 from pipeline.corpus import collate_inputs, known_sequences
-from pipeline.losses import forward_kl
+from pipeline.head import kd_of_logits
+from pipeline.logits import logits
+from pipeline.losses import TermOptions
 from pipeline.measure import Findings, table
 from pipeline.runtime import compute_device, keep_memory
 from pipeline.shards import shard_writer
@@ -166,7 +168,7 @@ def read(model: models.Model, sequences: list[TokenSequence], vocabulary_size: i
     for sequence in sequences:
         input_ids_BS, position_ids_BS, flat_N = collate_inputs([sequence])
         hidden_NH = models.hidden_states(model, input_ids_BS, position_ids_BS).flatten(0, 1)[flat_N]
-        found.append((hidden_NH, models.logits(model, hidden_NH, vocabulary_size)))
+        found.append((hidden_NH, logits(model, hidden_NH, vocabulary_size)))
     return torch.cat([hidden for hidden, _ in found]), torch.cat([logits for _, logits in found])
 
 
@@ -195,7 +197,8 @@ def differences(scene: Scene, way: Way, trial: int) -> Iterator[Tensor]:
         unknown_N = torch.zeros(len(teacher_NV), dtype=torch.int64)
         top = way.read(speak(teacher_NV, unknown_N, drawn_ND, _manifest(way, scene)).top)
         logits_NV = student_NV.clone().requires_grad_()
-        (found_NV,) = torch.autograd.grad(forward_kl(logits_NV, top, temperature=way.temperature), logits_NV)
+        options = TermOptions(on=(), temperature=way.temperature, temperature_squared=False)
+        (found_NV,) = torch.autograd.grad(kd_of_logits(logits_NV, top, options), logits_NV)
         yield found_NV
 
 

@@ -40,7 +40,7 @@ def check_capture(config: CaptureConfig) -> None:
 
 def check_train(config: TrainConfig) -> None:
     """Refuse what cannot be meant, before anything is read."""
-    kd, lm = config.loss.kd, config.loss.lm
+    kd, terms = config.loss.kd, {name: getattr(config.loss, name) for name in ("lm", "kd", "hard", "confidence")}
     _at_least(2, window=config.window)
     _at_least(1, global_batch=config.global_batch, micro_batch=config.micro_batch)
     _at_least(1, steps=1 if config.steps is None else config.steps)
@@ -52,14 +52,14 @@ def check_train(config: TrainConfig) -> None:
     _at_least(1, checkpoint_keep=config.checkpoint.keep, downloads_bytes=config.downloads.bytes)
     _positive(kd_temperature=kd.temperature, learning_rate=config.optimizer.learning_rate)
     _fraction(gold_fraction=config.gold_fraction, warmup_fraction=config.optimizer.warmup_fraction)
-    if Source.gold in kd.on:
-        raise InputError(
-            "loss.kd.on: expected [corpus], found gold in it; gold carries no captured distribution: put the gold "
-            "records into the corpus of a capture if the teacher should speak on them"
-        )
+    _check_objective(config)
     if (config.steps is None) == (config.epochs is None):
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
-    if config.gold_fraction > 0 and config.gold is None:
+    if config.gold is not None and config.gold_cache is not None:
+        raise InputError(
+            "expected one of gold and gold_cache, found both; a capture of the gold set holds its text too"
+        )
+    if config.gold_fraction > 0 and config.gold is None and config.gold_cache is None:
         raise InputError(
             f"gold_fraction is {config.gold_fraction} but gold is null; give a gold set or gold_fraction=0"
         )
@@ -67,12 +67,44 @@ def check_train(config: TrainConfig) -> None:
         raise InputError(f"gold_fraction is {config.gold_fraction} but cache is null; give a cache or gold_fraction=1")
     if not 0 <= config.deepspeed.zero_stage <= 3:
         raise InputError(f"deepspeed.zero_stage: expected 0 to 3, found {config.deepspeed.zero_stage}")
-    if min(kd.weight, lm.weight) < 0:
-        raise InputError(f"loss weights: expected 0 or more, found lm={lm.weight}, kd={kd.weight}")
-    reads_gold = Source.gold in lm.on and lm.weight > 0 and config.gold_fraction > 0
-    reads_corpus = (kd.weight > 0 and Source.corpus in kd.on) or (lm.weight > 0 and Source.corpus in lm.on)
-    if not reads_gold and not (reads_corpus and config.gold_fraction < 1):
+    weights = {name: term.weight for name, term in terms.items()}
+    if min(weights.values()) < 0:
+        raise InputError(f"loss weights: expected 0 or more, found {weights}")
+    read = {source for name, term in terms.items() if weights[name] > 0 for source in term.on}
+    if not (Source.gold in read and config.gold_fraction > 0) and not (
+        Source.corpus in read and config.gold_fraction < 1
+    ):
         raise InputError("no term with a weight above 0 reads any text of this run; check loss.*.weight, loss.*.on")
+
+
+def _check_objective(config: TrainConfig) -> None:
+    loss, gate, follows = config.loss, config.loss.kd.gate, config.loss.kd.overtaken
+    for name in ("kd", "hard", "confidence"):
+        term = getattr(loss, name)
+        if Source.gold in term.on and term.weight > 0 and config.gold_cache is None:
+            raise InputError(
+                f"loss.{name}.on: expected [corpus], because gold carries nothing of the teacher's, found gold in it; "
+                "capture the gold set as well and give its cache as gold_cache"
+            )
+    for name, term in (("lm", loss.lm), ("kd", loss.kd), ("hard", loss.hard), ("confidence", loss.confidence)):
+        _fraction(**{f"loss.{name}.ramp.start_fraction": term.ramp.start_fraction})
+        if term.ramp.end_fraction < term.ramp.start_fraction:
+            raise InputError(
+                f"loss.{name}.ramp.end_fraction: expected at least start_fraction {term.ramp.start_fraction}, found "
+                f"{term.ramp.end_fraction}"
+            )
+    _fraction(beta=loss.kd.beta, min_confidence=gate.min_confidence, keep_fraction=gate.keep_fraction)
+    _positive(keep_fraction=gate.keep_fraction)
+    _at_least(0, diagnostics_every_steps=loss.diagnostics_every_steps, overtaken_every_steps=follows.every_steps)
+    if follows.every_steps > 0:
+        _fraction(overtaken_margin=follows.margin, overtaken_least=follows.least)
+        if not 0.0 < follows.factor < 1.0:
+            raise InputError(f"loss.kd.overtaken.factor: expected more than 0 and less than 1, found {follows.factor}")
+        if config.dev is None or follows.teacher_predictions is None:
+            raise InputError(
+                "loss.kd.overtaken: expected dev and overtaken.teacher_predictions, because two scores are compared, "
+                "found null; score the teacher on dev with scripts/evaluate.py"
+            )
 
 
 def check_audit(config: AuditConfig) -> None:

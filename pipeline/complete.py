@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline import models
 from pipeline.corpus import completed, pack
+from pipeline.logits import logits
 from pipeline.teacher import Flight, Spoken, depart, joined, mark, speak
 from pipeline.topk import sampled, select, uniforms
 from pipeline.types import UNKNOWN_TARGET, Manifest, TokenSequence
@@ -48,7 +49,7 @@ def _say(
     spoken: list[Spoken] = []
     state = models.read_prompts(teacher, [prompt.input_ids_S for prompt in batch])
     for t in range(num_steps):
-        logits_BV = models.logits(teacher, state.hidden_BH, manifest.vocabulary_size)
+        logits_BV = logits(teacher, state.hidden_BH, manifest.vocabulary_size)
         spoken.append(speak(logits_BV, unknown_B, draws_BTD[:, t], manifest))
         next_B = _choose(logits_BV, options, chances_BT1[:, t])
         for b, token in enumerate(next_B.tolist()):

@@ -28,7 +28,12 @@ Complete = Enum("Complete", ["none", "greedy", "sample"])
 Source = Enum("Source", ["gold", "corpus"])
 Format = Enum("Format", ["distillkit", "axolotl_raw", "axolotl_prepared"])
 Alignment = Enum("Alignment", ["current", "legacy"])
-Shape = Enum("Shape", ["constant", "linear", "cosine", "step"])
+Shape = Enum("Shape", ["constant", "linear", "cosine", "step", "wsd"])
+Divergence = Enum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation", "renormalised", "truncated"])
+By = Enum("By", ["confidence", "entropy"])
+Control = Enum("Control", ["none", "smoothed", "shuffled"])
+Take = Enum("Take", ["said", "likeliest"])
+HeadPath = Enum("HeadPath", ["fused", "full"])
 
 
 def option(default: Any, help: str, *, result: bool = True, content: bool = False, address: bool = False) -> Any:
@@ -147,9 +152,12 @@ class ImportConfig:
 
 @dataclass
 class RampConfig:
-    shape: Shape = option(Shape.constant, "constant, linear, cosine or step")
+    shape: Shape = option(
+        Shape.constant,
+        "constant, linear, cosine, step; wsd: up from 0 until start, stable, from end on down to end_value",
+    )
     start_fraction: float = option(0.0, "fraction of all steps at which the ramp begins")
-    end_fraction: float = option(1.0, "fraction of all steps at which the ramp ends")
+    end_fraction: float = option(1.0, "fraction of all steps at which the ramp ends (wsd: at which it falls)")
     start_value: float = option(1.0, "factor on the weight before the ramp")
     end_value: float = option(0.0, "factor on the weight after the ramp")
 
@@ -159,6 +167,26 @@ class LmConfig:
     weight: float = option(1.0, "weight of the language-model term (cross entropy on known targets)")
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(lambda: [Source.gold], "whose positions it reads: gold, corpus or both")
+
+
+@dataclass
+class GateConfig:
+    min_confidence: float = option(0.0, "least probability of the teacher's most likely token, at T = 1")
+    max_entropy: float | None = option(None, "most entropy of the teacher's distribution, nats; null: any")
+    keep_fraction: float = option(1.0, "of all positions, only this fraction: the surest ones")
+    by: By = option(By.confidence, "what keep_fraction takes for sure: confidence (high) or entropy (low)")
+    drop_wrong: bool = option(False, "where the true target is known: only if it is the teacher's most likely token")
+
+
+@dataclass
+class OvertakenConfig:
+    every_steps: int = option(0, "score the student on dev every so many steps to adapt the weight; 0: never")
+    teacher_predictions: str | None = option(
+        None, "the teacher's predictions-dev.parquet (or a glob matching one): the score to overtake", content=True
+    )
+    margin: float = option(0.01, "of score (accuracy, or -nll without choices): closer than this, nothing changes")
+    factor: float = option(0.5, "the weight is multiplied by it when ahead of the teacher, divided when behind")
+    least: float = option(0.0, "the weight's factor never falls below this")
 
 
 @dataclass
@@ -172,18 +200,55 @@ class KdConfig:
     temperature_squared: bool = option(
         True, "multiply the differentiated value by T^2, so that its gradient keeps its size as T grows"
     )
+    divergence: Divergence = option(
+        Divergence.forward_kl,
+        "forward_kl, reverse_kl, jsd, total_variation: kept entries and tail; renormalised, truncated: kept ones alone",
+    )
+    beta: float = option(0.5, "jsd: from forward KL (0) to reverse KL (1)")
+    gate: GateConfig = option(GateConfig, "on which positions the teacher is heard, by kd and confidence alike")
+    overtaken: OvertakenConfig = option(OvertakenConfig, "a weight that falls as the student overtakes the teacher")
+    control: Control = option(
+        Control.none,
+        "in the teacher's place: smoothed (its first choice, the rest even, equal entropy), shuffled (other positions)",
+    )
+
+
+@dataclass
+class HardConfig:
+    weight: float = option(0.0, "weight of cross entropy with the teacher's hard labels; 0: off")
+    ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
+    on: list[Source] = option(lambda: [Source.corpus], "whose positions it reads")
+    take: Take = option(
+        Take.said, "said: what the teacher completed (capture's complete.how); likeliest: its most likely token"
+    )
+
+
+@dataclass
+class ConfidenceConfig:
+    weight: float = option(0.0, "weight of cross entropy with the student's own most likely token; 0: off")
+    ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
+    on: list[Source] = option(lambda: [Source.corpus], "whose positions it reads: those that kd can read")
 
 
 @dataclass
 class LossConfig:
     lm: LmConfig = option(LmConfig, "ground-truth labels")
     kd: KdConfig = option(KdConfig, "the teacher's distribution")
+    hard: HardConfig = option(HardConfig, "the teacher's words")
+    confidence: ConfidenceConfig = option(ConfidenceConfig, "the student's own words")
+    head: HeadPath = option(
+        HeadPath.fused, "fused: one pass in chunks; full: whole logits and autograd, for any head", result=False
+    )
+    diagnostics_every_steps: int = option(
+        10, "steps between lines with gradient cosines, agreement, tails; 0: never", result=False
+    )
 
 
 @dataclass
 class OptimizerConfig:
     learning_rate: float = option(4e-5, "peak learning rate of AdamW")
     schedule: Shape = option(Shape.linear, "its shape after the warm-up")
+    decay_fraction: float = option(0.2, "wsd: fraction of the steps over which it falls at the end")
     warmup_fraction: float = option(0.05, "fraction of the steps over which it rises")
     final_fraction: float = option(0.0, "where it ends, as a fraction of the peak")
     beta1: float = option(0.9, "AdamW's decay of the first moment")
@@ -241,6 +306,12 @@ class TrainConfig:
     )
     k: int | None = option(None, "kept entries to read from the cache; null: all that were captured")
     gold: TextConfig | None = option(None, "trusted text with known targets; null: none")
+    gold_cache: str | None = option(
+        None,
+        "a capture of the gold set, instead of gold: targets and the teacher's distributions both; null: none",
+        content=True,
+        address=True,
+    )
     dev: TextConfig | None = option(None, "held-out text that decisions may look at; null: none")
     test: TextConfig | None = option(None, "held-out text for the reported score; null: none")
     window: int = option(512, "longest gold sequence, in tokens; records are packed into it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,20 +12,23 @@ import torch
 from pipeline.corpus import collate_inputs
 from pipeline.order import Slot, global_batch_slots
 from pipeline.shards import ShardReader
-from pipeline.topk import join
-from pipeline.types import Batch, InputError, TokenSequence, TopK
+from pipeline.topk import join, smoothed
+from pipeline.types import UNKNOWN_TARGET, Batch, Captured, InputError, TokenSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
     """The two streams of a run and how they are mixed."""
 
-    gold: Sequence[TokenSequence]
+    gold: Sequence[tuple[TokenSequence, Captured | None]]
+    """With the teacher's distributions where gold was captured too."""
     reader: ShardReader | None
     """The cache; None where gold_fraction is 1."""
     seed: int
     global_batch: int
     gold_fraction: float
+    smooth: bool = False
+    """Label smoothing of equal entropy stands in for the teacher: a control."""
 
     def slots(self, step: int) -> list[Slot]:
         """The global batch of a step."""
@@ -37,10 +41,10 @@ class Mixture:
             corpus_blocks=self.reader.blocks if self.reader else (),
         )
 
-    def read(self, slot: Slot) -> tuple[TokenSequence, TopK | None]:
+    def read(self, slot: Slot) -> tuple[TokenSequence, Captured | None]:
         """The sequence of a slot, with the captured distributions if it is from the corpus."""
         if slot.source == "gold":
-            return self.gold[slot.row], None
+            return self.gold[slot.row]
         assert self.reader is not None
         return self.reader.row(slot.block, slot.row)
 
@@ -48,9 +52,19 @@ class Mixture:
         """What one rank forwards in a step."""
         mine = self.slots(step)[rank::world_size]
         groups = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
-        return [
+        batches = [
             collate([self.read(slot) for slot in group], [slot.source == "gold" for slot in group]) for group in groups
         ]
+        return [self._smoothed(batch) for batch in batches] if self.smooth else batches
+
+    def _smoothed(self, batch: Batch) -> Batch:
+        if batch.teacher is None:
+            return batch
+        assert self.reader is not None
+        assert batch.entropy_M is not None
+        vocabulary_size = self.reader.manifest.vocabulary_size
+        top = smoothed(batch.teacher, batch.entropy_M, vocabulary_size=vocabulary_size)
+        return dataclasses.replace(batch, teacher=top)
 
 
 def fitting_micro_batch(global_batch: int, *, world_size: int, at_most: int) -> int:
@@ -64,13 +78,15 @@ def fitting_micro_batch(global_batch: int, *, world_size: int, at_most: int) -> 
     return next(size for size in range(min(at_most, part), 0, -1) if part % size == 0)
 
 
-def collate(rows: Sequence[tuple[TokenSequence, TopK | None]], from_gold: Sequence[bool]) -> Batch:
+def collate(rows: Sequence[tuple[TokenSequence, Captured | None]], from_gold: Sequence[bool]) -> Batch:
     """One micro-batch out of sequences."""
     sequences = [sequence for sequence, _ in rows]
     input_ids_BS, position_ids_BS, flat_positions_N = collate_inputs(sequences)
     counts = torch.tensor([len(sequence.target_positions_N) for sequence in sequences])
-    tops = [top for _, top in rows if top is not None]
-    has_teacher = torch.tensor([top is not None for _, top in rows])
+    captured = [weak for _, weak in rows if weak is not None]
+    has_teacher = torch.tensor([weak is not None for _, weak in rows])
+    said = [None if weak is None else weak.weak_ids_N for _, weak in rows]
+    nothing = [torch.full_like(sequence.target_ids_N, UNKNOWN_TARGET) for sequence in sequences]
     return Batch(
         input_ids_BS=input_ids_BS,
         position_ids_BS=position_ids_BS,
@@ -78,7 +94,9 @@ def collate(rows: Sequence[tuple[TokenSequence, TopK | None]], from_gold: Sequen
         target_ids_N=torch.cat([sequence.target_ids_N for sequence in sequences]),
         gold_N=torch.tensor(from_gold).repeat_interleave(counts),
         weak_N=has_teacher.repeat_interleave(counts),
-        teacher=join(tops) if tops else None,
+        weak_ids_N=torch.cat([no if ids is None else ids for ids, no in zip(said, nothing, strict=True)]),
+        teacher=join([weak.top for weak in captured]) if captured else None,
+        entropy_M=torch.cat([weak.entropy_N for weak in captured]).float() if captured else None,
     )
 
 

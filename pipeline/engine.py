@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,8 +18,9 @@ if not torch.cuda.is_available():
 
 import deepspeed  # noqa: E402  (it logs, and chooses its accelerator, while it is imported)
 
-from pipeline import losses, models  # noqa: E402
+from pipeline import head, models  # noqa: E402
 from pipeline.files import RunPaths, write_json  # noqa: E402
+from pipeline.losses import TermOptions  # noqa: E402
 from pipeline.runtime import Ranks  # noqa: E402
 from pipeline.types import Batch, TrainState  # noqa: E402
 
@@ -27,22 +29,44 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class StudentWithLoss(nn.Module):
-    """The student and its objective as one module: under ZeRO-3 the head's weight exists only inside forward."""
+    """The student and its objective as one module: under ZeRO-3 weights exist only inside a forward."""
 
-    def __init__(self, student: models.Model, *, vocabulary_size: int, terms: dict[str, losses.TermOptions]) -> None:
+    def __init__(
+        self, student: models.Model, *, vocabulary_size: int, terms: dict[str, TermOptions], fused: bool = True
+    ) -> None:
         super().__init__()
-        self.student, self._vocabulary_size, self._terms = student, vocabulary_size, terms
+        self.student = student
+        self.objective = Objective(student, vocabulary_size=vocabulary_size, terms=terms, fused=fused)
 
-    def forward(self, batch: Batch, weights: dict[str, float], divisors: dict[str, float]) -> tuple[Tensor, Tensor]:
-        """The micro-batch's share of the loss, and each term's sum (detached, one entry a term)."""
+    def forward(self, batch: Batch, coefficients: dict[str, float], diagnose: bool) -> tuple[Tensor, Tensor]:
+        """The micro-batch's share of the loss, and the sums behind it (`head.sum_names`)."""
         hidden_BSH = models.hidden_states(self.student, batch.input_ids_BS, batch.position_ids_BS)
-        hidden_NH = hidden_BSH.flatten(0, 1)[batch.flat_positions_N]
-        logits_NV = models.logits(self.student, hidden_NH, self._vocabulary_size)
-        values = losses.evaluate_terms(logits_NV, batch, self._terms)
-        loss = losses.combine(values, weights=weights, divisors=divisors)
+        loss, sums = self.objective(hidden_BSH.flatten(0, 1)[batch.flat_positions_N], batch, coefficients, diagnose)
         # a rank whose micro-batch has no target still takes part in every collective
-        loss = loss + 0.0 * hidden_BSH.float().sum()
-        return loss, torch.stack([values[name].total.detach() for name in self._terms])
+        return loss + 0.0 * hidden_BSH.float().sum(), sums
+
+
+class Objective(nn.Module):
+    """From hidden states to the loss: a module, so that DeepSpeed gathers the head's weights around it."""
+
+    def __init__(
+        self, student: models.Model, *, vocabulary_size: int, terms: dict[str, TermOptions], fused: bool
+    ) -> None:
+        super().__init__()
+        self._student = (student,)  # in a tuple: its parameters are the student's, not ours
+        self.vocabulary_size, self._terms, self._fused = vocabulary_size, terms, fused
+
+    def borrow_head(self) -> None:
+        """Have ZeRO-3 gather the head's weights, which belong to the student, around our forward and backward too."""
+        for parameter in self._student[0].get_output_embeddings().parameters():
+            deepspeed.zero.register_external_parameter(self, parameter)
+
+    def forward(
+        self, hidden_NH: Tensor, batch: Batch, coefficients: dict[str, float], diagnose: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The micro-batch's share of the loss, and the sums behind it."""
+        options: dict[str, Any] = {"vocabulary_size": self.vocabulary_size, "fused": self._fused, "diagnose": diagnose}
+        return head.speak(self._student[0], hidden_NH, batch, self._terms, coefficients, **options)
 
 
 def build(
@@ -73,6 +97,8 @@ def build(
         "steps_per_print": 1_000_000_000,
     }
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=_merged(config, overrides))
+    if zero_stage == 3:
+        module.objective.borrow_head()
     return engine
 
 
@@ -96,7 +122,7 @@ def save_checkpoint(
     """Save on all ranks, then publish on rank 0 by replacing one small file, then drop old ones."""
     tag = f"step-{state.step:08d}"
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
-    engine.save_checkpoint(str(paths.checkpoints), tag=tag, client_state={"step": state.step}, save_latest=False)
+    engine.save_checkpoint(str(paths.checkpoints), tag=tag, client_state=dataclasses.asdict(state), save_latest=False)
     ranks.wait()
     if ranks.rank == 0:
         write_json(
@@ -114,7 +140,8 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, paths: RunPaths) -> Train
         return TrainState()
     published = json.loads(paths.published.read_text())
     _, client_state = engine.load_checkpoint(str(paths.checkpoints), tag=published["tag"])
-    return TrainState(step=client_state["step"])
+    known = {item.name: client_state[item.name] for item in dataclasses.fields(TrainState) if item.name in client_state}
+    return TrainState(**known)
 
 
 def student_weights(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> dict[str, Tensor] | None:

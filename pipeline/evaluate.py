@@ -16,6 +16,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.corpus import Segment, collate_inputs, pack
 from pipeline.exam import Exam, Item, open_exam, record_key
 from pipeline.files import one_path, write_json
+from pipeline.logits import logits
 from pipeline.progress import Progress, log, start_logging
 from pipeline.runtime import compute_device
 from pipeline.text import open_text
@@ -134,7 +135,7 @@ def _pair_log_probs(
     values_N = torch.empty(len(flat_N), dtype=torch.float32, device=flat_N.device)
     for start in range(0, len(positions_M), HEAD_POSITIONS):
         chosen_M = positions_M[start : start + HEAD_POSITIONS]
-        log_q_MV = models.logits(model, hidden_PH[chosen_M], vocabulary_size).float().log_softmax(dim=1)
+        log_q_MV = logits(model, hidden_PH[chosen_M], vocabulary_size).float().log_softmax(dim=1)
         here_N = (inverse_N >= start) & (inverse_N < start + HEAD_POSITIONS)
         values_N[here_N] = log_q_MV[inverse_N[here_N] - start, tokens_N[here_N]]
     return values_N.tolist()
@@ -195,6 +196,28 @@ def teacher_choices(exam: Exam, predictions: str) -> pl.Series:
             "score the teacher on the same text"
         )
     return joined
+
+
+def teacher_score(exam: Exam, predictions: str) -> float:
+    """The teacher's score on an exam by its predictions, as `decisive` has it."""
+    path = one_path(predictions, "loss.kd.overtaken.teacher_predictions")
+    mine = pl.DataFrame({"record_key": [record_key(record) for record in exam.records]})
+    rows = mine.join(pl.read_parquet(path).unique("record_key"), on="record_key", how="left")
+    unknown = int(rows["num_targets"].is_null().sum())
+    if unknown:
+        raise InputError(
+            f"{path}: expected the teacher's prediction for each of {len(mine)} records of dev, found none for "
+            f"{unknown}; score the teacher on the same text"
+        )
+    return decisive(_scores(rows))
+
+
+def decisive(scores: Scores) -> float:
+    """One number, more is better: accuracy where there are choices, else minus the nll."""
+    if scores.accuracy is not None:
+        return scores.accuracy
+    assert scores.nll is not None
+    return -scores.nll
 
 
 def _scores(predictions: pl.DataFrame) -> Scores:

@@ -24,10 +24,11 @@ from pipeline import config as configs
 from pipeline import manifest as manifests
 from pipeline import models
 from pipeline.checks import check_train
-from pipeline.config import TrainConfig
+from pipeline.config import Source, Take, TrainConfig
 from pipeline.corpus import survey, text_hash
 from pipeline.dataset import fitting_micro_batch
-from pipeline.evaluate import teacher_choices
+from pipeline.divergences import NEEDS_TAIL
+from pipeline.evaluate import teacher_choices, teacher_score
 from pipeline.exam import open_exam
 from pipeline.files import RunPaths, content_hash, write_json
 from pipeline.progress import log, start_logging
@@ -107,7 +108,10 @@ def identify(config: TrainConfig) -> dict[str, Any]:
         "student": [models.weights_hash(folder), models.tokenizer_hash(tokenizer), models.text_rules(tokenizer)],
     }
     if config.cache is not None and config.gold_fraction < 1:
-        identity["cache"] = check_cache(config, folder, tokenizer)
+        identity["cache"] = check_cache(config, config.cache, "cache", folder, tokenizer)
+    if config.gold_cache is not None and config.gold_fraction > 0:
+        identity["gold_cache"] = check_cache(config, config.gold_cache, "gold_cache", folder, tokenizer)
+    follows = config.loss.kd.overtaken
     if config.gold is not None and config.gold_fraction > 0:
         gold = open_text(config.gold, "gold")
         identity["gold"] = survey(gold, tokenizer, window=config.window, require_targets=True).sha256
@@ -116,6 +120,8 @@ def identify(config: TrainConfig) -> dict[str, Any]:
             text = open_text(held_out, split)
             exam = open_exam(text, tokenizer, longest=models.longest_sequence(folder))
             identity[split] = text_hash(text)
+            if split == "dev" and follows.every_steps > 0 and follows.teacher_predictions is not None:
+                identity["dev_goal"] = teacher_score(exam, follows.teacher_predictions)
             if split == "test" and config.scoring.teacher_predictions is not None:
                 chosen = teacher_choices(exam, config.scoring.teacher_predictions)
                 identity["teacher_predictions"] = content_hash(chosen.to_list())
@@ -135,17 +141,27 @@ def check_checkpoint(paths: RunPaths, *, world_size: int, zero_stage: int) -> No
         )
 
 
-def check_cache(config: TrainConfig, folder: Path, tokenizer: Any) -> str:
-    """The fingerprint of a whole cache that this student can read."""
-    assert config.cache is not None
-    cache = one_place(config.cache, "cache")
+def check_cache(config: TrainConfig, address: str, what: str, folder: Path, tokenizer: Any) -> str:
+    """The fingerprint of a whole cache that this student and this objective can read."""
+    cache, kd, hard = one_place(address, what), config.loss.kd, config.loss.hard
     manifest = manifests.load(cache)
     manifests.whole(cache, manifest)
     models.check_same_tokenizer(
         manifest.made_of["tokenizer"], models.tokenizer_hash(tokenizer), cache=str(cache), student=str(folder)
     )
     models.check_window(folder, manifest.window)
-    temperature_index(manifest.temperatures, config.loss.kd.temperature)
+    temperature_index(manifest.temperatures, kd.temperature)
+    if kd.divergence.name in NEEDS_TAIL and kd.weight > 0 and (manifest.kind, manifest.tail) != ("topk", "exact"):
+        raise InputError(
+            f"divergence={kd.divergence.name}: expected a topk cache with an exact tail, because it is not "
+            f"linear in what the teacher says, found {manifest.kind}, tail {manifest.tail} ({cache}); use forward_kl"
+        )
+    says_nothing = hard.take is Take.said and "complete" not in manifest.made_of
+    if hard.weight > 0 and what == "cache" and Source.corpus in hard.on and says_nothing:
+        raise InputError(
+            f"loss.hard.take=said: expected a cache whose records the teacher completed, found none in {cache}; "
+            "capture with complete.how, or use loss.hard.take=likeliest"
+        )
     if config.k is not None and not 1 <= config.k <= manifest.k:
         raise InputError(f"k: expected 1 to {manifest.k} (captured in {cache}), found {config.k}")
     return manifest.fingerprint

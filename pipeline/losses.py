@@ -1,22 +1,26 @@
-"""The combined objective: pure terms over supervised positions, each a sum and a count.
+"""The combined objective: terms as pure functions over supervised positions, each a sum and a count.
 
     L(step) = sum over terms of  weight_term(step) * S_term / N_term
 
-S is the term's sum over a micro-batch and N its number of positions over the whole global batch: all ranks
-and all accumulation steps. (Xiao & Zhu, Foundations of Large Language Models, eq. 4.12 and 4.13.)
+S is the term's sum and N its number of positions over the whole global batch: all ranks and all accumulation steps.
+(Xiao & Zhu, Foundations of Large Language Models, eq. 4.12 and 4.13.)
+
+A term never sees a vocabulary. It reads the student's logits at a few named tokens (the target, the kept entries, ...)
+and the log-sum-exp of all the others: `head.py` makes these, and carries the gradient back to all logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from pipeline.topk import log_probabilities, select
-from pipeline.types import UNKNOWN_TARGET, Batch, LossTerm, TopK
+from pipeline.divergences import NOTHING, named
+from pipeline.gates import Gate, likeliest, passes
+from pipeline.topk import log_probabilities
+from pipeline.types import UNKNOWN_TARGET, Batch, TopK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,67 +32,138 @@ class TermOptions:
     temperature: float = 1.0
     temperature_squared: bool = True
     """Multiply the value, and so the gradient, by T^2 (Hinton et al. 2015, arXiv 1503.02531, section 2)."""
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    gate: Gate = field(default_factory=Gate)
+    take: str = "said"
+    """Hard weak labels: what the teacher "said" when it completed the record, or its "likeliest" token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NamedLogits:
+    """A student at N positions: its logits at J named tokens and, exactly, the mass of all the others.
+
+    With it    log z(T) = log( sum over named of exp(logit / T) + exp(log_rest(T)) ).
+    """
+
+    logits_NJ: Tensor
+    """float32, at `Names.ids_NJ`."""
+    log_rest: dict[float, Tensor]
+    """[N] for every temperature T in use: log of the sum of exp(logit / T) over the tokens that are not named."""
+    repeats_NJ: Tensor
+    """bool: padding, or a token that stands in another column already; not counted twice."""
+    extras: tuple[str, ...]
+    """Names of the first columns; the rest are the teacher's kept entries."""
+    largest_rest_N: Tensor
+    """The largest logit that is not named."""
+    overlap: dict[tuple[float, float], Tensor]
+    """[N] for pairs of temperatures: inner product of the softmaxes over the unnamed; only for diagnostics."""
+
+    def log_q(self, temperature: float) -> Tensor:
+        """[N, J] log-probabilities of the named tokens."""
+        return self.logits_NJ / temperature - self._log_z(temperature)[:, None]
+
+    def log_q_of(self, name: str) -> Tensor:
+        """[N] log-probability, at T = 1, of the token that goes by a name."""
+        return self.logits_NJ[:, self.extras.index(name)] - self._log_z(1.0)
+
+    def log_q_categories(self, temperature: float) -> Tensor:
+        """[N, K + 1] log-probabilities of the teacher's kept entries and of the tail as one."""
+        counted_NJ = self._counted(temperature)
+        first_kept = len(self.extras)
+        others_N1 = self.log_rest[temperature][:, None]
+        tail_N = torch.logsumexp(torch.cat([counted_NJ[:, :first_kept], others_N1], dim=1), dim=1)
+        return torch.cat([counted_NJ[:, first_kept:], tail_N[:, None]], dim=1) - self._log_z(temperature)[:, None]
+
+    def _counted(self, temperature: float) -> Tensor:
+        return (self.logits_NJ / temperature).masked_fill(self.repeats_NJ, NOTHING)
+
+    def _log_z(self, temperature: float) -> Tensor:
+        return torch.logsumexp(torch.cat([self._counted(temperature), self.log_rest[temperature][:, None]], 1), dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
     """One component of the loss."""
 
-    speaks_on: Callable[[Batch], Tensor]
-    """bool [N]: the positions where the term has what it needs."""
-    value: Callable[[Tensor, Batch, Tensor, TermOptions], Tensor]
-    """(logits [N, V], batch, read [N] bool, options) -> the sum over the read positions, nats."""
+    speaks_on: Callable[[Batch, TermOptions], Tensor]
+    """bool [N]: the positions where it has what it needs and wants to be heard."""
+    value: Callable[[NamedLogits, TopK | None, TermOptions], Tensor]
+    """(student, teacher at the same positions, options) -> nats a position, [N]."""
+    reads: tuple[str, ...]
+    """The tokens it names: "target", "weak" (the teacher's hard label), "own" (the student's likeliest), "kept"."""
 
 
-def lm(logits_NV: Tensor, batch: Batch, read_N: Tensor, options: TermOptions) -> Tensor:
-    """Cross entropy with known targets: sum of -log q_y. Gradient on the logits: q - onehot(y)."""
-    return functional.cross_entropy(logits_NV[read_N].float(), batch.target_ids_N[read_N], reduction="sum")
+def lm(student: NamedLogits, top: TopK | None, options: TermOptions) -> Tensor:
+    """Cross entropy with known targets: -log q_y. Gradient on the logits: q - onehot(y)."""
+    return -student.log_q_of("target")
 
 
-def kd(logits_NV: Tensor, batch: Batch, read_N: Tensor, options: TermOptions) -> Tensor:
-    """Forward KL from the teacher on the kept entries and, as one more category, the tail.
+def kd(student: NamedLogits, top: TopK | None, options: TermOptions) -> Tensor:
+    """A divergence from the teacher on the kept entries and, as one more category, the tail; times T^2 if asked.
 
-    sum_K p log(p/q) + (1-P) log((1-P)/(1-Q)) at temperature T, times T^2 if asked; P and Q are the mass of
-    the kept entries under teacher and student.
+    By default sum_K p log(p/q) + (1-P) log((1-P)/(1-Q)) at temperature T; P and Q are the mass of the kept entries
+    under teacher and student. Gradient at T = 1 on a kept logit: q - p; on one of the tail: q (P - Q) / (1 - Q).
     """
-    if batch.teacher is None:
-        return logits_NV.sum() * 0.0
-    top = select(batch.teacher, read_N[batch.weak_N])
-    value = forward_kl(logits_NV[read_N], top, temperature=options.temperature)
-    return value * options.temperature**2 if options.temperature_squared else value
+    assert top is not None
+    T = options.temperature
+    divergence = named(options.divergence, beta=options.beta)
+    value_N = divergence(log_p_categories(top, temperature=T), student.log_q_categories(T))
+    return value_N * T**2 if options.temperature_squared else value_N
+
+
+def hard(student: NamedLogits, top: TopK | None, options: TermOptions) -> Tensor:
+    """Cross entropy with the teacher's hard labels: sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947)."""
+    return -student.log_q_of("weak")
+
+
+def confidence(student: NamedLogits, top: TopK | None, options: TermOptions) -> Tensor:
+    """Cross entropy with the student's own hardened prediction: -log q at argmax q, no gradient through the argmax.
+
+    Beside `kd`, at weights 1 - a and a, this is the auxiliary confidence loss of Burns et al. 2023 (arXiv 2312.09390,
+    section 4.3 and appendix A.4), up to the teacher's entropy, which no gradient sees.
+    """
+    return -student.log_q_of("own")
 
 
 TERMS: dict[str, Term] = {
-    "lm": Term(speaks_on=lambda batch: batch.target_ids_N != UNKNOWN_TARGET, value=lm),
-    "kd": Term(speaks_on=lambda batch: batch.weak_N, value=kd),
+    "lm": Term(speaks_on=lambda batch, _: batch.target_ids_N != UNKNOWN_TARGET, value=lm, reads=("target",)),
+    "kd": Term(speaks_on=lambda batch, options: heard(batch, options.gate), value=kd, reads=("kept",)),
+    "hard": Term(
+        speaks_on=lambda batch, options: weak_labels(batch, options.take) != UNKNOWN_TARGET,
+        value=hard,
+        reads=("weak",),
+    ),
+    "confidence": Term(speaks_on=lambda batch, options: heard(batch, options.gate), value=confidence, reads=("own",)),
 }
 
 
-def forward_kl(logits_MV: Tensor, top: TopK, *, temperature: float) -> Tensor:
-    """KL(teacher || student) over K + 1 categories, summed over M positions, fp32 nats.
-
-    The student's tail is a logsumexp with the kept ids masked out, never log(1 - sum); categories in which
-    the teacher has no mass contribute 0, so 0 * -inf never happens.
-    """
-    scaled_MV = logits_MV.float() / temperature
-    log_z_M = torch.logsumexp(scaled_MV, dim=1)
-    log_q_MK = scaled_MV.gather(1, top.ids_NK) - log_z_M[:, None]
-    log_q_tail_M = torch.logsumexp(scaled_MV.scatter(1, top.ids_NK, -torch.inf), dim=1) - log_z_M
-    log_p_MK, log_p_tail_M = log_probabilities(top, temperature=temperature)
-    return _cross(log_p_MK, log_q_MK) + _cross(log_p_tail_M, log_q_tail_M)
+def log_p_categories(top: TopK, *, temperature: float) -> Tensor:
+    """[N, K + 1] the teacher's log-probabilities of its kept entries and of the tail as one."""
+    log_p_NK, log_p_tail_N = log_probabilities(top, temperature=temperature)
+    return torch.cat([log_p_NK, log_p_tail_N[:, None]], dim=1).clamp(min=NOTHING)
 
 
-def _cross(log_p: Tensor, log_q: Tensor) -> Tensor:
-    has_mass = log_p > -torch.inf
-    difference = torch.where(has_mass, log_p, 0.0) - torch.where(has_mass, log_q, 0.0)
-    return (log_p.exp() * difference).sum()
+def heard(batch: Batch, gate: Gate) -> Tensor:
+    """bool [N]: the positions with a captured distribution that pass a gate."""
+    if batch.teacher is None or gate.is_open:
+        return batch.weak_N
+    return batch.weak_N.masked_scatter(batch.weak_N, passes(batch, gate))
+
+
+def weak_labels(batch: Batch, take: str) -> Tensor:
+    """int64 [N]: the teacher's hard labels, UNKNOWN_TARGET where there is none."""
+    if take == "said":
+        return batch.weak_ids_N
+    unknown_N = torch.full_like(batch.target_ids_N, UNKNOWN_TARGET)
+    return unknown_N if batch.teacher is None else unknown_N.masked_scatter(batch.weak_N, likeliest(batch.teacher))
 
 
 def read_positions(batch: Batch, name: str, options: TermOptions) -> Tensor:
     """bool [N]: the positions that a term reads in a batch."""
     from_gold_N = batch.gold_N if "gold" in options.on else torch.zeros_like(batch.gold_N)
     from_corpus_N = ~batch.gold_N if "corpus" in options.on else torch.zeros_like(batch.gold_N)
-    return TERMS[name].speaks_on(batch) & (from_gold_N | from_corpus_N)
+    return TERMS[name].speaks_on(batch, options) & (from_gold_N | from_corpus_N)
 
 
 def count_positions(batch: Batch, terms: dict[str, TermOptions]) -> Tensor:
@@ -96,16 +171,6 @@ def count_positions(batch: Batch, terms: dict[str, TermOptions]) -> Tensor:
     return torch.stack([read_positions(batch, name, options).sum() for name, options in terms.items()])
 
 
-def evaluate_terms(logits_NV: Tensor, batch: Batch, terms: dict[str, TermOptions]) -> dict[str, LossTerm]:
-    """Every term of the objective on one micro-batch."""
-    values = {}
-    for name, options in terms.items():
-        read_N = read_positions(batch, name, options)
-        values[name] = LossTerm(total=TERMS[name].value(logits_NV, batch, read_N, options), count=read_N.sum())
-    return values
-
-
-def combine(values: dict[str, LossTerm], *, weights: dict[str, float], divisors: dict[str, float]) -> Tensor:
-    """The micro-batch's share of L: sum of weight * S / N, with N (`divisors`) counted over the global batch."""
-    parts = [weights[name] * term.total / max(divisors[name], 1.0) for name, term in values.items()]
-    return torch.stack(parts).sum()
+def temperatures_of(terms: dict[str, TermOptions], names: Sequence[str]) -> tuple[float, ...]:
+    """The temperatures at which some terms read the student, ascending."""
+    return tuple(sorted({terms[name].temperature if name == "kd" else 1.0 for name in names}))

@@ -15,7 +15,9 @@ from torch import Tensor
 from pipeline.config import Dtype, ModelConfig
 from pipeline.files import content_hash, file_hash
 from pipeline.hub import model_folder
+from pipeline.logits import logits
 from pipeline.progress import log
+from pipeline.runtime import compute_device, multiplies_fast
 from pipeline.types import InputError
 
 Model = Any  # a transformers causal language model; its library leaves too much of it untyped to say more
@@ -40,9 +42,7 @@ def settled(config: ModelConfig) -> ModelConfig:
 
     Without instructions for it, a CPU multiplies bfloat16 at an eighth of float32's speed (measured on AVX2).
     """
-    is_fast = (
-        torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    is_fast = multiplies_fast(torch.bfloat16, compute_device())
     if config.dtype is Dtype.bfloat16 and not is_fast:
         log.warning("%s: this machine has no fast bfloat16; dtype=float32 would be many times faster", config.path)
     if config.dtype is not Dtype.auto:
@@ -160,19 +160,6 @@ def read_next(model: Model, reading: Reading, next_B: Tensor) -> Reading:
     )
 
 
-def logits(model: Model, hidden_NH: Tensor, vocabulary_size: int) -> Tensor:
-    """Logits [N, V] over the real vocabulary: the head, then the scale or soft cap that the model declares."""
-    config = model.config
-    logits_NV = model.get_output_embeddings()(hidden_NH)[:, :vocabulary_size]
-    if getattr(config, "logits_scaling", None):  # Granite
-        logits_NV = logits_NV / config.logits_scaling
-    if getattr(config, "logit_scale", None):  # Cohere
-        logits_NV = logits_NV * config.logit_scale
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-        logits_NV = cap * torch.tanh(logits_NV / cap)
-    return logits_NV
-
-
 @torch.no_grad()
 def check_logits_path(model: Model) -> None:
     """Refuse an architecture whose own forward does something between hidden states and logits that we do not."""
@@ -185,7 +172,7 @@ def check_logits_path(model: Model) -> None:
         worst = (ours - theirs).abs().max().item()
         raise InputError(
             f"{type(model).__name__}: expected head(hidden) to equal the model's own logits, found a difference of "
-            f"{worst:.3g}; teach pipeline/models.py:logits what this architecture does to its logits"
+            f"{worst:.3g}; teach pipeline/logits.py what this architecture does to its logits"
         )
 
 

@@ -14,6 +14,18 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
+def overtaken(value: float, *, student: float, teacher: float, margin: float, factor: float, least: float) -> float:
+    """The KD weight's factor after a look at both scores: down when ahead, up again when behind, unchanged between.
+
+    Between teacher - margin and teacher + margin nothing changes, so that noise does not turn it to and fro.
+    """
+    if student > teacher + margin:
+        return max(value * factor, least)
+    if student < teacher - margin:
+        return min(value / factor, 1.0)
+    return value
+
+
 def ramp(
     step: int,
     *,
@@ -28,9 +40,14 @@ def ramp(
 
     factor = start + (end - start) * shape(progress), where progress runs from 0 to 1 while the step runs from
     start_fraction to end_fraction of num_steps. A constant ramp stays at start_value; a step ramp jumps as
-    soon as start_fraction is passed.
+    soon as start_fraction is passed. wsd (warm-up, stable, decay) rises linearly from 0 to start_value until
+    start_fraction, and falls linearly from end_fraction on, to end_value at the last step.
     """
     done_fraction = step / max(num_steps, 1)
+    if shape == "wsd":
+        risen = min(done_fraction / start_fraction, 1.0) if start_fraction > 0.0 else 1.0
+        fallen = max(done_fraction - end_fraction, 0.0) / (1.0 - end_fraction) if end_fraction < 1.0 else 0.0
+        return start_value * risen + (end_value - start_value) * min(fallen, 1.0)
     width = end_fraction - start_fraction
     if width > 0.0:
         progress = min(max((done_fraction - start_fraction) / width, 0.0), 1.0)
@@ -41,15 +58,23 @@ def ramp(
 
 
 def learning_rate(
-    step: int, *, num_steps: int, peak: float, warmup_fraction: float, shape: str, final_fraction: float
+    step: int,
+    *,
+    num_steps: int,
+    peak: float,
+    warmup_fraction: float,
+    shape: str,
+    final_fraction: float,
+    decay_fraction: float = 0.2,
 ) -> float:
     """Learning rate of the update that leads from `step` to `step + 1`.
 
     Rises linearly over the first warmup_fraction of the steps, reaching `peak` on the last of them, then
-    follows `shape` down to final_fraction * peak.
+    follows `shape` down to final_fraction * peak: wsd over the last decay_fraction of the steps.
     """
     num_warmup = math.ceil(warmup_fraction * num_steps)
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
     rest = max(num_steps - num_warmup, 1)
-    return peak * ramp(step - num_warmup, num_steps=rest, shape=shape, end_value=final_fraction)
+    falls_from = {"end_fraction": max(1.0 - decay_fraction * num_steps / rest, 0.0)} if shape == "wsd" else {}
+    return peak * ramp(step - num_warmup, num_steps=rest, shape=shape, end_value=final_fraction, **falls_from)

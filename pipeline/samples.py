@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from pipeline import manifest as manifests
 from pipeline.schema import decode
@@ -53,11 +51,5 @@ def samples_of_record(cache: Path, manifest: Manifest, record: int) -> list[Samp
     return found
 
 
-def _decoded(table: pa.Table, rows: Sequence[int] | np.ndarray, manifest: Manifest) -> Iterator[Sample]:
-    table = table.take(pa.array(rows, pa.int64()))
-    scalars: list[Any] = [table.column(name).to_pylist() for name in ("next_log_prob", "entropy")]
-    pairs = decode(table, temperatures=manifest.temperatures)
-    for (sequence, top), next_log_prob, entropy in zip(pairs, *scalars, strict=True):
-        known = {"next_log_prob_N": next_log_prob, "entropy_N": entropy}
-        halves = {name: torch.tensor([float(value) for value in values]).half() for name, values in known.items()}
-        yield sequence, Captured(top=top, **halves)
+def _decoded(table: pa.Table, rows: Sequence[int] | np.ndarray, manifest: Manifest) -> list[Sample]:
+    return decode(table.take(pa.array(rows, pa.int64())), temperatures=manifest.temperatures)

@@ -116,7 +116,7 @@ def _list_array(parts: Sequence[np.ndarray], value_type: pa.DataType) -> pa.List
     return pa.ListArray.from_arrays(offsets, pa.array(values, value_type), type=_list(value_type))
 
 
-def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[TokenSequence, TopK]]:
+def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[TokenSequence, Captured]]:
     """The rows of a table as values; the large columns stay views of Arrow's memory."""
     rows = []
     for key, part in _parts(table):
@@ -132,7 +132,13 @@ def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[To
             log_tail_NC=part["log_tail"].reshape(shape),
             temperatures=temperatures,
         )
-        rows.append((sequence, top))
+        captured = Captured(
+            top=top,
+            next_log_prob_N=part["next_log_prob"],
+            entropy_N=part["entropy"],
+            weak_ids_N=part["weak_ids"].long() if "weak_ids" in part else None,
+        )
+        rows.append((sequence, captured))
     return rows
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
@@ -18,15 +19,47 @@ import torch
 
 from pipeline import manifest as manifests
 from pipeline.downloads import Downloads
+from pipeline.files import content_hash
 from pipeline.order import POOL_BLOCKS
 from pipeline.schema import ENCODING, arrow_schema, decode, encode
 from pipeline.store import Place
-from pipeline.topk import join, log_probabilities, narrow
+from pipeline.topk import join, log_probabilities, narrow, select
 from pipeline.types import Captured, InputError, Manifest, ShardInfo, TokenSequence, TopK
 
 pa.set_memory_pool(pa.system_memory_pool())  # malloc's, so that what keeps its memory (`keep_memory`) keeps Arrow's too
 
 ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
+
+
+def shuffled(
+    rows: Sequence[tuple[TokenSequence, Captured]], *, seed: Sequence[int]
+) -> list[tuple[TokenSequence, Captured]]:
+    """The same sequences, each position with what was captured at another one of them: a control without knowledge."""
+    counts = [len(sequence.target_ids_N) for sequence, _ in rows]
+    generator = torch.Generator().manual_seed(int(content_hash(list(seed))[:15], 16))
+    order_N = torch.randperm(sum(counts), generator=generator)
+    source_N = torch.empty_like(order_N)
+    source_N[order_N] = order_N.roll(1)  # a single cycle: no position keeps its own
+    captured = [one for _, one in rows]
+    said = [one.weak_ids_N for one in captured if one.weak_ids_N is not None]
+    every = Captured(
+        top=join([one.top for one in captured]),
+        next_log_prob_N=torch.cat([one.next_log_prob_N for one in captured]),
+        entropy_N=torch.cat([one.entropy_N for one in captured]),
+        weak_ids_N=torch.cat(said) if said else None,
+    )
+    parts = source_N.split(counts)
+    return [(sequence, part_of(every, part)) for (sequence, _), part in zip(rows, parts, strict=True)]
+
+
+def part_of(captured: Captured, rows_N: torch.Tensor) -> Captured:
+    """What was captured at some positions."""
+    return Captured(
+        top=select(captured.top, rows_N),
+        next_log_prob_N=captured.next_log_prob_N[rows_N],
+        entropy_N=captured.entropy_N[rows_N],
+        weak_ids_N=None if captured.weak_ids_N is None else captured.weak_ids_N[rows_N],
+    )
 
 
 def retained_mass_histogram(top: TopK) -> torch.Tensor:
@@ -129,7 +162,14 @@ class ShardReader:
     blocks as the order shuffles together. A remote cache is read through `downloads`, whole shards at a time.
     """
 
-    def __init__(self, cache: Place, *, k: int | None = None, downloads: Downloads | None = None) -> None:
+    def __init__(
+        self,
+        cache: Place,
+        *,
+        k: int | None = None,
+        downloads: Downloads | None = None,
+        shuffle_seed: int | None = None,
+    ) -> None:
         self.cache, self.manifest = cache, manifests.load(cache)
         if k is not None and self.manifest.kind != "topk":
             raise InputError(f"k: expected null, because {cache} is {self.manifest.kind}, found {k}")
@@ -140,21 +180,26 @@ class ShardReader:
         self._places = [(info, group) for info in self._infos for group in range(len(info.row_groups))]
         self.blocks = tuple(rows for info in self._infos for rows in info.row_groups)
         self._block = lru_cache(maxsize=POOL_BLOCKS + 1)(self._read_block)
+        self._shuffle_seed = shuffle_seed
         self._checked: set[int] = set()
 
-    def row(self, block: int, row: int) -> tuple[TokenSequence, TopK]:
-        """One sequence and its distributions."""
-        sequence, top = self._block(block)[row]
+    def row(self, block: int, row: int) -> tuple[TokenSequence, Captured]:
+        """One sequence and what was captured of it."""
+        sequence, captured = self._block(block)[row]
+        if self._k is None:
+            return sequence, captured
         # where the number kept varies, a sequence may hold fewer than k
-        return sequence, (top if self._k is None else narrow(top, k=min(self._k, top.ids_NK.shape[1])))
+        narrowed = narrow(captured.top, k=min(self._k, captured.top.ids_NK.shape[1]))
+        return sequence, dataclasses.replace(captured, top=narrowed)
 
-    def _read_block(self, block: int) -> list[tuple[TokenSequence, TopK]]:
+    def _read_block(self, block: int) -> list[tuple[TokenSequence, Captured]]:
         info, group = self._places[block]
         with self._open(info) as file:
             # mapped, because reading through a Python file copies; the map outlives a download that is evicted
             mapped = pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
             table = pq.ParquetFile(mapped).read_row_group(group, use_threads=False)
-        return decode(table, temperatures=self.manifest.temperatures)
+        rows = decode(table, temperatures=self.manifest.temperatures)
+        return rows if self._shuffle_seed is None else shuffled(rows, seed=[self._shuffle_seed, block])
 
     def _open(self, info: ShardInfo) -> BinaryIO:
         trusted, place = info.index in self._checked, manifests.shard_file(self.cache, info)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline import models
 from pipeline.corpus import collate_inputs
+from pipeline.logits import logits
 from pipeline.topk import hybrid, join, sampled, top_k_and_entropy, uniforms
 from pipeline.types import UNKNOWN_TARGET, Captured, Manifest, TokenSequence, TopK
 
@@ -56,7 +57,7 @@ def capture_batch(teacher: models.Model, batch: Sequence[TokenSequence], manifes
         [uniforms(s.key, len(s.target_ids_N), draws=manifest.draws, seed=manifest.draw_seed) for s in batch]
     )
     parts = [
-        speak(models.logits(teacher, hidden, manifest.vocabulary_size), targets, drawn, manifest)
+        speak(logits(teacher, hidden, manifest.vocabulary_size), targets, drawn, manifest)
         for hidden, targets, drawn in zip(
             *(part.split(HEAD_POSITIONS) for part in (hidden_NH, targets_N.to(device), draws_ND)), strict=True
         )

@@ -161,7 +161,7 @@ def join(tops: Sequence[TopK]) -> TopK:
     )
 
 
-def select(top: TopK, rows_N: Tensor) -> TopK:
+def select(top: TopK, rows_N: Tensor | slice) -> TopK:
     """The distributions of some positions."""
     return TopK(
         ids_NK=top.ids_NK[rows_N],
@@ -222,6 +222,37 @@ def log_probabilities(top: TopK, *, temperature: float) -> tuple[Tensor, Tensor]
     log_tail_N = top.log_tail_NC[:, temperature_index(top.temperatures, temperature)].float()
     log_z_N = torch.logaddexp(torch.logsumexp(scaled_NK, dim=1), log_tail_N)
     return scaled_NK - log_z_N[:, None], log_tail_N - log_z_N
+
+
+def smoothed(top: TopK, entropy_N: Tensor, *, vocabulary_size: int) -> TopK:
+    """Label smoothing of equal entropy in the teacher's place: its likeliest token, and all others alike.
+
+    p = (1 - e) onehot + e / V with e such that H(p) is the teacher's; how much of distillation is that is the question
+    of Yuan et al. 2020 (arXiv 1909.11723). A control: what the teacher knows beyond its first choice is gone.
+    """
+    if not entropy_N.isfinite().all():
+        raise InputError(
+            "loss.kd.control=smoothed: expected the teacher's entropy at every position, found a cache that does not "
+            "know it (an imported one); capture with this project"
+        )
+    V, low_N = vocabulary_size, torch.zeros(len(entropy_N), dtype=torch.float64)
+    high_N = torch.ones_like(low_N)
+    for _ in range(60):
+        e_N = (low_N + high_N) / 2
+        first_N, other_N = 1 - e_N + e_N / V, e_N / V
+        too_sure_N = torch.special.entr(first_N) + (V - 1) * torch.special.entr(other_N) < entropy_N
+        low_N, high_N = torch.where(too_sure_N, e_N, low_N), torch.where(too_sure_N, high_N, e_N)
+    relative_N1 = (other_N / first_N).log().clamp(min=-700.0)[:, None]
+    is_kept_NK = top.relative_logits_NK > -torch.inf
+    likeliest_N1 = top.relative_logits_NK.argmax(dim=1, keepdim=True)
+    relative_NK = torch.where(is_kept_NK, relative_N1, -torch.inf).scatter(1, likeliest_N1, 0.0)
+    num_rest_N1 = (V - is_kept_NK.sum(dim=1, keepdim=True)).double()
+    return TopK(
+        ids_NK=top.ids_NK,
+        relative_logits_NK=relative_NK.float(),
+        log_tail_NC=torch.cat([num_rest_N1.log() + relative_N1 / T for T in top.temperatures], dim=1).float(),
+        temperatures=top.temperatures,
+    )
 
 
 def narrow(top: TopK, *, k: int) -> TopK:

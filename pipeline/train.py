@@ -18,22 +18,23 @@ from typing import Any
 import torch
 
 from pipeline import config as configs
+from pipeline import diagnostics, models, ramps
 from pipeline import engine as engines
-from pipeline import models, ramps
-from pipeline.config import LossConfig, OptimizerConfig, TrainConfig
-from pipeline.corpus import known_sequences
+from pipeline.config import HeadPath, TrainConfig
 from pipeline.dataset import Mixture, fitting_micro_batch, prefetched
-from pipeline.downloads import Downloads
-from pipeline.evaluate import score
-from pipeline.exam import open_exam
+from pipeline.evaluate import decisive, score, teacher_score
+from pipeline.exam import Exam, open_exam
 from pipeline.files import Metrics, RunPaths, content_hash, sync_files, sync_folder, write_json
+from pipeline.gates import Gate
+from pipeline.head import sum_names
 from pipeline.losses import TermOptions, count_positions
 from pipeline.progress import Progress, log, start_logging
+from pipeline.recipe import learning_rate_at, open_gate, open_mixture, steps_of, term_options, weights_at
 from pipeline.runtime import Ranks, StopRequest, compute_device, leave, ranks_from_environment, release_memory
-from pipeline.shards import ShardReader
-from pipeline.store import one_place
 from pipeline.text import open_text
 from pipeline.types import Batch, TrainState
+
+Terms = dict[str, TermOptions]
 
 
 def run(folder: Path) -> None:
@@ -62,8 +63,12 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     micro_batch = fitting_micro_batch(config.global_batch, world_size=ranks.world_size, at_most=config.micro_batch)
     torch.manual_seed(config.seed)
     student = models.open_model(config.student, ranks.device)
+    terms = term_options(config.loss, open_gate(config.loss.kd, mixture.reader))
     module = engines.StudentWithLoss(
-        student.train(), vocabulary_size=models.vocabulary_size(tokenizer), terms=term_options(config.loss)
+        student.train(),
+        vocabulary_size=models.vocabulary_size(tokenizer),
+        terms=terms,
+        fused=config.loss.head is HeadPath.fused,
     )
     zero_stage = config.deepspeed.zero_stage
     engine = engines.build(
@@ -81,11 +86,23 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     state = engines.load_checkpoint(engine, paths)
     where = (ranks.world_size, ranks.device, zero_stage)
     log.info("step %d of %d, %d ranks on %s, ZeRO %d", state.step, num_steps, *where)
-    state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps, micro_batch)
+    rival = open_rival(config, tokenizer)
+    state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps, micro_batch, terms, rival)
     if state.step < num_steps:
         return False
     export(engine, student, tokenizer, paths, ranks, zero_stage=zero_stage)
     return True
+
+
+def open_rival(config: TrainConfig, tokenizer: Any) -> tuple[Exam, float] | None:
+    """Dev, and the teacher's score on it that a weight is made to follow; None if none is."""
+    options = config.loss.kd.overtaken
+    if options.every_steps == 0:
+        return None
+    assert config.dev is not None
+    assert options.teacher_predictions is not None
+    exam = open_exam(open_text(config.dev, "dev"), tokenizer, longest=None)
+    return exam, teacher_score(exam, options.teacher_predictions)
 
 
 def take_steps(
@@ -98,6 +115,8 @@ def take_steps(
     state: TrainState,
     num_steps: int,
     micro_batch: int,
+    terms: Terms,
+    rival: tuple[Exam, float] | None,
 ) -> TrainState:
     """Optimizer steps until the last one or until somebody asks to stop; checkpoints at the steps that are due."""
     quiet, every_seconds = ranks.rank != 0, config.launcher.log_every_seconds
@@ -106,17 +125,19 @@ def take_steps(
     )
     metrics = None if quiet else Metrics(paths.metrics, keep_steps=state.step)
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch": micro_batch}
-    every = config.checkpoint.every_steps
+    every, look_every = config.checkpoint.every_steps, config.loss.kd.overtaken.every_steps
     waiting_since = time.monotonic()
     with contextlib.closing(prefetched(mixture, range(state.step, num_steps), **place)) as stream:
         for step, batches in stream:
             started = time.monotonic()
-            figures = take_step(config, ranks, engine, batches, step, num_steps)
-            state = TrainState(step=step + 1)
+            figures = take_step(config, ranks, engine, batches, terms, state, num_steps)
+            state = dataclasses.replace(state, step=step + 1)
+            if rival is not None and state.step % look_every == 0:
+                state = look_at_dev(config, ranks, engine, *rival, state)
             figures |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
             if metrics is not None:
                 metrics.append(figures)
-            progress.advance(1, **{k: figures[k] for k in ("loss", "lm", "kd") if figures[k] is not None})
+            progress.advance(1, **{k: figures[k] for k in ("loss", *terms) if figures[k] is not None})
             stopping = ranks.any(bool(stop)) and state.step < num_steps
             if stopping or (every and state.step % every == 0 and state.step < num_steps):
                 zero_stage, keep = config.deepspeed.zero_stage, config.checkpoint.keep
@@ -130,108 +151,91 @@ def take_steps(
 
 
 def take_step(
-    config: TrainConfig, ranks: Ranks, engine: Any, batches: list[Batch], step: int, num_steps: int
+    config: TrainConfig,
+    ranks: Ranks,
+    engine: Any,
+    batches: list[Batch],
+    terms: Terms,
+    state: TrainState,
+    num_steps: int,
 ) -> dict[str, Any]:
     """One optimizer step over the global batch; its figures for metrics.jsonl.
 
     Each term's sum is divided by its count over all ranks and micro-batches, known before the first forward.
     DeepSpeed averages gradients over ranks, so the loss is multiplied by their number.
     """
+    step, loss_config = state.step, config.loss
     # dropout is a function of the step, so that a resumed run draws the same
     torch.manual_seed(int(content_hash([config.seed, step, ranks.rank])[:15], 16))
-    terms = term_options(config.loss)
-    weights = weights_at(config.loss, step, num_steps)
+    weights = weights_at(loss_config, tuple(terms), step, num_steps, kd_factor=state.kd_factor)
     learning_rate = learning_rate_at(config.optimizer, step, num_steps)
     engines.set_learning_rate(engine, learning_rate)
     batches = [batch.to(ranks.device) for batch in batches]
-    counts = ranks.sum(torch.stack([count_positions(batch, terms) for batch in batches]).sum(dim=0))
-    divisors = dict(zip(terms, counts.double().tolist(), strict=True))
-    totals = torch.zeros(len(terms), dtype=torch.float64, device=ranks.device)
+    counts, ungated = global_counts(ranks, batches, terms)
+    coefficients = {name: weights[name] * ranks.world_size / max(counts[name], 1.0) for name in terms}
+    every = loss_config.diagnostics_every_steps
+    diagnose = every > 0 and step % every == 0
+    totals = torch.zeros(len(sum_names(terms)), dtype=torch.float64, device=ranks.device)
     for batch in batches:
-        loss, term_totals = engine(batch, weights, divisors)
-        engine.backward(loss * ranks.world_size, scale_wrt_gas=False)
+        loss, sums = engine(batch, coefficients, diagnose)
+        engine.backward(loss, scale_wrt_gas=False)
         engine.step()
-        totals += term_totals
-    tokens = ranks.sum(torch.tensor(sum(batch.input_ids_BS.numel() for batch in batches), device=ranks.device))
-    values = dict(zip(terms, ranks.sum(totals).tolist(), strict=True))
-    means = {name: values[name] / divisors[name] if divisors[name] else None for name in terms}
+        totals += sums
+    values = dict(zip(sum_names(terms), ranks.sum(totals).tolist(), strict=True))
+    means = {name: values[name] / counts[name] if counts[name] else None for name in terms}
     loss_value = sum(weights[name] * (means[name] or 0.0) for name in terms)
     if not math.isfinite(loss_value):
         raise FloatingPointError(f"step {step + 1}: expected a finite loss, found {means}; lower the learning rate")
+    figures = {"step": step + 1, "loss": loss_value, **means}
+    figures |= {f"{name}_weight": weights[name] for name in terms}
+    figures |= {f"{name}_count": int(counts[name]) for name in terms}
+    if ungated:
+        figures["gated_away_fraction"] = 1.0 - counts["kd"] / ungated
+    figures |= {"learning_rate": learning_rate, **engine_figures(ranks, engine, batches)}
+    return figures | (diagnostics.figures(values, counts, weights) if diagnose else {})
+
+
+def engine_figures(ranks: Ranks, engine: Any, batches: list[Batch]) -> dict[str, Any]:
+    """What the engine says after a step."""
+    tokens = ranks.sum(torch.tensor(sum(batch.input_ids_BS.numel() for batch in batches), device=ranks.device))
     return {
-        "step": step + 1,
-        "loss": loss_value,
-        **means,
-        **{f"{name}_weight": weights[name] for name in terms},
-        **{f"{name}_count": int(divisors[name]) for name in terms},
-        "learning_rate": learning_rate,
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
         "skipped_steps": engine.skipped_steps,
         "tokens": int(tokens),
     }
 
 
-# ------------------------------------------------------------------------ from options to plain values
+def global_counts(ranks: Ranks, batches: list[Batch], terms: Terms) -> tuple[dict[str, float], float]:
+    """How many positions each term reads in the global batch; how many kd would without its gate (0: it has none)."""
+    is_gated = "kd" in terms and not terms["kd"].gate.is_open
+    ungated = {"kd": dataclasses.replace(terms["kd"], gate=Gate())} if is_gated else terms
+    found = []
+    for asked in (terms, ungated) if is_gated else (terms,):
+        counts = torch.stack([count_positions(batch, asked) for batch in batches]).sum(dim=0)
+        found.append(ranks.sum(counts).double().tolist())
+    return dict(zip(terms, found[0], strict=True)), found[1][0] if is_gated else 0.0
 
 
-def term_options(loss: LossConfig) -> dict[str, TermOptions]:
-    """The terms of the objective as the losses know them."""
-    return {
-        "lm": TermOptions(on=tuple(source.name for source in loss.lm.on)),
-        "kd": TermOptions(
-            on=tuple(source.name for source in loss.kd.on),
-            temperature=loss.kd.temperature,
-            temperature_squared=loss.kd.temperature_squared,
-        ),
-    }
-
-
-def weights_at(loss: LossConfig, step: int, num_steps: int) -> dict[str, float]:
-    """The weight of each term in a step."""
-    return {
-        name: term.weight * ramps.ramp(step, num_steps=num_steps, **configs.result_options(term.ramp))
-        for name, term in (("lm", loss.lm), ("kd", loss.kd))
-    }
-
-
-def learning_rate_at(optimizer: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The learning rate of a step."""
-    return ramps.learning_rate(
-        step,
-        num_steps=num_steps,
-        peak=optimizer.learning_rate,
-        warmup_fraction=optimizer.warmup_fraction,
-        shape=optimizer.schedule.name,
-        final_fraction=optimizer.final_fraction,
+def look_at_dev(
+    config: TrainConfig, ranks: Ranks, engine: Any, exam: Exam, goal: float, state: TrainState
+) -> TrainState:
+    """Score the student on dev and let the KD weight follow; all ranks forward, the first one's score counts."""
+    student = engine.module.student
+    scores, _ = score(
+        student,
+        exam,
+        vocabulary_size=engine.module.objective.vocabulary_size,
+        batch_tokens=config.scoring.batch_tokens,
+        teacher_predictions=None,
+        log_every_seconds=1e9,
     )
-
-
-def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
-    """The two streams of a run; gold is read, tokenized and packed here, the cache is opened."""
-    gold, reader = [], None
-    if config.gold is not None and config.gold_fraction > 0:
-        gold = known_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
-    if config.cache is not None and config.gold_fraction < 1:
-        downloads = Downloads(folder=Path(config.downloads.dir), limit_bytes=config.downloads.bytes)
-        reader = ShardReader(one_place(config.cache, "cache"), k=config.k, downloads=downloads)
-    return Mixture(
-        gold=gold,
-        reader=reader,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        gold_fraction=config.gold_fraction,
-    )
-
-
-def steps_of(config: TrainConfig, mixture: Mixture) -> int:
-    """Optimizer steps of a run: as given, or as many as the epochs take."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    if mixture.reader is None:
-        return max(math.ceil(config.epochs * len(mixture.gold) / config.global_batch), 1)
-    corpus_share = config.global_batch * (1.0 - config.gold_fraction)
-    return max(math.ceil(config.epochs * sum(mixture.reader.blocks) / corpus_share), 1)
+    student.train()
+    options = config.loss.kd.overtaken
+    found = float(ranks.sum(torch.tensor(decisive(scores) * (ranks.rank == 0), device=ranks.device)))
+    rule = {"margin": options.margin, "factor": options.factor, "least": options.least}
+    kd_factor = ramps.overtaken(state.kd_factor, student=found, teacher=goal, **rule)
+    log.info("step %d: dev %.4f, teacher %.4f, KD factor %g", state.step, found, goal, kd_factor)
+    return dataclasses.replace(state, kd_factor=kd_factor)
 
 
 # ------------------------------------------------------------------------------------ what is left behind

@@ -112,13 +112,20 @@ class Batch:
     """bool: the position comes from the gold set (else from the corpus)."""
     weak_N: Tensor
     """bool: the position carries a captured distribution."""
+    weak_ids_N: Tensor
+    """int64: the token that the teacher said there when it completed the record, or UNKNOWN_TARGET."""
     teacher: TopK | None
     """The distributions of the M positions where `weak_N` holds, in order; None if M = 0."""
+    entropy_M: Tensor | None
+    """float32, nats: entropy of the teacher's full distribution there; NaN where an imported cache does not know it."""
 
     def to(self, device: Any) -> Batch:
         """The same batch on another device."""
-        moved = {name: getattr(self, name).to(device) for name in self.__slots__ if name != "teacher"}
-        return Batch(**moved, teacher=self.teacher and topk_to(self.teacher, device))
+        moved = {name: getattr(self, name) for name in self.__slots__}
+        for name, value in moved.items():
+            if value is not None:
+                moved[name] = topk_to(value, device) if name == "teacher" else value.to(device)
+        return Batch(**moved)
 
 
 def topk_to(top: TopK, device: Any) -> TopK:
@@ -131,22 +138,14 @@ def topk_to(top: TopK, device: Any) -> TopK:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LossTerm:
-    """One component of the loss over one micro-batch; divided once, by the count of the whole global batch."""
-
-    total: Tensor
-    """Scalar float32, nats, summed over the term's positions; differentiable."""
-    count: Tensor
-    """Scalar int64: how many positions the term read."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
     """All that a run has to remember besides parameters and optimizer state: the order of the data is pure."""
 
     step: int = 0
     """Optimizer steps done."""
+    kd_factor: float = 1.0
+    """What is left of the KD weight since the student began to overtake the teacher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -287,7 +287,8 @@ def test_summary_is_what_a_slow_reader_finds(each: Path) -> None:
     agrees: list[bool] = []
     for block, rows in enumerate(reader.blocks):
         for row in range(rows):
-            sequence, top = reader.row(block, row)
+            sequence, captured = reader.row(block, row)
+            top = captured.top
             p_NK = log_probabilities(top, temperature=1.0)[0].exp()
             masses += p_NK.sum(1).tolist()
             by_rank += p_NK.tolist()

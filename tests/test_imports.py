@@ -162,7 +162,7 @@ def imported(source: Path, student: Path, settings: dict[str, Any], **changes: A
 def sequences(cache: Path) -> dict[int, tuple[TokenSequence, TopK]]:
     reader = ShardReader(cache)
     rows = [reader.row(block, r) for block, count in enumerate(reader.blocks) for r in range(count)]
-    return {sequence.record_ids[0]: (sequence, top) for sequence, top in rows}
+    return {sequence.record_ids[0]: (sequence, captured.top) for sequence, captured in rows}
 
 
 # --------------------------------------------------------------------------------------------- truth
@@ -279,7 +279,7 @@ def test_a_smaller_k_of_a_cache_whose_rows_have_different_widths(student: Path, 
     write_table(tmp_path / "source" / "data_0.parquet", rows)
     reader = ShardReader(imported(tmp_path / "source", student, {"format": Format.distillkit}), k=2)
     for r, width, mass in ((0, 2, 1 - 0.3679 - 0.1353), (1, 1, 1 - 0.7788)):
-        _, kept = reader.row(0, r)
+        kept = reader.row(0, r)[1].top
         assert kept.ids_NK.shape == (1, width)
         _, log_tail_N = log_probabilities(kept, temperature=1.0)
         assert log_tail_N.exp().item() == pytest.approx(mass, abs=1e-3)

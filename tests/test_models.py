@@ -15,6 +15,7 @@ from conftest import LINES, make_model, make_tokenizer
 from pipeline import models
 from pipeline.corpus import Segment, collate_inputs, sequence
 from pipeline.hub import model_folder
+from pipeline.logits import logits
 from pipeline.types import InputError
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_logits_are_the_models_own(name: str, settings: dict[str, Any]) -> None:
     model = tiny(name, **settings)
     models.check_logits_path(model)
     hidden_NH = packed_hidden(model, (3, 4, 5, 6))
-    ours = models.logits(model, hidden_NH, 60)
+    ours = logits(model, hidden_NH, 60)
     theirs = model(input_ids=torch.tensor([[3, 4, 5, 6]])).logits[0]
     assert torch.allclose(ours, theirs, atol=1e-5)
 

@@ -105,7 +105,7 @@ def near(teacher: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def rows(reader: ShardReader) -> list[tuple[bytes, list[int], list[float]]]:
     found = [reader.row(block, r) for block, count in enumerate(reader.blocks) for r in range(count)]
-    return [(sequence.key, top.ids_NK.tolist(), top.log_tail_NC.tolist()) for sequence, top in found]
+    return [(sequence.key, c.top.ids_NK.tolist(), c.top.log_tail_NC.tolist()) for sequence, c in found]
 
 
 # ------------------------------------------------------------------------------------------ the cache

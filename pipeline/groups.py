@@ -1,0 +1,96 @@
+"""Which positions which terms read, and the tokens that they name there."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.losses import TERMS, TermOptions, read_positions, weak_labels
+from pipeline.topk import select
+from pipeline.types import Batch, TopK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """Positions that the same terms read."""
+
+    rows_N: Tensor
+    """int64: which of the batch's supervised positions."""
+    names: tuple[str, ...]
+    """The terms that read them."""
+    extras: tuple[str, ...]
+    """The tokens they name besides the kept entries."""
+    ids_NJ: Tensor
+    """int64: those, then the kept entries."""
+    padding_NJ: Tensor
+    repeats_NJ: Tensor
+    top: TopK | None
+
+    def with_own(self, logits_NV: Tensor) -> Group:
+        """The same, knowing the student's likeliest token if that is among the extras."""
+        if "own" not in self.extras:
+            return self
+        ids_NJ, column = self.ids_NJ.clone(), self.extras.index("own")
+        ids_NJ[:, column] = logits_NV.detach().argmax(dim=1)
+        repeats_NJ = repeated(ids_NJ, self.padding_NJ, len(self.extras))
+        return dataclasses.replace(self, ids_NJ=ids_NJ, repeats_NJ=repeats_NJ)
+
+    def part(self, rows: slice) -> Group:
+        """Some of its positions."""
+        top = None if self.top is None else select(self.top, rows)
+        cut = {name: getattr(self, name)[rows] for name in ("rows_N", "ids_NJ", "padding_NJ", "repeats_NJ")}
+        return Group(names=self.names, extras=self.extras, top=top, **cut)
+
+
+def groups_of(batch: Batch, terms: dict[str, TermOptions]) -> list[Group]:
+    """The positions that any term reads, by the terms that read them; the others never reach the head."""
+    codes_N = torch.zeros_like(batch.target_ids_N)
+    for bit, (name, options) in enumerate(terms.items()):
+        codes_N += read_positions(batch, name, options).long() << bit
+    groups = []
+    for code in [int(code) for code in codes_N.unique() if code > 0]:
+        names = tuple(name for bit, name in enumerate(terms) if code >> bit & 1)
+        groups.append(_group(batch, terms, names, (codes_N == code).nonzero().squeeze(1)))
+    return groups
+
+
+def _group(batch: Batch, terms: dict[str, TermOptions], names: tuple[str, ...], rows_N: Tensor) -> Group:
+    wanted = {token for name in names for token in TERMS[name].reads}
+    tokens, top = {}, None
+    if "target" in wanted:
+        tokens["target"] = batch.target_ids_N[rows_N]
+    if "weak" in wanted:
+        tokens["weak"] = weak_labels(batch, terms["hard"].take)[rows_N]
+    if "own" in wanted:
+        tokens["own"] = torch.zeros_like(rows_N)  # known once there are logits
+    if "kept" in wanted:
+        assert batch.teacher is not None
+        top = select(batch.teacher, (batch.weak_N.cumsum(0) - 1)[rows_N])
+    return make_group(rows_N, names, tokens, top)
+
+
+def make_group(rows_N: Tensor, names: tuple[str, ...], tokens: dict[str, Tensor], top: TopK | None) -> Group:
+    """Positions, the terms that read them, and the tokens that these name: extras by name, [N] each, and the kept."""
+    columns = [ids_N[:, None] for ids_N in tokens.values()]
+    padding = [torch.zeros_like(column, dtype=torch.bool) for column in columns]
+    if top is not None:
+        is_padding_NK = top.relative_logits_NK == -torch.inf
+        # a token without any mass counts as one of the tail
+        columns.append(torch.where(is_padding_NK, top.ids_NK[:, :1], top.ids_NK).long())
+        padding.append(is_padding_NK)
+    ids_NJ, padding_NJ = torch.cat(columns, dim=1), torch.cat(padding, dim=1)
+    named = {"ids_NJ": ids_NJ, "padding_NJ": padding_NJ, "repeats_NJ": repeated(ids_NJ, padding_NJ, len(tokens))}
+    return Group(rows_N=rows_N, names=names, extras=tuple(tokens), top=top, **named)
+
+
+def repeated(ids_NJ: Tensor, padding_NJ: Tensor, num_extras: int) -> Tensor:
+    """bool [N, J]: padding, and extras that are among the kept entries or the extras before them."""
+    repeats_NJ = padding_NJ.clone()
+    for column in range(num_extras):
+        others_NJ = (ids_NJ == ids_NJ[:, column : column + 1]) & ~padding_NJ
+        others_NJ[:, column:num_extras] = False
+        repeats_NJ[:, column] = others_NJ.any(dim=1)
+    return repeats_NJ

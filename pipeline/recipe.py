@@ -1,0 +1,140 @@
+"""From the options of a training run to the plain values it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import config as configs
+from pipeline import ramps
+from pipeline.config import By, Control, KdConfig, LossConfig, OptimizerConfig, TrainConfig
+from pipeline.corpus import known_sequences
+from pipeline.dataset import Mixture
+from pipeline.downloads import Downloads
+from pipeline.gates import Gate, confidence, threshold
+from pipeline.losses import TERMS, TermOptions
+from pipeline.progress import log
+from pipeline.shards import ShardReader
+from pipeline.store import one_place
+from pipeline.text import open_text
+from pipeline.types import Captured, TokenSequence
+
+SAMPLE_BLOCKS = 32  # row groups that a gate's threshold is read off; evenly spaced, so a function of the cache alone
+
+
+def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
+    """The two streams of a run; gold is read, tokenized and packed here (or from its capture), the cache is opened."""
+    gold: list[tuple[TokenSequence, Captured | None]] = []
+    reader = None
+    if config.gold_fraction > 0 and config.gold is not None:
+        sequences = known_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
+        gold = [(sequence, None) for sequence in sequences]
+    elif config.gold_fraction > 0 and config.gold_cache is not None:
+        captured = open_reader(config, config.gold_cache, "gold_cache")
+        gold = [captured.row(block, row) for block, size in enumerate(captured.blocks) for row in range(size)]
+    if config.cache is not None and config.gold_fraction < 1:
+        reader = open_reader(config, config.cache, "cache")
+    return Mixture(
+        gold=gold,
+        reader=reader,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        gold_fraction=config.gold_fraction,
+        smooth=config.loss.kd.control is Control.smoothed,
+    )
+
+
+def open_reader(config: TrainConfig, address: str, what: str) -> ShardReader:
+    """A cache as this run reads it."""
+    return ShardReader(
+        one_place(address, what),
+        k=config.k,
+        downloads=Downloads(folder=Path(config.downloads.dir), limit_bytes=config.downloads.bytes),
+        shuffle_seed=config.seed if config.loss.kd.control is Control.shuffled else None,
+    )
+
+
+def steps_of(config: TrainConfig, mixture: Mixture) -> int:
+    """Optimizer steps of a run: as given, or as many as the epochs take."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    if mixture.reader is None:
+        return max(math.ceil(config.epochs * len(mixture.gold) / config.global_batch), 1)
+    corpus_share = config.global_batch * (1.0 - config.gold_fraction)
+    return max(math.ceil(config.epochs * sum(mixture.reader.blocks) / corpus_share), 1)
+
+
+# ------------------------------------------------------------------------------------ the objective
+
+
+def term_options(loss: LossConfig, gate: Gate) -> dict[str, TermOptions]:
+    """The terms of the objective that have a weight, as the losses know them."""
+    special: dict[str, dict[str, Any]] = {
+        "kd": {
+            "temperature": loss.kd.temperature,
+            "temperature_squared": loss.kd.temperature_squared,
+            "divergence": loss.kd.divergence.name,
+            "beta": loss.kd.beta,
+            "gate": gate,
+        },
+        "hard": {"take": loss.hard.take.name},
+        "confidence": {"gate": gate},
+    }
+    weighty = {name: getattr(loss, name) for name in TERMS if getattr(loss, name).weight > 0}
+    return {
+        name: TermOptions(on=tuple(source.name for source in term.on), **special.get(name, {}))
+        for name, term in weighty.items()
+    }
+
+
+def open_gate(kd: KdConfig, reader: ShardReader | None) -> Gate:
+    """The gate of a run: a fraction of positions becomes the threshold that keeps it."""
+    gate = Gate(
+        min_confidence=kd.gate.min_confidence,
+        max_entropy=math.inf if kd.gate.max_entropy is None else kd.gate.max_entropy,
+        drop_wrong=kd.gate.drop_wrong,
+    )
+    if kd.gate.keep_fraction == 1.0 or reader is None:
+        return gate
+    step = max(len(reader.blocks) // SAMPLE_BLOCKS, 1)
+    blocks = range(0, len(reader.blocks), step)
+    rows = [reader.row(block, row)[1] for block in blocks for row in range(reader.blocks[block])]
+    if kd.gate.by is By.confidence:
+        least = threshold(torch.cat([confidence(c.top) for c in rows]), kd.gate.keep_fraction, largest=True)
+        gate = dataclasses.replace(gate, min_confidence=max(gate.min_confidence, least))
+    else:
+        most = threshold(torch.cat([c.entropy_N for c in rows]).float(), kd.gate.keep_fraction, largest=False)
+        gate = dataclasses.replace(gate, max_entropy=min(gate.max_entropy, most))
+    log.info("gate: the surest %g of positions have %s", kd.gate.keep_fraction, gate)
+    return gate
+
+
+def weights_at(
+    loss: LossConfig, names: tuple[str, ...], step: int, num_steps: int, *, kd_factor: float
+) -> dict[str, float]:
+    """The weight of each term in a step."""
+    weights = {}
+    for name in names:
+        term = getattr(loss, name)
+        weights[name] = term.weight * ramps.ramp(step, num_steps=num_steps, **configs.result_options(term.ramp))
+    if "kd" in weights:
+        weights["kd"] *= kd_factor
+    return weights
+
+
+def learning_rate_at(optimizer: OptimizerConfig, step: int, num_steps: int) -> float:
+    """The learning rate of a step."""
+    return ramps.learning_rate(
+        step,
+        num_steps=num_steps,
+        peak=optimizer.learning_rate,
+        warmup_fraction=optimizer.warmup_fraction,
+        shape=optimizer.schedule.name,
+        final_fraction=optimizer.final_fraction,
+        decay_fraction=optimizer.decay_fraction,
+    )
