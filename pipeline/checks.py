@@ -55,10 +55,6 @@ def check_train(config: TrainConfig) -> None:
     _check_objective(config)
     if (config.steps is None) == (config.epochs is None):
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
-    if config.gold is not None and config.gold_cache is not None:
-        raise InputError(
-            "expected one of gold and gold_cache, found both; a capture of the gold set holds its text too"
-        )
     if config.gold_fraction > 0 and config.gold is None and config.gold_cache is None:
         raise InputError(
             f"gold_fraction is {config.gold_fraction} but gold is null; give a gold set or gold_fraction=0"

@@ -308,7 +308,7 @@ class TrainConfig:
     gold: TextConfig | None = option(None, "trusted text with known targets; null: none")
     gold_cache: str | None = option(
         None,
-        "a capture of the gold set, instead of gold: targets and the teacher's distributions both; null: none",
+        "a capture of the gold set, read in gold's place: targets and the teacher's distributions; null: read gold",
         content=True,
         address=True,
     )

@@ -27,8 +27,8 @@ class Mixture:
     seed: int
     global_batch: int
     gold_fraction: float
-    smooth: bool = False
-    """Label smoothing of equal entropy stands in for the teacher: a control."""
+    smooth_over: int | None = None
+    """The vocabulary's size where label smoothing of equal entropy stands in for the teacher, a control."""
 
     def slots(self, step: int) -> list[Slot]:
         """The global batch of a step."""
@@ -55,15 +55,14 @@ class Mixture:
         batches = [
             collate([self.read(slot) for slot in group], [slot.source == "gold" for slot in group]) for group in groups
         ]
-        return [self._smoothed(batch) for batch in batches] if self.smooth else batches
+        return [self._smoothed(batch) for batch in batches] if self.smooth_over else batches
 
     def _smoothed(self, batch: Batch) -> Batch:
         if batch.teacher is None:
             return batch
-        assert self.reader is not None
+        assert self.smooth_over is not None
         assert batch.entropy_M is not None
-        vocabulary_size = self.reader.manifest.vocabulary_size
-        top = smoothed(batch.teacher, batch.entropy_M, vocabulary_size=vocabulary_size)
+        top = smoothed(batch.teacher, batch.entropy_M, vocabulary_size=self.smooth_over)
         return dataclasses.replace(batch, teacher=top)
 
 

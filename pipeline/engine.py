@@ -99,6 +99,11 @@ def build(
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=_merged(config, overrides))
     if zero_stage == 3:
         module.objective.borrow_head()
+    # DeepSpeed has stepped once on zeros to allocate the state; at ZeRO 0 in bf16 AdamW's step count stays at 1, and
+    # its first update would be half of what it is elsewhere
+    for state in engine.optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
     return engine
 
 

@@ -71,7 +71,8 @@ def speak(
     order_N = torch.cat([hidden_NH.new_zeros(0, dtype=torch.int64), *(group.rows_N for group in groups)])
     hidden_NH = hidden_NH.index_select(0, order_N)
     if not fused:
-        return _plain(logits(model, hidden_NH, vocabulary_size).float(), work)
+        logits_NV = logits(model, hidden_NH, vocabulary_size)
+        return _plain(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), work)
     head = linear_head(model, hidden_NH)
     pairs = [tensor for pair in head.maps for tensor in pair]
     work = dataclasses.replace(work, vocabulary_size=vocabulary_size, scale=head.scale, softcap=head.softcap)
@@ -171,11 +172,14 @@ def _one_pass(
         torch.zeros(w_VH.shape, **in_float32) if need else None
         for w_VH, need in zip(maps[1::2], wanted[2::2], strict=True)
     ]
-    chunk = max(CHUNK_BYTES // (vocabulary * features[0].element_size()), LEAST_CHUNK)
-    buffer_CV = features[0].new_empty(min(chunk, num), vocabulary)
+    most = max(CHUNK_BYTES // (vocabulary * features[0].element_size()), LEAST_CHUNK)
+    chunk = -(
+        -num // max(round(num / most), 1)
+    )  # of one size: a small last chunk would cost a whole pass over the weight
+    buffer_CV = features[0].new_empty(chunk, vocabulary)
     loss = torch.zeros((), device=buffer_CV.device)
     sums = torch.zeros(len(sum_names(work.terms)), device=buffer_CV.device)
-    for first in range(0, num, chunk):
+    for first in range(0, num, chunk or 1):
         rows = slice(first, min(first + chunk, num))
         logits_CV = buffer_CV[: rows.stop - rows.start]
         torch.mm(features[0][rows], weights[0].T, out=logits_CV)

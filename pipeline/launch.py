@@ -112,7 +112,7 @@ def identify(config: TrainConfig) -> dict[str, Any]:
     if config.gold_cache is not None and config.gold_fraction > 0:
         identity["gold_cache"] = check_cache(config, config.gold_cache, "gold_cache", folder, tokenizer)
     follows = config.loss.kd.overtaken
-    if config.gold is not None and config.gold_fraction > 0:
+    if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
         gold = open_text(config.gold, "gold")
         identity["gold"] = survey(gold, tokenizer, window=config.window, require_targets=True).sha256
     for split, held_out in (("dev", config.dev), ("test", config.test)):

@@ -29,22 +29,23 @@ SAMPLE_BLOCKS = 32  # row groups that a gate's threshold is read off; evenly spa
 def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
     """The two streams of a run; gold is read, tokenized and packed here (or from its capture), the cache is opened."""
     gold: list[tuple[TokenSequence, Captured | None]] = []
-    reader = None
-    if config.gold_fraction > 0 and config.gold is not None:
-        sequences = known_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
-        gold = [(sequence, None) for sequence in sequences]
-    elif config.gold_fraction > 0 and config.gold_cache is not None:
+    reader = captured = None
+    if config.gold_fraction > 0 and config.gold_cache is not None:
         captured = open_reader(config, config.gold_cache, "gold_cache")
         gold = [captured.row(block, row) for block, size in enumerate(captured.blocks) for row in range(size)]
+    elif config.gold_fraction > 0 and config.gold is not None:
+        sequences = known_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
+        gold = [(sequence, None) for sequence in sequences]
     if config.cache is not None and config.gold_fraction < 1:
         reader = open_reader(config, config.cache, "cache")
+    one = reader or captured
     return Mixture(
         gold=gold,
         reader=reader,
         seed=config.seed,
         global_batch=config.global_batch,
         gold_fraction=config.gold_fraction,
-        smooth=config.loss.kd.control is Control.smoothed,
+        smooth_over=one.manifest.vocabulary_size if one and config.loss.kd.control is Control.smoothed else None,
     )
 
 

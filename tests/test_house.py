@@ -22,8 +22,8 @@ FLOORS = [
     {"engine", "worker", "imports"},
     {"train"},
     {"capture", "launch", "report", "command", "audit", "probe"},
-    {"bench_capture", "bench_read"},
-    {"bench_rerun", "bench_fidelity"},
+    {"bench_capture", "bench_read", "bench_loss"},
+    {"bench_rerun", "bench_fidelity", "bench_step"},
     {"bench"},
 ]
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pipeline.ramps import SHAPES, learning_rate, ramp
+from pipeline.ramps import SHAPES, learning_rate, overtaken, ramp
 
 
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - {"constant"}))
@@ -45,3 +45,41 @@ def test_learning_rate_warms_up_to_the_peak_and_decays_to_the_end() -> None:
     assert all(a >= b for a, b in itertools.pairwise(values[10:]))
     assert values[-1] == pytest.approx(0.2 + 0.8 / 90)
     assert learning_rate(0, **{**settings, "warmup_fraction": 0.0}) == 1.0
+
+
+def test_wsd_rises_stays_and_falls_without_jumps() -> None:
+    settings = {"num_steps": 1000, "shape": "wsd", "start_fraction": 0.1, "end_fraction": 0.8}
+    values = [ramp(step, **settings, start_value=2.0, end_value=0.5) for step in range(1001)]
+    assert (values[0], values[100], values[800], values[1000]) == (0.0, 2.0, 2.0, 0.5)
+    assert set(values[100:801]) == {2.0}
+    assert max(abs(a - b) for a, b in itertools.pairwise(values)) < 0.021
+    assert all(a <= b for a, b in itertools.pairwise(values[:101]))
+    assert all(a >= b for a, b in itertools.pairwise(values[800:]))
+
+
+def test_learning_rate_wsd_stays_at_the_peak_until_the_last_fifth() -> None:
+    settings = {"num_steps": 100, "peak": 1.0, "warmup_fraction": 0.1, "shape": "wsd", "final_fraction": 0.0}
+    values = [learning_rate(step, **settings) for step in range(100)]
+    assert set(values[9:81]) == {1.0}
+    assert all(a > b for a, b in itertools.pairwise(values[81:]))
+    assert values[-1] == pytest.approx(0.05)
+
+
+def test_the_confidence_ramp_of_the_paper_does_not_jump() -> None:
+    """0 to 0.5 over the first fifth: a known implementation goes to 0.05 and then jumps to 0.5."""
+    settings = {"num_steps": 1000, "shape": "linear", "end_fraction": 0.2, "start_value": 0.0, "end_value": 0.5}
+    values = [ramp(step, **settings) for step in range(1001)]
+    assert (values[0], values[100], values[200], values[1000]) == (0.0, 0.25, 0.5, 0.5)
+    assert max(b - a for a, b in itertools.pairwise(values)) < 0.003
+
+
+def test_overtaken_falls_when_ahead_rises_when_behind_and_noise_does_not_move_it() -> None:
+    rule = {"teacher": 0.8, "margin": 0.01, "factor": 0.5, "least": 0.1}
+    assert overtaken(1.0, student=0.82, **rule) == 0.5
+    assert overtaken(0.5, student=0.78, **rule) == 1.0
+    assert overtaken(1.0, student=0.78, **rule) == 1.0  # never above what was asked for
+    assert overtaken(0.15, student=0.9, **rule) == 0.1
+    value = 0.5
+    for noise in (0.809, 0.791, 0.805, 0.795):  # to and fro within the margin
+        value = overtaken(value, student=noise, **rule)
+    assert value == 0.5

@@ -1,0 +1,107 @@
+"""One rank that takes the same two steps under many engines, one after another: starting torchrun once saves minutes.
+
+    torchrun --nproc-per-node=RANKS gradient_worker.py OUT DTYPE
+
+writes OUT/{ranks}-{layout}-zero{stage}-accumulation{n}.pt: the student's weights after the steps.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from test_config import composed
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline import engine as engines
+from pipeline.corpus import Segment, sequence
+from pipeline.dataset import collate
+from pipeline.gates import Gate
+from pipeline.progress import start_logging
+from pipeline.recipe import term_options
+from pipeline.runtime import leave, ranks_from_environment
+from pipeline.topk import top_k
+from pipeline.train import take_step
+from pipeline.types import Captured, TokenSequence, TrainState
+
+VOCABULARY, GLOBAL_BATCH, STEPS = 50, 8, 2
+Row = tuple[TokenSequence, Captured | None]
+
+
+def rows() -> list[Row]:
+    """Two steps' sequences, half of them gold; ragged: from one target to all, some without any."""
+    generator, made = torch.Generator().manual_seed(0), []
+    for number in range(STEPS * GLOBAL_BATCH):
+        length = 4 + 3 * (number % 4)
+        ids = tuple(torch.randint(VOCABULARY, (length,), generator=generator).tolist())
+        num_targets = (length - 1, 1, 0, length // 2)[number % 4]
+        targets = tuple((s, ids[s + 1]) for s in range(length - 1 - num_targets, length - 1))
+        one, captured = sequence([Segment(record_id=number, ids=ids, targets=targets)]), None
+        if number % 2 == 1:
+            top = top_k(torch.randn(num_targets, VOCABULARY, generator=generator) * 2, k=6, temperatures=(1.0, 2.0))
+            empty_N = torch.zeros(num_targets, dtype=torch.float16)
+            captured = Captured(top=top, next_log_prob_N=empty_N, entropy_N=empty_N)
+        made.append((one, captured))
+    return made
+
+
+def mine(step: int, layout: str, rank: int, world_size: int) -> list[Row]:
+    """A rank's part of a global batch: every other sequence, or gold alone and corpus alone."""
+    part = rows()[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]
+    if layout == "apart" and world_size == 2:
+        return [row for row in part if (row[1] is not None) == (rank == 1)]
+    return part[rank::world_size]
+
+
+def student(*, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY + 7, tie_word_embeddings=tied, initializer_range=0.3, **sizes)
+    config.use_cache = False
+    return LlamaForCausalLM(config)
+
+
+def weights_after(ranks, layout: str, stage: int, accumulation: int, dtype: str) -> dict[str, torch.Tensor] | None:
+    config = composed("train", "experiment=combined", "loss.kd.temperature=2", f"student.dtype={dtype}")
+    # a large epsilon makes AdamW's update proportional to the gradient
+    config.optimizer = dataclasses.replace(config.optimizer, learning_rate=1.0, epsilon=1.0, warmup_fraction=0.0)
+    terms = term_options(config.loss, Gate())
+    size = GLOBAL_BATCH // ranks.world_size // accumulation
+    engine = engines.build(
+        engines.StudentWithLoss(
+            student(tied=layout == "striped").to(getattr(torch, dtype)), vocabulary_size=VOCABULARY, terms=terms
+        ),
+        zero_stage=stage,
+        dtype=dtype,
+        micro_batch=size,
+        accumulation=accumulation,
+        max_grad_norm=0.5,
+        betas=(0.9, 0.999),
+        epsilon=1.0,
+        weight_decay=0.0,
+        overrides={},
+    )
+    for step in range(STEPS):
+        part = mine(step, layout, ranks.rank, ranks.world_size)
+        groups = [part[i : i + size] for i in range(0, len(part), size)]
+        batches = [collate(group, [captured is None for _, captured in group]) for group in groups]
+        take_step(config, ranks, engine, batches, terms, TrainState(step=step), 10)
+    return engines.student_weights(engine, stage)
+
+
+if __name__ == "__main__":
+    start_logging()
+    out, dtype = Path(sys.argv[1]), sys.argv[2]
+    with ranks_from_environment() as ranks:
+        for layout in ("striped", "apart"):
+            torch.save(
+                student(tied=layout == "striped").to(getattr(torch, dtype)).state_dict(), out / f"{layout}.start"
+            )
+            for stage in range(4):
+                for accumulation in (1, 2, 4):
+                    weights = weights_after(ranks, layout, stage, accumulation, dtype)
+                    if ranks.rank == 0:
+                        name = f"{ranks.world_size}-{layout}-zero{stage}-accumulation{accumulation}.pt"
+                        torch.save(weights, out / name)
+                    ranks.wait()
+    leave()

@@ -1,0 +1,42 @@
+"""The same update however a global batch is split: accumulation, ranks, ZeRO stages, gold and corpus on ranks apart."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_update_however_it_is_split(dtype: str, tmp_path: Path) -> None:
+    """Accumulation 1, 2, 4 x ranks 1, 2 x ZeRO 0 to 3 x two ways to deal the sequences; ragged, some without targets.
+
+    fp32: 2e-5 of the update, the order of sums. bf16: half a unit in the last place of the weights, 2^-9 of their size.
+    """
+    for ranks in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [str(ROOT / "tests" / "gradient_worker.py"), str(tmp_path), dtype]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr[-5000:]
+    found = {path.stem: torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("*.pt"))}
+    assert len(found) == 2 * 2 * 4 * 3
+    for layout in ("striped", "apart"):
+        start = torch.load(tmp_path / f"{layout}.start", weights_only=True)
+        reference = found[f"1-{layout}-zero0-accumulation1"]
+        update = max(norm(reference[name], start[name]) for name in start)
+        assert update > 0.1  # something was learnt
+        for case in [case for case in found if f"-{layout}-" in case]:
+            for name, weight in reference.items():
+                most = 2e-5 * update if dtype == "float32" else 2**-9 * float(weight.float().norm())
+                assert most < 0.1 * update
+                assert norm(found[case][name], weight) <= most, (case, name, norm(found[case][name], weight) / update)
+
+
+def norm(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.float() - other.float()).norm())
