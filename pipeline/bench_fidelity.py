@@ -23,7 +23,7 @@ from pipeline import models
 from pipeline.bench_capture import CORPUS, MODEL
 from pipeline.config import Dtype, ModelConfig, Targets, TextConfig
 from pipeline.corpus import collate_inputs, known_sequences
-from pipeline.head import kd_of_logits
+from pipeline.groups import kd_of_logits
 from pipeline.logits import logits
 from pipeline.losses import TermOptions
 from pipeline.measure import Findings, table

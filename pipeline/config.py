@@ -228,6 +228,11 @@ class ConfidenceConfig:
     weight: float = option(0.0, "weight of cross entropy with the student's own most likely token; 0: off")
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(lambda: [Source.corpus], "whose positions it reads: those that kd can read")
+    choices: list[str] | None = option(
+        None,
+        "the completions to choose among, each known by its first token, predicted as often as the teacher is for it; "
+        "null: any token",
+    )
 
 
 @dataclass

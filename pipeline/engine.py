@@ -38,10 +38,13 @@ class StudentWithLoss(nn.Module):
         self.student = student
         self.objective = Objective(student, vocabulary_size=vocabulary_size, terms=terms, fused=fused)
 
-    def forward(self, batch: Batch, coefficients: dict[str, float], diagnose: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: Batch, coefficients: dict[str, float], diagnose: bool, thresholds: tuple[float, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, and the sums behind it (`head.sum_names`)."""
+        how = {"diagnose": diagnose, "thresholds": thresholds}
         hidden_BSH = models.hidden_states(self.student, batch.input_ids_BS, batch.position_ids_BS)
-        loss, sums = self.objective(hidden_BSH.flatten(0, 1)[batch.flat_positions_N], batch, coefficients, diagnose)
+        loss, sums = self.objective(hidden_BSH.flatten(0, 1)[batch.flat_positions_N], batch, coefficients, how)
         # a rank whose micro-batch has no target still takes part in every collective
         return loss + 0.0 * hidden_BSH.float().sum(), sums
 
@@ -62,11 +65,11 @@ class Objective(nn.Module):
             deepspeed.zero.register_external_parameter(self, parameter)
 
     def forward(
-        self, hidden_NH: Tensor, batch: Batch, coefficients: dict[str, float], diagnose: bool
+        self, hidden_NH: Tensor, batch: Batch, coefficients: dict[str, float], how: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, and the sums behind it."""
-        options: dict[str, Any] = {"vocabulary_size": self.vocabulary_size, "fused": self._fused, "diagnose": diagnose}
-        return head.speak(self._student[0], hidden_NH, batch, self._terms, coefficients, **options)
+        how = how | {"vocabulary_size": self.vocabulary_size, "fused": self._fused}
+        return head.speak(self._student[0], hidden_NH, batch, self._terms, coefficients, **how)
 
 
 def build(

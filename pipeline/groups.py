@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.losses import TERMS, TermOptions, read_positions, weak_labels
+from pipeline.classes import hardened
+from pipeline.divergences import NOTHING
+from pipeline.losses import TERMS, NamedLogits, TermOptions, read_positions, weak_labels
 from pipeline.topk import select
 from pipeline.types import Batch, TopK
 
@@ -29,12 +32,13 @@ class Group:
     repeats_NJ: Tensor
     top: TopK | None
 
-    def with_own(self, logits_NV: Tensor) -> Group:
-        """The same, knowing the student's likeliest token if that is among the extras."""
+    def with_own(self, logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[float]) -> Group:
+        """The same, knowing the student's likeliest token (among the classes, if there are) if it is an extra."""
         if "own" not in self.extras:
             return self
         ids_NJ, column = self.ids_NJ.clone(), self.extras.index("own")
-        ids_NJ[:, column] = logits_NV.detach().argmax(dim=1)
+        own_N = hardened(logits_NV, class_ids, thresholds) if class_ids else logits_NV.detach().argmax(dim=1)
+        ids_NJ[:, column] = own_N
         repeats_NJ = repeated(ids_NJ, self.padding_NJ, len(self.extras))
         return dataclasses.replace(self, ids_NJ=ids_NJ, repeats_NJ=repeats_NJ)
 
@@ -94,3 +98,23 @@ def repeated(ids_NJ: Tensor, padding_NJ: Tensor, num_extras: int) -> Tensor:
         others_NJ[:, column:num_extras] = False
         repeats_NJ[:, column] = others_NJ.any(dim=1)
     return repeats_NJ
+
+
+def read_fully(logits_NV: Tensor, group: Group, temperatures: Sequence[float], *, overlap: bool = False) -> NamedLogits:
+    """What the terms read of whole logits, differentiable by autograd: slow and simple."""
+    rest_NV = logits_NV.scatter(1, group.ids_NJ, NOTHING)
+    spread = {T: torch.softmax(rest_NV / T, dim=1) for T in temperatures} if overlap else {}
+    return NamedLogits(
+        logits_NJ=logits_NV.gather(1, group.ids_NJ),
+        log_rest={T: torch.logsumexp(rest_NV / T, dim=1) for T in temperatures},
+        repeats_NJ=group.repeats_NJ,
+        extras=group.extras,
+        largest_rest_N=rest_NV.amax(dim=1),
+        overlap={(S, T): (spread[S] * spread[T]).sum(dim=1) for S in spread for T in spread},
+    )
+
+
+def kd_of_logits(logits_NV: Tensor, top: TopK, options: TermOptions) -> Tensor:
+    """The kd term of whole logits, summed over the positions: for whom the head is not at hand."""
+    group = make_group(torch.arange(len(logits_NV)), ("kd",), {}, top)
+    return TERMS["kd"].value(read_fully(logits_NV.float(), group, (options.temperature,)), top, options).sum()

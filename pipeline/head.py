@@ -11,6 +11,7 @@ so autograd over a few numbers a position, and one scalar times that softmax, ar
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from pipeline import diagnostics
+from pipeline.classes import class_names, class_sums
 from pipeline.divergences import NOTHING
-from pipeline.groups import Group, groups_of, make_group
+from pipeline.groups import Group, groups_of, read_fully
 from pipeline.logits import Model, linear_head, logits
 from pipeline.losses import TERMS, NamedLogits, TermOptions, temperatures_of
 from pipeline.runtime import multiplies_fast
-from pipeline.types import Batch, TopK
+from pipeline.types import Batch
 
 CHUNK_BYTES = 100_000_000  # logits of one matmul: large enough that the weight's gradient is not added to often
 LEAST_CHUNK = 256  # positions: with a large vocabulary, memory gives way to speed here
@@ -40,6 +42,8 @@ class Work:
     coefficients: dict[str, float]
     """weight / N of each term: what its sum is multiplied by."""
     diagnose: bool
+    class_ids: tuple[int, ...] = ()
+    thresholds: tuple[float, ...] = ()
     vocabulary_size: int = 0
     scale: float = 1.0
     softcap: float | None = None
@@ -60,14 +64,22 @@ def speak(
     vocabulary_size: int,
     fused: bool = True,
     diagnose: bool = False,
+    thresholds: tuple[float, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the loss and, detached, the sums behind it: see `sum_names`.
 
     `hidden_NH` belongs to the batch's supervised positions. Without `fused`, the same through full logits and autograd:
-    slower and larger, for heads that are not linear.
+    slower and larger, for heads that are not linear. `thresholds`: of the classes of `confidence`, if it has some.
     """
     groups = groups_of(batch, terms)
-    work = Work(groups=groups, terms=terms, coefficients=coefficients, diagnose=diagnose)
+    work = Work(
+        groups=groups,
+        terms=terms,
+        coefficients=coefficients,
+        diagnose=diagnose,
+        class_ids=classes_of(terms),
+        thresholds=thresholds,
+    )
     order_N = torch.cat([hidden_NH.new_zeros(0, dtype=torch.int64), *(group.rows_N for group in groups)])
     hidden_NH = hidden_NH.index_select(0, order_N)
     if not fused:
@@ -86,13 +98,21 @@ def _value(student: NamedLogits, group: Group, work: Work) -> tuple[Tensor, Tens
     loss = torch.stack([work.coefficients[name] * total for name, total in sums.items()]).sum()
     if work.diagnose:
         sums |= diagnostics.sums(student, group.ids_NJ, group.top, values)
+    if work.class_ids and group.top is not None and "own" in group.extras:
+        found = class_sums(group.ids_NJ[:, group.extras.index("own")], group.top, work.class_ids)
+        sums |= dict(zip(class_names(work.class_ids), torch.cat(found), strict=True))
     zero = loss.new_zeros(())
-    return loss, torch.stack([sums.get(name, zero).detach() for name in sum_names(work.terms)])
+    return loss, torch.stack([sums.get(name, zero).detach().double() for name in sum_names(work.terms)])
+
+
+def classes_of(terms: dict[str, TermOptions]) -> tuple[int, ...]:
+    """The tokens that `confidence` chooses among, if it has some."""
+    return terms["confidence"].class_ids if "confidence" in terms else ()
 
 
 def sum_names(terms: dict[str, TermOptions]) -> tuple[str, ...]:
     """What the vector of sums beside the loss holds."""
-    return (*terms, *diagnostics.NAMES)
+    return (*terms, *diagnostics.NAMES, *class_names(classes_of(terms)))
 
 
 # ------------------------------------------------------------------------------ through full logits
@@ -100,36 +120,17 @@ def sum_names(terms: dict[str, TermOptions]) -> tuple[str, ...]:
 
 def _plain(logits_NV: Tensor, work: Work) -> tuple[Tensor, Tensor]:
     # begun like this, a micro-batch with nothing to read still has a gradient for every weight
-    losses, sums, first = [0.0 * logits_NV[:0].sum()], [logits_NV.new_zeros(len(sum_names(work.terms)))], 0
+    losses, first = [0.0 * logits_NV[:0].sum().double()], 0
+    sums = [logits_NV.new_zeros(len(sum_names(work.terms)), dtype=torch.float64)]
     for group in work.groups:
         mine_NV = logits_NV[first : first + len(group.rows_N)]
         first += len(group.rows_N)
-        group = group.with_own(mine_NV)
+        group = group.with_own(mine_NV, work.class_ids, work.thresholds)
         student = read_fully(mine_NV, group, work.temperatures(group), overlap=work.diagnose)
         loss, found = _value(student, group, work)
         losses.append(loss)
         sums.append(found)
-    return torch.stack(losses).sum(), torch.stack(sums).sum(dim=0)
-
-
-def read_fully(logits_NV: Tensor, group: Group, temperatures: Sequence[float], *, overlap: bool = False) -> NamedLogits:
-    """What the terms read of whole logits, differentiable by autograd: slow and simple."""
-    rest_NV = logits_NV.scatter(1, group.ids_NJ, NOTHING)
-    spread = {T: torch.softmax(rest_NV / T, dim=1) for T in temperatures} if overlap else {}
-    return NamedLogits(
-        logits_NJ=logits_NV.gather(1, group.ids_NJ),
-        log_rest={T: torch.logsumexp(rest_NV / T, dim=1) for T in temperatures},
-        repeats_NJ=group.repeats_NJ,
-        extras=group.extras,
-        largest_rest_N=rest_NV.amax(dim=1),
-        overlap={(S, T): (spread[S] * spread[T]).sum(dim=1) for S in spread for T in spread},
-    )
-
-
-def kd_of_logits(logits_NV: Tensor, top: TopK, options: TermOptions) -> Tensor:
-    """The kd term of whole logits, summed over the positions: for whom the head is not at hand."""
-    group = make_group(torch.arange(len(logits_NV)), ("kd",), {}, top)
-    return TERMS["kd"].value(read_fully(logits_NV.float(), group, (options.temperature,)), top, options).sum()
+    return torch.stack(losses).sum().float(), torch.stack(sums).sum(dim=0)
 
 
 # --------------------------------------------------------------------------------------- in one pass
@@ -172,14 +173,11 @@ def _one_pass(
         torch.zeros(w_VH.shape, **in_float32) if need else None
         for w_VH, need in zip(maps[1::2], wanted[2::2], strict=True)
     ]
-    most = max(CHUNK_BYTES // (vocabulary * features[0].element_size()), LEAST_CHUNK)
-    chunk = -(
-        -num // max(round(num / most), 1)
-    )  # of one size: a small last chunk would cost a whole pass over the weight
+    chunk = chunk_size(num, vocabulary * features[0].element_size())
     buffer_CV = features[0].new_empty(chunk, vocabulary)
-    loss = torch.zeros((), device=buffer_CV.device)
-    sums = torch.zeros(len(sum_names(work.terms)), device=buffer_CV.device)
-    for first in range(0, num, chunk or 1):
+    loss = torch.zeros((), dtype=torch.float64, device=buffer_CV.device)
+    sums = torch.zeros(len(sum_names(work.terms)), dtype=torch.float64, device=buffer_CV.device)
+    for first in range(0, num, chunk):
         rows = slice(first, min(first + chunk, num))
         logits_CV = buffer_CV[: rows.stop - rows.start]
         torch.mm(features[0][rows], weights[0].T, out=logits_CV)
@@ -202,7 +200,13 @@ def _one_pass(
     gradients = [bias_grad, *(gradient for pair in pairs for gradient in pair)]
     originals = [bias_V, *maps]
     gradients = [g if g is None or o is None else g.to(o.dtype) for g, o in zip(gradients, originals, strict=True)]
-    return loss, sums, gradients
+    return loss.float(), sums, gradients
+
+
+def chunk_size(num: int, row_bytes: int) -> int:
+    """Positions in one matmul: all chunks alike, because a small last one would cost a whole pass over the weight."""
+    most = max(CHUNK_BYTES // row_bytes, LEAST_CHUNK)
+    return max(math.ceil(num / max(round(num / most), 1)), 1)
 
 
 def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
@@ -237,7 +241,7 @@ def _block(logits_NV: Tensor, group: Group, work: Work) -> tuple[Tensor, Tensor]
         z_NV.div_(work.softcap).tanh_()
         slope_NV = 1.0 - z_NV.square()
         z_NV.mul_(work.softcap)
-    group = group.with_own(z_NV)
+    group = group.with_own(z_NV, work.class_ids, work.thresholds)
     student, spread = _look(z_NV, group, work)
     leaves = [student.logits_NJ, *student.log_rest.values()]
     with torch.enable_grad():

@@ -32,6 +32,7 @@ from pipeline.evaluate import teacher_choices, teacher_score
 from pipeline.exam import open_exam
 from pipeline.files import RunPaths, content_hash, write_json
 from pipeline.progress import log, start_logging
+from pipeline.recipe import class_ids
 from pipeline.store import one_place
 from pipeline.text import open_text
 from pipeline.topk import temperature_index
@@ -103,6 +104,7 @@ def identify(config: TrainConfig) -> dict[str, Any]:
     """
     folder, tokenizer = models.open_tokenizer(config.student)
     models.check_window(folder, config.window)
+    class_ids(config.loss.confidence.choices, tokenizer)
     identity: dict[str, Any] = {
         "options": configs.result_options(config),
         "student": [models.weights_hash(folder), models.tokenizer_hash(tokenizer), models.text_rules(tokenizer)],

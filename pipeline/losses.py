@@ -35,6 +35,8 @@ class TermOptions:
     divergence: str = "forward_kl"
     beta: float = 0.5
     gate: Gate = field(default_factory=Gate)
+    class_ids: tuple[int, ...] = ()
+    """The tokens among which the student's own prediction is hardened; none: the whole vocabulary."""
     take: str = "said"
     """Hard weak labels: what the teacher "said" when it completed the record, or its "likeliest" token."""
 
@@ -71,12 +73,13 @@ class NamedLogits:
         """[N, K + 1] log-probabilities of the teacher's kept entries and of the tail as one."""
         counted_NJ = self._counted(temperature)
         first_kept = len(self.extras)
-        others_N1 = self.log_rest[temperature][:, None]
+        others_N1 = self.log_rest[temperature][:, None].double()
         tail_N = torch.logsumexp(torch.cat([counted_NJ[:, :first_kept], others_N1], dim=1), dim=1)
         return torch.cat([counted_NJ[:, first_kept:], tail_N[:, None]], dim=1) - self._log_z(temperature)[:, None]
 
+    # a few numbers a position: float64 costs nothing here, and where student and teacher are 60 nats apart it is needed
     def _counted(self, temperature: float) -> Tensor:
-        return (self.logits_NJ / temperature).masked_fill(self.repeats_NJ, NOTHING)
+        return (self.logits_NJ.double() / temperature).masked_fill(self.repeats_NJ, NOTHING)
 
     def _log_z(self, temperature: float) -> Tensor:
         return torch.logsumexp(torch.cat([self._counted(temperature), self.log_rest[temperature][:, None]], 1), dim=1)
@@ -89,7 +92,7 @@ class Term:
     speaks_on: Callable[[Batch, TermOptions], Tensor]
     """bool [N]: the positions where it has what it needs and wants to be heard."""
     value: Callable[[NamedLogits, TopK | None, TermOptions], Tensor]
-    """(student, teacher at the same positions, options) -> nats a position, [N]."""
+    """(student, teacher at the same positions, options) -> nats a position, float64 [N]."""
     reads: tuple[str, ...]
     """The tokens it names: "target", "weak" (the teacher's hard label), "own" (the student's likeliest), "kept"."""
 
@@ -134,13 +137,15 @@ TERMS: dict[str, Term] = {
         value=hard,
         reads=("weak",),
     ),
-    "confidence": Term(speaks_on=lambda batch, options: heard(batch, options.gate), value=confidence, reads=("own",)),
+    "confidence": Term(
+        speaks_on=lambda batch, options: heard(batch, options.gate), value=confidence, reads=("own", "kept")
+    ),
 }
 
 
 def log_p_categories(top: TopK, *, temperature: float) -> Tensor:
-    """[N, K + 1] the teacher's log-probabilities of its kept entries and of the tail as one."""
-    log_p_NK, log_p_tail_N = log_probabilities(top, temperature=temperature)
+    """float64 [N, K + 1]: the teacher's log-probabilities of its kept entries and of the tail as one."""
+    log_p_NK, log_p_tail_N = log_probabilities(top, temperature=temperature, dtype=torch.float64)
     return torch.cat([log_p_NK, log_p_tail_N[:, None]], dim=1).clamp(min=NOTHING)
 
 

@@ -21,7 +21,7 @@ from pipeline.progress import log
 from pipeline.shards import ShardReader
 from pipeline.store import one_place
 from pipeline.text import open_text
-from pipeline.types import Captured, TokenSequence
+from pipeline.types import Captured, InputError, TokenSequence
 
 SAMPLE_BLOCKS = 32  # row groups that a gate's threshold is read off; evenly spaced, so a function of the cache alone
 
@@ -73,7 +73,18 @@ def steps_of(config: TrainConfig, mixture: Mixture) -> int:
 # ------------------------------------------------------------------------------------ the objective
 
 
-def term_options(loss: LossConfig, gate: Gate) -> dict[str, TermOptions]:
+def class_ids(choices: list[str] | None, tokenizer: Any) -> tuple[int, ...]:
+    """The first tokens of some completions; they have to differ."""
+    ids = tuple(tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices or ())
+    if len(set(ids)) < len(ids):
+        raise InputError(
+            f"loss.confidence.choices: expected completions of different first tokens, found {choices} -> {ids}; "
+            "leave out what cannot be told apart, or use choices=null"
+        )
+    return ids
+
+
+def term_options(loss: LossConfig, gate: Gate, class_ids: tuple[int, ...] = ()) -> dict[str, TermOptions]:
     """The terms of the objective that have a weight, as the losses know them."""
     special: dict[str, dict[str, Any]] = {
         "kd": {
@@ -84,7 +95,7 @@ def term_options(loss: LossConfig, gate: Gate) -> dict[str, TermOptions]:
             "gate": gate,
         },
         "hard": {"take": loss.hard.take.name},
-        "confidence": {"gate": gate},
+        "confidence": {"gate": gate, "class_ids": class_ids},
     }
     weighty = {name: getattr(loss, name) for name in TERMS if getattr(loss, name).weight > 0}
     return {

@@ -213,13 +213,13 @@ def temperature_index(top_temperatures: tuple[float, ...], temperature: float) -
     return top_temperatures.index(temperature)
 
 
-def log_probabilities(top: TopK, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the kept entries [N, K] and of the tail as a whole [N], in fp32 nats.
+def log_probabilities(top: TopK, *, temperature: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the kept entries [N, K] and of the tail as a whole [N], in nats.
 
     They sum to one exactly, rounding of the stored logits included, because z is made of what is stored.
     """
-    scaled_NK = top.relative_logits_NK.float() / temperature
-    log_tail_N = top.log_tail_NC[:, temperature_index(top.temperatures, temperature)].float()
+    scaled_NK = top.relative_logits_NK.to(dtype) / temperature
+    log_tail_N = top.log_tail_NC[:, temperature_index(top.temperatures, temperature)].to(dtype)
     log_z_N = torch.logaddexp(torch.logsumexp(scaled_NK, dim=1), log_tail_N)
     return scaled_NK - log_z_N[:, None], log_tail_N - log_z_N
 

@@ -20,16 +20,17 @@ import torch
 from pipeline import config as configs
 from pipeline import diagnostics, models, ramps
 from pipeline import engine as engines
+from pipeline.classes import class_names, moved
 from pipeline.config import HeadPath, TrainConfig
 from pipeline.dataset import Mixture, fitting_micro_batch, prefetched
 from pipeline.evaluate import decisive, score, teacher_score
 from pipeline.exam import Exam, open_exam
 from pipeline.files import Metrics, RunPaths, content_hash, sync_files, sync_folder, write_json
 from pipeline.gates import Gate
-from pipeline.head import sum_names
+from pipeline.head import classes_of, sum_names
 from pipeline.losses import TermOptions, count_positions
 from pipeline.progress import Progress, log, start_logging
-from pipeline.recipe import learning_rate_at, open_gate, open_mixture, steps_of, term_options, weights_at
+from pipeline.recipe import class_ids, learning_rate_at, open_gate, open_mixture, steps_of, term_options, weights_at
 from pipeline.runtime import Ranks, StopRequest, compute_device, leave, ranks_from_environment, release_memory
 from pipeline.text import open_text
 from pipeline.types import Batch, TrainState
@@ -63,7 +64,8 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     micro_batch = fitting_micro_batch(config.global_batch, world_size=ranks.world_size, at_most=config.micro_batch)
     torch.manual_seed(config.seed)
     student = models.open_model(config.student, ranks.device)
-    terms = term_options(config.loss, open_gate(config.loss.kd, mixture.reader))
+    classes = class_ids(config.loss.confidence.choices, tokenizer)
+    terms = term_options(config.loss, open_gate(config.loss.kd, mixture.reader), classes)
     module = engines.StudentWithLoss(
         student.train(),
         vocabulary_size=models.vocabulary_size(tokenizer),
@@ -131,7 +133,7 @@ def take_steps(
         for step, batches in stream:
             started = time.monotonic()
             figures = take_step(config, ranks, engine, batches, terms, state, num_steps)
-            state = dataclasses.replace(state, step=step + 1)
+            state = dataclasses.replace(state, step=step + 1, thresholds=thresholds_after(figures, state))
             if rival is not None and state.step % look_every == 0:
                 state = look_at_dev(config, ranks, engine, *rival, state)
             figures |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
@@ -177,7 +179,7 @@ def take_step(
     diagnose = every > 0 and step % every == 0
     totals = torch.zeros(len(sum_names(terms)), dtype=torch.float64, device=ranks.device)
     for batch in batches:
-        loss, sums = engine(batch, coefficients, diagnose)
+        loss, sums = engine(batch, coefficients, diagnose, state.thresholds or (0.0,) * len(classes_of(terms)))
         engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         totals += sums
@@ -192,7 +194,25 @@ def take_step(
     if ungated:
         figures["gated_away_fraction"] = 1.0 - counts["kd"] / ungated
     figures |= {"learning_rate": learning_rate, **engine_figures(ranks, engine, batches)}
+    figures |= class_figures(terms, values, counts)
     return figures | (diagnostics.figures(values, counts, weights) if diagnose else {})
+
+
+def class_figures(terms: Terms, values: dict[str, float], counts: dict[str, float]) -> dict[str, list[float]]:
+    """How often the student was hardened to each class, and the teacher is for it; empty where there are none."""
+    if not classes_of(terms) or not counts["confidence"]:
+        return {}
+    fractions = [values[name] / counts["confidence"] for name in class_names(classes_of(terms))]
+    half = len(fractions) // 2
+    return {"own_class_fractions": fractions[:half], "teacher_class_fractions": fractions[half:]}
+
+
+def thresholds_after(figures: dict[str, Any], state: TrainState) -> tuple[float, ...]:
+    """The classes' thresholds for the next step."""
+    if "own_class_fractions" not in figures:
+        return state.thresholds
+    own, teacher = figures["own_class_fractions"], figures["teacher_class_fractions"]
+    return moved(state.thresholds or (0.0,) * len(own), own=own, teacher=teacher)
 
 
 def engine_figures(ranks: Ranks, engine: Any, batches: list[Batch]) -> dict[str, Any]:

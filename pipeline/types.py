@@ -146,6 +146,8 @@ class TrainState:
     """Optimizer steps done."""
     kd_factor: float = 1.0
     """What is left of the KD weight since the student began to overtake the teacher."""
+    thresholds: tuple[float, ...] = ()
+    """Of the classes among which `confidence` hardens the student's prediction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

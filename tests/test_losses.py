@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from twin import make_batch, twin
 
+from pipeline.classes import hardened, moved
 from pipeline.divergences import DIVERGENCES, NEEDS_TAIL, forward_kl, jsd, reverse_kl
 from pipeline.gates import Gate
-from pipeline.head import kd_of_logits, speak, sum_names
+from pipeline.groups import kd_of_logits
+from pipeline.head import speak, sum_names
 from pipeline.losses import TERMS, TermOptions, count_positions, read_positions
 from pipeline.topk import hybrid, sampled, smoothed, top_k
 from pipeline.types import Batch, InputError
@@ -331,6 +333,40 @@ def test_the_gradient_is_not_made_anew_for_a_larger_loss() -> None:
         grads.append((hidden_NH.grad, model.head.weight.grad))
     for one, other in zip(*grads, strict=True):
         assert torch.allclose(3.0 * one, other)
+
+
+# ----------------------------------------------------------------------------------- the choice setting
+
+
+def test_thresholds_bring_each_class_to_its_prior() -> None:
+    """A student that leans to one class is hardened as often to each as the teacher is for it, within a few steps."""
+    generator = torch.Generator().manual_seed(0)
+    student_NV, teacher_NV = torch.randn(400, 30, generator=generator), torch.randn(400, 30, generator=generator)
+    student_NV[:, 4] += 3.0  # leans to class 4
+    student_NV[:, 9] += 9.0  # no class at all, though likelier
+    teacher_NV[:, [2, 4, 7]] += torch.tensor([5.0, 4.0, 4.5])
+    top = top_k(teacher_NV, k=8, temperatures=(1.0,))
+    batch = make_batch(num_gold=0, num_corpus=400, top=top)
+    terms, thresholds = {"confidence": TermOptions(on=("corpus",), class_ids=(2, 4, 7))}, (0.0, 0.0, 0.0)
+    for fused in (True, False):
+        for step in range(60):
+            _, _, sums = ours(student_NV, batch, terms, {"confidence": 1.0}, fused=fused, thresholds=thresholds)
+            own = [sums[f"own_{token}"] / 400 for token in (2, 4, 7)]
+            theirs = [sums[f"teachers_{token}"] / 400 for token in (2, 4, 7)]
+            assert sum(own) == pytest.approx(1.0)
+            assert sum(theirs) == pytest.approx(1.0, abs=1e-4)
+            if step == 0 and fused:
+                assert own[1] > theirs[1] + 0.3
+            thresholds = moved(thresholds, own=own, teacher=theirs)
+        assert own == pytest.approx(theirs, abs=0.02)
+    value, grad, _ = ours(student_NV, batch, terms, {"confidence": 1.0}, fused=True, thresholds=thresholds)
+    own_N = hardened(student_NV, (2, 4, 7), thresholds)
+    leaf = student_NV.double().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf, own_N, reduction="sum")
+    expected.backward()
+    assert leaf.grad is not None
+    assert close(value, expected.detach())
+    assert close(grad, leaf.grad)
 
 
 # --------------------------------------------------------------------------------- gates and controls

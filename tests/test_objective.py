@@ -63,6 +63,7 @@ def everything(completed: Path, gold_cache: Path, beaten: Path) -> dict[str, Any
         "loss.kd.overtaken.teacher_predictions": beaten,
         "loss.hard.weight": 0.5,
         "loss.confidence.weight": 1.0,
+        "loss.confidence.choices": "[a,b,c]",
         "loss.confidence.ramp.shape": "linear",
         "loss.confidence.ramp.start_value": 0.0,
         "loss.confidence.ramp.end_value": 0.5,
@@ -90,6 +91,8 @@ def test_everything_at_once_and_a_resume_that_remembers(
     rows = metrics(undisturbed)
     assert all(row["hard"] is not None and row["confidence"] is not None for row in rows)
     assert [row["confidence_weight"] for row in rows[::10]] == pytest.approx([0.0, 0.5 / 3, 1.0 / 3])
+    assert all(sum(row["own_class_fractions"]) == pytest.approx(1.0) for row in rows)
+    assert all(sum(row["teacher_class_fractions"]) == pytest.approx(1.0, abs=1e-3) for row in rows)
     # ahead of the teacher at steps 4, 8, ...: the weight is halved after each
     assert [row["kd_weight"] for row in rows[:9]] == [1.0] * 4 + [0.5] * 4 + [0.25]
     assert 0.1 < sum(row["gated_away_fraction"] for row in rows) / len(rows) < 0.5
@@ -166,6 +169,7 @@ def test_what_an_objective_cannot_read_is_refused_before_any_rank_starts(
         (cache, {"loss.kd.gate.keep_fraction": 0}, "keep_fraction: expected more than 0"),
         (cache, {"loss.kd.beta": 1.5}, "beta: expected 0 to 1"),
         (cache, {"loss.hard.on": "[gold]", "loss.hard.weight": 1}, "gold carries nothing of the teacher's"),
+        (cache, {"loss.confidence.choices": "[a,ab]"}, "expected completions of different first tokens, found"),
         (cache, {"loss.lm.ramp.start_fraction": 0.5, "loss.lm.ramp.end_fraction": 0.2}, "expected at least start"),
     ]
     for place, changes, message in cases:
