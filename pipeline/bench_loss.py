@@ -146,7 +146,7 @@ def run(quick: bool) -> Findings:
     keep_memory()  # as training's ranks do
     fast = multiplies_fast(torch.bfloat16, compute_device())
     dtype = torch.bfloat16 if fast else torch.float32
-    sizes, runs = ([512], 2) if quick else ([2048, 8192], 5)
+    sizes, runs = ([256], 2) if quick else ([2048, 8192], 5)
     findings: Findings = {}
     rows = [["positions", *WAYS, "over CE", "over linear CE", "over KD + CE", "memory over KD + CE"]]
     for num in sizes:
