@@ -52,7 +52,8 @@ def check_train(config: TrainConfig) -> None:
     _at_least(1, checkpoint_keep=config.checkpoint.keep, downloads_bytes=config.downloads.bytes)
     _positive(kd_temperature=kd.temperature, learning_rate=config.optimizer.learning_rate)
     _fraction(gold_fraction=config.gold_fraction, warmup_fraction=config.optimizer.warmup_fraction)
-    _check_objective(config)
+    _fraction(decay_fraction=config.optimizer.decay_fraction)
+    _check_objective(config, terms)
     if (config.steps is None) == (config.epochs is None):
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
     if config.gold_fraction > 0 and config.gold is None and config.gold_cache is None:
@@ -73,17 +74,15 @@ def check_train(config: TrainConfig) -> None:
         raise InputError("no term with a weight above 0 reads any text of this run; check loss.*.weight, loss.*.on")
 
 
-def _check_objective(config: TrainConfig) -> None:
+def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
     loss, gate, follows = config.loss, config.loss.kd.gate, config.loss.kd.overtaken
-    for name in ("kd", "hard", "confidence"):
-        term = getattr(loss, name)
-        if Source.gold in term.on and term.weight > 0 and config.gold_cache is None:
+    for name, term in terms.items():
+        if name != "lm" and Source.gold in term.on and term.weight > 0 and config.gold_cache is None:
             raise InputError(
                 f"loss.{name}.on: expected [corpus], because gold carries nothing of the teacher's, found gold in it; "
                 "capture the gold set as well and give its cache as gold_cache"
             )
-    for name, term in (("lm", loss.lm), ("kd", loss.kd), ("hard", loss.hard), ("confidence", loss.confidence)):
-        _fraction(**{f"loss.{name}.ramp.start_fraction": term.ramp.start_fraction})
+        _fraction(**{f"loss.{name}.ramp.{end}": getattr(term.ramp, end) for end in ("start_fraction", "end_fraction")})
         if term.ramp.end_fraction < term.ramp.start_fraction:
             raise InputError(
                 f"loss.{name}.ramp.end_fraction: expected at least start_fraction {term.ramp.start_fraction}, found "
@@ -91,6 +90,11 @@ def _check_objective(config: TrainConfig) -> None:
             )
     _fraction(beta=loss.kd.beta, min_confidence=gate.min_confidence, keep_fraction=gate.keep_fraction)
     _positive(keep_fraction=gate.keep_fraction)
+    if gate.keep_fraction < 1 and (config.cache is None or config.gold_fraction == 1):
+        raise InputError(
+            f"loss.kd.gate.keep_fraction: expected 1, because the surest positions are chosen in the corpus and "
+            f"this run reads none, found {gate.keep_fraction}; use gate.min_confidence or gate.max_entropy"
+        )
     _at_least(0, diagnostics_every_steps=loss.diagnostics_every_steps, overtaken_every_steps=follows.every_steps)
     if follows.every_steps > 0:
         _fraction(overtaken_margin=follows.margin, overtaken_least=follows.least)

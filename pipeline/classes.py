@@ -24,7 +24,10 @@ def hardened(logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[f
 
 
 def class_sums(own_N: Tensor, top: TopK, class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """[L] positions hardened to each class, and [L] the teacher's probability of each among the classes, summed."""
+    """[L] positions hardened to each class, and [L] the teacher's probability of each among the classes, summed.
+
+    Where the teacher kept none of them, it is for all alike.
+    """
     ids_L = torch.tensor(class_ids, device=own_N.device)
     counts_L = (own_N[:, None] == ids_L).float().sum(dim=0)
     is_class_NKL = top.ids_NK[:, :, None] == ids_L

@@ -28,8 +28,8 @@ def sums(student: NamedLogits, ids_NJ: Tensor, top: TopK | None, values: Mapping
     """The sums over some positions that the same terms read; `values` are the terms', [N] each."""
     found: dict[str, Tensor] = {}
     pulls = {name: _pull(student, ids_NJ, values[name]) for name in ("lm", "kd") if name in values}
-    for name, pull in pulls.items():
-        found[f"{name}_square"] = _dot(student, pull, pull).sum()
+    squares = {f"{name}_square": _dot(student, pull, pull) for name, pull in pulls.items()}
+    found |= {name: square_N.sum() for name, square_N in squares.items()}
     if top is None or "kd" not in values:
         return found
     with torch.no_grad():
@@ -51,8 +51,7 @@ def sums(student: NamedLogits, ids_NJ: Tensor, top: TopK | None, values: Mapping
                 "kd": values["kd"],
                 "lm": values["lm"],
                 "dot": _dot(student, pulls["lm"], pulls["kd"]),
-                "lm_square": _dot(student, pulls["lm"], pulls["lm"]),
-                "kd_square": _dot(student, pulls["kd"], pulls["kd"]),
+                **squares,
             }
             for side, mask_N in (("right", is_right_N), ("wrong", ~is_right_N)):
                 found |= {f"{name}_{side}": (value_N * mask_N).sum() for name, value_N in dots.items()}

@@ -49,7 +49,7 @@ class Work:
     softcap: float | None = None
 
     def temperatures(self, group: Group) -> tuple[float, ...]:
-        """Where the student is looked at; 1 is among them, or the last, where diagnostics are wanted."""
+        """Where the student is looked at: where the terms read it, and at 1 for diagnostics."""
         found = temperatures_of(self.terms, group.names)
         return tuple(sorted({*found, 1.0})) if self.diagnose else found
 
@@ -98,7 +98,8 @@ def _value(student: NamedLogits, group: Group, work: Work) -> tuple[Tensor, Tens
     loss = torch.stack([work.coefficients[name] * total for name, total in sums.items()]).sum()
     if work.diagnose:
         sums |= diagnostics.sums(student, group.ids_NJ, group.top, values)
-    if work.class_ids and group.top is not None and "own" in group.extras:
+    if work.class_ids and "own" in group.extras:
+        assert group.top is not None
         found = class_sums(group.ids_NJ[:, group.extras.index("own")], group.top, work.class_ids)
         sums |= dict(zip(class_names(work.class_ids), torch.cat(found), strict=True))
     zero = loss.new_zeros(())

@@ -158,8 +158,14 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
             f"divergence={kd.divergence.name}: expected a topk cache with an exact tail, because it is not "
             f"linear in what the teacher says, found {manifest.kind}, tail {manifest.tail} ({cache}); use forward_kl"
         )
-    says_nothing = hard.take is Take.said and "complete" not in manifest.made_of
-    if hard.weight > 0 and what == "cache" and Source.corpus in hard.on and says_nothing:
+    if hard.weight == 0 or (Source.corpus if what == "cache" else Source.gold) not in hard.on:
+        return manifest.fingerprint
+    if hard.take is Take.likeliest and manifest.kind == "sampled":
+        raise InputError(
+            f"loss.hard.take=likeliest: expected a cache that keeps the largest logits, found {manifest.kind} "
+            f"({cache}), whose likeliest draw is chance; capture with kind=topk or hybrid"
+        )
+    if hard.take is Take.said and "complete" not in manifest.made_of:
         raise InputError(
             f"loss.hard.take=said: expected a cache whose records the teacher completed, found none in {cache}; "
             "capture with complete.how, or use loss.hard.take=likeliest"

@@ -1,4 +1,4 @@
-"""The combined objective: terms as pure functions over supervised positions, each a sum and a count.
+"""The combined objective: terms as pure functions of supervised positions, counted before any is evaluated.
 
     L(step) = sum over terms of  weight_term(step) * S_term / N_term
 
@@ -178,4 +178,4 @@ def count_positions(batch: Batch, terms: dict[str, TermOptions]) -> Tensor:
 
 def temperatures_of(terms: dict[str, TermOptions], names: Sequence[str]) -> tuple[float, ...]:
     """The temperatures at which some terms read the student, ascending."""
-    return tuple(sorted({terms[name].temperature if name == "kd" else 1.0 for name in names}))
+    return tuple(sorted({terms[name].temperature for name in names}))

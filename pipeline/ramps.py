@@ -65,7 +65,7 @@ def learning_rate(
     warmup_fraction: float,
     shape: str,
     final_fraction: float,
-    decay_fraction: float = 0.2,
+    decay_fraction: float,
 ) -> float:
     """Learning rate of the update that leads from `step` to `step + 1`.
 

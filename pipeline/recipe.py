@@ -23,7 +23,7 @@ from pipeline.store import one_place
 from pipeline.text import open_text
 from pipeline.types import Captured, InputError, TokenSequence
 
-SAMPLE_BLOCKS = 32  # row groups that a gate's threshold is read off; evenly spaced, so a function of the cache alone
+SAMPLE_BLOCKS = 32  # row groups, at most, that a gate's threshold is read off: evenly spaced, a function of the cache
 
 
 def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
@@ -111,9 +111,10 @@ def open_gate(kd: KdConfig, reader: ShardReader | None) -> Gate:
         max_entropy=math.inf if kd.gate.max_entropy is None else kd.gate.max_entropy,
         drop_wrong=kd.gate.drop_wrong,
     )
-    if kd.gate.keep_fraction == 1.0 or reader is None:
+    if kd.gate.keep_fraction == 1.0:
         return gate
-    step = max(len(reader.blocks) // SAMPLE_BLOCKS, 1)
+    assert reader is not None, "checked with the options"
+    step = math.ceil(len(reader.blocks) / SAMPLE_BLOCKS)
     blocks = range(0, len(reader.blocks), step)
     rows = [reader.row(block, row)[1] for block in blocks for row in range(reader.blocks[block])]
     if kd.gate.by is By.confidence:

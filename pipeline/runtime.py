@@ -69,7 +69,7 @@ def ranks_from_environment() -> Iterator[Ranks]:
 def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether matrices of this type are multiplied as fast as they should be, or faster than as float32.
 
-    A CPU without instructions for bfloat16 takes 8 to 200 times as long for it as for float32 (measured on AVX2).
+    A CPU without instructions for bfloat16 takes 6 to 180 times as long for it as for float32 (measured on AVX2).
     """
     if dtype != torch.bfloat16:
         return True

@@ -15,6 +15,7 @@ from twin import make_batch
 
 from pipeline import head
 from pipeline.head import speak, sum_names
+from pipeline.logits import logit_rules
 from pipeline.losses import TermOptions
 from pipeline.models import hidden_states
 from pipeline.types import Batch, InputError
@@ -190,6 +191,4 @@ def test_scales_of_real_architectures_are_read_off_their_configuration() -> None
 
 
 def head_rules(config: PretrainedConfig) -> tuple[float, float | None]:
-    from pipeline.logits import logit_rules
-
     return logit_rules(SimpleNamespace(config=config))

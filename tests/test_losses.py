@@ -204,11 +204,12 @@ def test_k_equal_to_the_vocabulary_is_dense_kl() -> None:
     top = top_k(teacher_NV, k=50, temperatures=(1.0,))
     value = kd_of_logits(student_NV, top, TermOptions(on=())).item()
     stored_NV = torch.zeros_like(teacher_NV).scatter(1, top.ids_NK, top.relative_logits_NK.float())
-    for dense_NV, tolerance in ((teacher_NV, 1e-2), (stored_NV, 1e-4)):  # stored logits are fp16: 2**-11 of the spread
+    # stored logits are fp16: 2**-11 of the spread
+    for dense_NV, tolerance in ((teacher_NV, {"abs": 1e-2}), (stored_NV, {"rel": 1e-5})):
         dense = torch.nn.functional.kl_div(
             student_NV.double().log_softmax(1), dense_NV.double().log_softmax(1), log_target=True, reduction="sum"
         )
-        assert value == pytest.approx(dense.item(), abs=tolerance)
+        assert value == pytest.approx(dense.item(), **tolerance)
 
 
 @pytest.mark.parametrize("divergence", [name for name in NAMED if name not in ("renormalised", "truncated")])
@@ -299,7 +300,7 @@ def test_extremes_are_finite_and_never_negative(name: str, k: int, divergence: s
         assert torch.isfinite(value)
         assert torch.isfinite(grad).all()
         assert all(torch.isfinite(torch.tensor(list(sums.values()))))
-        assert divergence in ("renormalised", "truncated") or sums["kd"] >= -1e-4
+        assert divergence in ("renormalised", "truncated") or sums["kd"] >= -1e-5
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -16,29 +16,29 @@ from test_config import composed
 from test_train import start, steps_done, wait_for
 
 from pipeline import launch
+from pipeline.gates import confidence, threshold
 from pipeline.recipe import open_gate, open_mixture
 from pipeline.shards import ShardReader
 from pipeline.types import InputError
 
 
+def captured(folder: Path, teacher: Path, data: Path, **changes: Any) -> Path:
+    script("capture", *capture_arguments(teacher, data, corpus__targets="completion", **changes), cwd=folder)
+    (found,) = folder.glob("caches/tiny-*")
+    return found
+
+
 @pytest.fixture(scope="module")
 def completed(tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path) -> Path:
     """A capture of prompts that the teacher completed."""
-    folder = tmp_path_factory.mktemp("completed")
-    changes = {"complete__how": "greedy", "complete__max_new_tokens": 4, "corpus__targets": "completion"}
-    script("capture", *capture_arguments(teacher, data, **changes), cwd=folder)
-    (found,) = folder.glob("caches/tiny-*")
-    return found
+    changes = {"complete__how": "greedy", "complete__max_new_tokens": 4}
+    return captured(tmp_path_factory.mktemp("completed"), teacher, data, **changes)
 
 
 @pytest.fixture(scope="module")
 def gold_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path, data: Path) -> Path:
     """A capture of the gold set: known targets and the teacher's distributions on them."""
-    folder = tmp_path_factory.mktemp("gold")
-    changes = {"corpus__files": f"[{data}/gold.jsonl]", "corpus__targets": "completion"}
-    script("capture", *capture_arguments(teacher, data, **changes), cwd=folder)
-    (found,) = folder.glob("caches/tiny-*")
-    return found
+    return captured(tmp_path_factory.mktemp("gold"), teacher, data, corpus__files=f"[{data}/gold.jsonl]")
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +125,18 @@ def test_gates_keep_the_fraction_they_are_asked_for(student: Path, data: Path, c
         gate = open_gate(config.loss.kd, reader)
         rows = [reader.row(b, r)[1] for b, size in enumerate(reader.blocks) for r in range(size)]
         if by == "confidence":
-            from pipeline.gates import confidence
-
             kept_N = torch.cat([confidence(row.top) for row in rows]) >= gate.min_confidence
         else:
             kept_N = torch.cat([row.entropy_N for row in rows]).float() <= gate.max_entropy
         assert float(kept_N.float().mean()) == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_threshold_of_what_is_not_known_is_refused() -> None:
+    """An imported cache has no entropies: the gate would stand open without a word."""
+    with pytest.raises(InputError, match="found a cache that does not know"):
+        threshold(torch.tensor([0.5, torch.nan]), 0.5, largest=False)
+    assert threshold(torch.arange(10.0), 0.3, largest=True) == 7.0
+    assert threshold(torch.arange(10.0), 0.3, largest=False) == 2.0
 
 
 def test_a_shuffled_teacher_is_the_same_teacher_at_other_positions(cache: Path) -> None:
@@ -165,6 +171,9 @@ def test_what_an_objective_cannot_read_is_refused_before_any_rank_starts(
         (drawn, {"loss.kd.divergence": "reverse_kl"}, "expected a topk cache with an exact tail"),
         (drawn, {"loss.kd.divergence": "jsd"}, "found sampled, tail exact"),
         (cache, {"loss.hard.weight": 1}, "expected a cache whose records the teacher completed, found none"),
+        (drawn, {"loss.hard.weight": 1, "loss.hard.take": "likeliest"}, "whose likeliest draw is chance"),
+        (cache, {"gold_fraction": 1, "loss.kd.gate.keep_fraction": 0.5}, "keep_fraction: expected 1, because"),
+        (cache, {"optimizer.decay_fraction": 2}, "decay_fraction: expected 0 to 1"),
         (cache, {"loss.kd.overtaken.every_steps": 5}, "expected dev and overtaken.teacher_predictions"),
         (cache, {"loss.kd.gate.keep_fraction": 0}, "keep_fraction: expected more than 0"),
         (cache, {"loss.kd.beta": 1.5}, "beta: expected 0 to 1"),

@@ -38,7 +38,14 @@ def test_a_ramp_of_no_width_is_a_step() -> None:
 
 
 def test_learning_rate_warms_up_to_the_peak_and_decays_to_the_end() -> None:
-    settings = {"num_steps": 100, "peak": 1.0, "warmup_fraction": 0.1, "shape": "linear", "final_fraction": 0.2}
+    settings = {
+        "num_steps": 100,
+        "peak": 1.0,
+        "warmup_fraction": 0.1,
+        "shape": "linear",
+        "final_fraction": 0.2,
+        "decay_fraction": 0.2,
+    }
     values = [learning_rate(step, **settings) for step in range(100)]
     assert values[0] == pytest.approx(0.1)
     assert values[9] == values[10] == 1.0 == max(values)
@@ -58,7 +65,14 @@ def test_wsd_rises_stays_and_falls_without_jumps() -> None:
 
 
 def test_learning_rate_wsd_stays_at_the_peak_until_the_last_fifth() -> None:
-    settings = {"num_steps": 100, "peak": 1.0, "warmup_fraction": 0.1, "shape": "wsd", "final_fraction": 0.0}
+    settings = {
+        "num_steps": 100,
+        "peak": 1.0,
+        "warmup_fraction": 0.1,
+        "shape": "wsd",
+        "final_fraction": 0.0,
+        "decay_fraction": 0.2,
+    }
     values = [learning_rate(step, **settings) for step in range(100)]
     assert set(values[9:81]) == {1.0}
     assert all(a > b for a, b in itertools.pairwise(values[81:]))
