@@ -153,6 +153,8 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
     )
     models.check_window(folder, manifest.window)
     temperature_index(manifest.temperatures, kd.temperature)
+    if config.k is not None and not 1 <= config.k <= manifest.k:
+        raise InputError(f"k: expected 1 to {manifest.k} (captured in {cache}), found {config.k}")
     if kd.divergence.name in NEEDS_TAIL and kd.weight > 0 and (manifest.kind, manifest.tail) != ("topk", "exact"):
         raise InputError(
             f"divergence={kd.divergence.name}: expected a topk cache with an exact tail, because it is not "
@@ -170,8 +172,6 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
             f"loss.hard.take=said: expected a cache whose records the teacher completed, found none in {cache}; "
             "capture with complete.how, or use loss.hard.take=likeliest"
         )
-    if config.k is not None and not 1 <= config.k <= manifest.k:
-        raise InputError(f"k: expected 1 to {manifest.k} (captured in {cache}), found {config.k}")
     return manifest.fingerprint
 
 
