@@ -30,6 +30,7 @@ from pipeline.types import Batch
 
 CHUNK_BYTES = 100_000_000  # logits of one matmul: large enough that the weight's gradient is not added to often
 LEAST_CHUNK = 256  # positions: with a large vocabulary, memory gives way to speed here
+SLICE = 8192  # rows of a weight's gradient made at once in a narrower type than it is added up in
 BLOCK = 64  # positions whose logits a CPU's cache holds while they are read and written
 
 
@@ -197,6 +198,7 @@ def _one_pass(
                 torch.mm(logits_CV, w_VH, out=feature_grad[rows])
             if (weight_grad := weight_grads[i]) is not None:
                 _add_product(weight_grad[:vocabulary], logits_CV.T, features[i][rows])
+    del buffer_CV, logits_CV  # before the gradients are copied to the weights' type
     pairs = zip(feature_grads, weight_grads, strict=True)
     gradients = [bias_grad, *(gradient for pair in pairs for gradient in pair)]
     originals = [bias_V, *maps]
@@ -214,8 +216,9 @@ def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
     """total += left @ right, added up in float32 whatever the factors are."""
     if left_VC.dtype == total_VH.dtype:
         total_VH.addmm_(left_VC, right_CH)
-    else:
-        total_VH += left_VC @ right_CH
+        return
+    for total_SH, left_SC in zip(total_VH.split(SLICE), left_VC.split(SLICE), strict=True):
+        total_SH += left_SC @ right_CH  # a product that is still in the cache when it is added
 
 
 def _blocks(groups: Sequence[Group], rows: slice) -> Iterator[tuple[Group, slice]]:
