@@ -8,7 +8,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.config import AuditConfig, CaptureConfig, Complete, Kind, ModelConfig, Source, Targets, TrainConfig
+from pipeline.config import (
+    AuditConfig,
+    CaptureConfig,
+    Complete,
+    Kind,
+    ModelConfig,
+    Offload,
+    Source,
+    Targets,
+    TrainConfig,
+)
 from pipeline.types import InputError
 
 
@@ -50,6 +60,8 @@ def check_train(config: TrainConfig) -> None:
         _positive(epochs=config.epochs)
     _at_least(0, checkpoint_every_steps=config.checkpoint.every_steps)
     _at_least(1, checkpoint_keep=config.checkpoint.keep, downloads_bytes=config.downloads.bytes)
+    _at_least(0, keep_every_steps=config.checkpoint.keep_every_steps, leave_seconds=config.launcher.leave_seconds)
+    _positive(hang_seconds=config.launcher.hang_seconds, time_limit=config.launcher.time_limit or 1.0)
     _positive(kd_temperature=kd.temperature, learning_rate=config.optimizer.learning_rate)
     _fraction(gold_fraction=config.gold_fraction, warmup_fraction=config.optimizer.warmup_fraction)
     _fraction(decay_fraction=config.optimizer.decay_fraction)
@@ -62,8 +74,7 @@ def check_train(config: TrainConfig) -> None:
         )
     if config.gold_fraction < 1 and config.cache is None:
         raise InputError(f"gold_fraction is {config.gold_fraction} but cache is null; give a cache or gold_fraction=1")
-    if not 0 <= config.deepspeed.zero_stage <= 3:
-        raise InputError(f"deepspeed.zero_stage: expected 0 to 3, found {config.deepspeed.zero_stage}")
+    _check_engine(config)
     weights = {name: term.weight for name, term in terms.items()}
     if min(weights.values()) < 0:
         raise InputError(f"loss weights: expected 0 or more, found {weights}")
@@ -72,6 +83,28 @@ def check_train(config: TrainConfig) -> None:
         Source.corpus in read and config.gold_fraction < 1
     ):
         raise InputError("no term with a weight above 0 reads any text of this run; check loss.*.weight, loss.*.on")
+
+
+def _check_engine(config: TrainConfig) -> None:
+    deepspeed, checkpoint = config.deepspeed, config.checkpoint
+    if not 0 <= deepspeed.zero_stage <= 3:
+        raise InputError(f"deepspeed.zero_stage: expected 0 to 3, found {deepspeed.zero_stage}")
+    if deepspeed.offload is not Offload.none and deepspeed.zero_stage == 0:
+        raise InputError(
+            f"deepspeed.offload={deepspeed.offload.name}: expected zero_stage 1 to 3, because ZeRO moves what it "
+            "partitions, found 0; use deepspeed=zero2_offload"
+        )
+    if (deepspeed.offload is Offload.nvme) != (deepspeed.nvme_path is not None):
+        raise InputError(
+            f"deepspeed.nvme_path: expected a folder with offload=nvme and null without, found {deepspeed.nvme_path} "
+            f"with offload={deepspeed.offload.name}"
+        )
+    every = checkpoint.every_steps
+    if checkpoint.keep_every_steps and (every == 0 or checkpoint.keep_every_steps % every != 0):
+        raise InputError(
+            f"checkpoint.keep_every_steps: expected a multiple of checkpoint.every_steps {every}, found "
+            f"{checkpoint.keep_every_steps}"
+        )
 
 
 def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ By = Enum("By", ["confidence", "entropy"])
 Control = Enum("Control", ["none", "smoothed", "shuffled"])
 Take = Enum("Take", ["said", "likeliest"])
 HeadPath = Enum("HeadPath", ["fused", "full"])
+Offload = Enum("Offload", ["none", "cpu", "nvme"])
 
 
 def option(default: Any, help: str, *, result: bool = True, content: bool = False, address: bool = False) -> Any:
@@ -266,13 +267,18 @@ class OptimizerConfig:
 @dataclass
 class DeepspeedConfig:
     zero_stage: int = option(1, "0 to 3: what is partitioned over the ranks", result=False)
+    offload: Offload = option(
+        Offload.none, "where optimizer state (at ZeRO 3 weights too) lies: none: on the device; cpu; nvme", result=False
+    )
+    nvme_path: str | None = option(None, "folder on a local disk for offload=nvme", result=False)
     overrides: dict[str, Any] = option(dict, "merged into the DeepSpeed configuration, as DeepSpeed spells it")
 
 
 @dataclass
 class CheckpointConfig:
     every_steps: int = option(100, "steps between checkpoints; 0: only when stopped", result=False)
-    keep: int = option(1, "checkpoints kept while running; all go when the run is finished", result=False)
+    keep: int = option(1, "the last checkpoints kept while running; they go when the run is finished", result=False)
+    keep_every_steps: int = option(0, "a checkpoint of a step that it divides is kept for good; 0: none", result=False)
 
 
 @dataclass
@@ -288,6 +294,11 @@ class ScoringConfig:
 @dataclass
 class LauncherConfig:
     num_processes: int | None = option(None, "ranks on this machine; null: one a GPU, or one", result=False)
+    time_limit: float | None = option(
+        None, "minutes that this command may take: it saves before and leaves with exit code 75", result=False
+    )
+    leave_seconds: float = option(120.0, "how long before that limit it begins to save", result=False)
+    hang_seconds: float = option(1800.0, "ranks that wait so long for another one give up", result=False)
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
 
 
@@ -323,6 +334,9 @@ class TrainConfig:
     gold_fraction: float = option(MISSING, "fraction of the global batch's sequences that are gold")
     global_batch: int = option(8, "sequences in one optimizer step, over all ranks")
     micro_batch: int = option(8, "at most so many sequences in one forward of one rank", result=False)
+    gradient_checkpointing: bool = option(
+        False, "keep only each layer's input and compute the rest again in the backward", result=False
+    )
     steps: int | None = option(None, "optimizer steps; give this or epochs")
     epochs: float | None = option(None, "passes over the corpus (over gold where gold_fraction is 1)")
     loss: LossConfig = option(LossConfig, "the combined objective")

@@ -86,7 +86,9 @@ def collate(rows: Sequence[tuple[TokenSequence, Captured | None]], from_gold: Se
     has_teacher = torch.tensor([weak is not None for _, weak in rows])
     said = [None if weak is None else weak.weak_ids_N for _, weak in rows]
     nothing = [torch.full_like(sequence.target_ids_N, UNKNOWN_TARGET) for sequence in sequences]
+    keys = [int.from_bytes(sequence.key[:8], "little", signed=True) for sequence in sequences]
     return Batch(
+        keys_B=torch.tensor(keys),
         input_ids_BS=input_ids_BS,
         position_ids_BS=position_ids_BS,
         flat_positions_N=flat_positions_N,

@@ -1,16 +1,15 @@
-"""DeepSpeed: build the engine around student and loss, save and load it, hand out its weights."""
+"""DeepSpeed: build the engine around student and loss, hand out its weights."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import os
-import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 if not torch.cuda.is_available():
@@ -19,10 +18,9 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402  (it logs, and chooses its accelerator, while it is imported)
 
 from pipeline import head, models  # noqa: E402
-from pipeline.files import RunPaths, write_json  # noqa: E402
+from pipeline.config import Dtype, Offload, TrainConfig  # noqa: E402
 from pipeline.losses import TermOptions  # noqa: E402
-from pipeline.runtime import Ranks  # noqa: E402
-from pipeline.types import Batch, TrainState  # noqa: E402
+from pipeline.types import Batch  # noqa: E402
 
 # A kernel for inference over several CPU ranks, which training never calls: without it no compiler is needed.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -73,41 +71,63 @@ class Objective(nn.Module):
 
 
 def build(
-    module: StudentWithLoss,
-    *,
-    zero_stage: int,
-    dtype: str,
-    micro_batch: int,
-    accumulation: int,
-    max_grad_norm: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    weight_decay: float,
-    overrides: dict[str, Any],
+    module: StudentWithLoss, config: TrainConfig, *, micro_batch: int, accumulation: int
 ) -> deepspeed.DeepSpeedEngine:
     """The engine: AdamW with fp32 state under the given ZeRO stage; the learning rate is set before each step."""
-    matrices = [p for p in module.parameters() if p.ndim >= 2]
-    vectors = [p for p in module.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=epsilon, fused=True)
-    config: dict[str, Any] = {
+    stage = config.deepspeed.zero_stage
+    options = engine_options(config) | {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": max_grad_norm,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "zero_optimization": {"stage": zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
         "checkpoint": {"tag_validation": "Fail"},
-        "steps_per_print": 1_000_000_000,
     }
-    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=_merged(config, overrides))
-    if zero_stage == 3:
+    options = _merged(options, config.deepspeed.overrides)
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_adam(module, config), config=options)
+    if stage == 3:
         module.objective.borrow_head()
     # DeepSpeed has stepped once on zeros to allocate the state; at ZeRO 0 in bf16 AdamW's step count stays at 1, and
     # its first update would be half of what it is elsewhere
-    for state in engine.optimizer.state.values():
-        if "step" in state:
-            state["step"].zero_()
+    _set_step_count(engine, 0)
     return engine
+
+
+def engine_options(config: TrainConfig) -> dict[str, Any]:
+    """What DeepSpeed is told whatever the batch: precision, clipping, ZeRO and where its state lies."""
+    zero: dict[str, Any] = {
+        "stage": config.deepspeed.zero_stage,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    if config.deepspeed.offload is not Offload.none:
+        where = {"device": config.deepspeed.offload.name, "pin_memory": torch.cuda.is_available()}
+        if config.deepspeed.offload is Offload.nvme:
+            where["nvme_path"] = config.deepspeed.nvme_path
+        zero["offload_optimizer"] = where
+        if config.deepspeed.zero_stage == 3:
+            zero["offload_param"] = where
+    return {
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16": {"enabled": config.student.dtype is Dtype.bfloat16},
+        "zero_optimization": zero,
+        "steps_per_print": 1_000_000_000,
+    }
+
+
+def _adam(module: StudentWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
+    options = config.optimizer
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if dimensions(p) >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if dimensions(p) < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    betas = (options.beta1, options.beta2)
+    if config.deepspeed.offload is Offload.none:
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=options.epsilon, fused=True)
+    return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=options.epsilon, adamw_mode=True)
+
+
+def dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: partitioned by ZeRO-3 it looks like an empty vector."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _merged(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -124,32 +144,60 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
         group["lr"] = value
 
 
-def save_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, paths: RunPaths, state: TrainState, ranks: Ranks, *, zero_stage: int, keep: int
-) -> None:
-    """Save on all ranks, then publish on rank 0 by replacing one small file, then drop old ones."""
-    tag = f"step-{state.step:08d}"
-    paths.checkpoints.mkdir(parents=True, exist_ok=True)
-    engine.save_checkpoint(str(paths.checkpoints), tag=tag, client_state=dataclasses.asdict(state), save_latest=False)
-    ranks.wait()
-    if ranks.rank == 0:
-        write_json(
-            paths.published,
-            {"tag": tag, "step": state.step, "world_size": ranks.world_size, "zero_stage": zero_stage},
-        )
-        for old in sorted(path for path in paths.checkpoints.glob("step-*") if path.name <= tag)[:-keep]:
-            shutil.rmtree(old)
-    ranks.wait()
+def _set_step_count(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
+    for state in engine.optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.full_like(state["step"], steps) if torch.is_tensor(state["step"]) else steps
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, paths: RunPaths) -> TrainState:
-    """Go on from the published checkpoint; a run that has none begins at step 0."""
-    if not paths.published.exists():
-        return TrainState()
-    published = json.loads(paths.published.read_text())
-    _, client_state = engine.load_checkpoint(str(paths.checkpoints), tag=published["tag"])
-    known = {item.name: client_state[item.name] for item in dataclasses.fields(TrainState) if item.name in client_state}
-    return TrainState(**known)
+@torch.no_grad()
+def take_over(engine: deepspeed.DeepSpeedEngine, folder: Path, *, steps: int, skipped_steps: int) -> None:
+    """Load weights and AdamW's state from DeepSpeed's universal form, a folder a parameter, one after another.
+
+    Not by DeepSpeed's own `load_universal`: that wants the file names of the stage that saved, and gives every
+    parameter group the first one's weight decay.
+    """
+    _allocate_moments(engine)
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        files = {key: folder / name / f"{key}.pt" for key in ("fp32", "exp_avg", "exp_avg_sq")}
+        loaded = {key: torch.load(file, map_location="cpu", weights_only=True) for key, file in files.items()}
+        # from ZeRO-3 a flat tensor, from the other stages one in a dict
+        _put(parameter, {key: value["param"] if isinstance(value, dict) else value for key, value in loaded.items()})
+    engine.skipped_steps = skipped_steps
+    _set_step_count(engine, steps - skipped_steps)
+
+
+def _allocate_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+    """As AdamW's first step would, for which DeepSpeed waits."""
+    zero = engine.optimizer
+    in_parts = engine.zero_optimization_partition_weights()
+    flats = zero.fp32_partitioned_groups_flat if in_parts else [g["params"][0] for g in zero.optimizer.param_groups]
+    for flat in flats:
+        if not (state := zero.optimizer.state[flat]):
+            state.update({key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}, step=torch.zeros(()))
+    if not in_parts:
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _put(parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(values["fp32"].view_as(parameter))
+        deepspeed.utils.safe_set_full_fp32_param(parameter, values["fp32"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            deepspeed.utils.safe_set_full_optimizer_state(parameter, values[key], key)
+        return
+    part = parameter.ds_tensor.ds_numel  # ZeRO-3 pads the last rank's
+    ranks = torch.distributed.get_world_size()
+    mine = {}
+    for key, value in values.items():
+        padded = functional.pad(value.flatten(), (0, part * ranks - value.numel()))
+        mine[key] = padded[part * torch.distributed.get_rank() :][:part]
+    parameter.ds_tensor.copy_(mine["fp32"])
+    deepspeed.utils.safe_set_local_fp32_param(parameter, mine["fp32"])
+    for key in ("exp_avg", "exp_avg_sq"):
+        deepspeed.utils.safe_set_local_optimizer_state(parameter, mine[key], key)
 
 
 def student_weights(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> dict[str, Tensor] | None:

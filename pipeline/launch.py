@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from pipeline import checkpoints, models
 from pipeline import config as configs
 from pipeline import manifest as manifests
-from pipeline import models
 from pipeline.checks import check_train
 from pipeline.config import Source, Take, TrainConfig
 from pipeline.corpus import survey, text_hash
@@ -38,6 +38,7 @@ from pipeline.text import open_text
 from pipeline.topk import temperature_index
 from pipeline.types import InputError, RunFailed
 
+STARTED = time.time()  # of this command, whose time may be limited
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on
 PATIENCE_SECONDS = 60.0  # how long to wait for the ranks of a driver that was killed to notice
 
@@ -68,7 +69,7 @@ def train(config: TrainConfig) -> float | None:
     identity = identify(config)
     paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
     if not paths.result.exists():
-        check_checkpoint(paths, world_size=ranks, zero_stage=config.deepspeed.zero_stage)
+        checkpoints.published(paths)  # refuse one that is not whole before waiting for anybody
         paths.folder.mkdir(parents=True, exist_ok=True)
         with alone(paths) as lock:
             if not paths.result.exists():  # else somebody finished it while we waited
@@ -83,9 +84,11 @@ def bring_to_result(config: TrainConfig, identity: dict[str, Any], paths: RunPat
     paths.stop.unlink(missing_ok=True)
     write_json(paths.identity, identity)
     configs.save(config, paths.config)
+    bring_checkpoint(config, paths, ranks)
     log.info("%s: %s", "going on with" if paths.published.exists() else "starting", paths.folder)
-    exit_code = run_ranks(paths, ranks, lock)
-    stopped = paths.stop.exists()
+    exit_code = run_ranks(config, paths, ranks, lock)
+    # a rank may have been told to stop by a signal of its own, or by the clock
+    stopped = paths.stop.exists() or (exit_code == 0 and not paths.result.exists())
     paths.stop.unlink(missing_ok=True)
     if paths.result.exists():
         log.info("finished: %s", paths.folder)
@@ -130,17 +133,16 @@ def identify(config: TrainConfig) -> dict[str, Any]:
     return identity
 
 
-def check_checkpoint(paths: RunPaths, *, world_size: int, zero_stage: int) -> None:
-    """Refuse a checkpoint that these ranks cannot load, before they start."""
-    if not paths.published.exists() or paths.model.exists():
+def bring_checkpoint(config: TrainConfig, paths: RunPaths, ranks: int) -> None:
+    """Convert a checkpoint that these ranks cannot load as it lies, before they start."""
+    found, stage = checkpoints.published(paths), config.deepspeed.zero_stage
+    if found is None or paths.model.exists() or checkpoints.fits(found, config, ranks):
         return
-    published = json.loads(paths.published.read_text())
-    found = (published["world_size"], published["zero_stage"])
-    if found != (world_size, zero_stage):
-        raise InputError(
-            f"{paths.published}: expected a checkpoint of {world_size} ranks at ZeRO {zero_stage}, found one of "
-            f"{found[0]} ranks at ZeRO {found[1]}; go on with those, or delete {paths.checkpoints} to begin again"
-        )
+    log.info(
+        "the checkpoint of step %d is of %d ranks at ZeRO %d: converting it for %d ranks at ZeRO %d",
+        *(found.step, found.world_size, found.zero_stage, ranks, stage),
+    )
+    checkpoints.convert(paths, found)
 
 
 def check_cache(config: TrainConfig, address: str, what: str, folder: Path, tokenizer: Any) -> str:
@@ -182,11 +184,14 @@ def num_processes(config: TrainConfig) -> int:
     return max(torch.cuda.device_count(), 1)
 
 
-def run_ranks(paths: RunPaths, ranks: int, lock: int) -> int:
+def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> int:
     """Start the ranks under torchrun and wait for them; a signal to this process asks them to stop."""
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1))}
     defaults = threads if torch.cuda.is_available() else threads | CPU_MEMORY
     environment = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
+    if config.launcher.time_limit is not None:
+        stop_at = STARTED + 60.0 * config.launcher.time_limit - config.launcher.leave_seconds
+        environment["PIPELINE_STOP_AT"] = str(stop_at)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "pipeline.train", str(paths.folder)]
 

@@ -50,8 +50,8 @@ def settled(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, dtype=Dtype.bfloat16 if is_fast else Dtype.float32)
 
 
-def open_model(config: ModelConfig, device: torch.device) -> Model:
-    """From options to a value: the model they describe, on a device."""
+def open_model(config: ModelConfig, device: torch.device, partition: dict[str, Any] | None = None) -> Model:
+    """From options to a value: the model they describe, on a device; in parts over the ranks with `partition`."""
     config = settled(config)
     return load_model(
         model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code),
@@ -60,6 +60,7 @@ def open_model(config: ModelConfig, device: torch.device) -> Model:
         attention=config.attention,
         num_layers=config.num_layers,
         trust_remote_code=config.trust_remote_code,
+        partition=partition,
     )
 
 
@@ -71,10 +72,13 @@ def load_model(
     attention: str | None = None,
     num_layers: int | None = None,
     trust_remote_code: bool = False,
+    partition: dict[str, Any] | None = None,
 ) -> Model:
     """The causal language model of a folder, cut to its first layers if asked; no weight is left random.
 
-    Refuses an architecture in which packed segments see each other or whose logits we do not know to make.
+    Refuses an architecture in which packed segments see each other or whose logits we do not know to make. With
+    `partition`, DeepSpeed's options at ZeRO 3, each rank keeps its part of every weight as it is read, and that check
+    is left to the caller: such a model can run only inside an engine.
     """
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if num_layers is not None:
@@ -84,6 +88,8 @@ def load_model(
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:num_layers]
     config.use_cache = False  # with a cache, packed segments would silently see each other
+    # while it lives, from_pretrained partitions
+    partitioning = None if partition is None else transformers.integrations.HfDeepSpeedConfig(partition)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -97,10 +103,20 @@ def load_model(
     if loading["missing_keys"] or loading["mismatched_keys"]:
         wrong = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
         raise InputError(f"{folder}: expected a weight for every parameter, found none that fits {wrong[:5]}")
+    if partitioning is not None:
+        return model.eval()
     model = model.to(device).eval()
+    check_architecture(model)
+    return model
+
+
+def check_architecture(model: Model) -> None:
+    """Refuse a model in which packed segments see each other or whose logits we do not know to make."""
+    was_training = model.training
+    model.eval()
     check_logits_path(model)
     check_packing(model)
-    return model
+    model.train(was_training)
 
 
 def hidden_states(model: Model, input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:

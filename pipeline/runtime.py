@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,13 +54,16 @@ def compute_device(local_rank: int = 0) -> torch.device:
 
 
 @contextlib.contextmanager
-def ranks_from_environment() -> Iterator[Ranks]:
-    """Join the process group that torchrun describes in the environment: NCCL on GPUs, gloo elsewhere."""
+def ranks_from_environment(*, hang_seconds: float = 1800.0) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes in the environment: NCCL on GPUs, gloo elsewhere.
+
+    A rank that waits for another one longer than `hang_seconds` gives up, and the run ends.
+    """
     device = compute_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=hang_seconds))
     try:
         yield Ranks(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size(), device=device)
     finally:
@@ -97,12 +101,14 @@ def release_memory() -> None:
 
 
 class StopRequest:
-    """Turns signals, a stop file and the driver's death into one flag that is asked for at step boundaries."""
+    """Turns signals, a stop file, a time limit and the driver's death into one flag, asked for at step boundaries."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._signalled = False
         self._driver = int(os.environ.get("PIPELINE_DRIVER_PID", "0"))
+        self._launcher = os.getppid()  # torchrun, or whoever started us
+        self._deadline = float(os.environ.get("PIPELINE_STOP_AT", "inf"))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._note)
 
@@ -110,7 +116,8 @@ class StopRequest:
         self._signalled = True
 
     def __bool__(self) -> bool:
-        return self._signalled or self._file.exists() or (self._driver > 0 and not is_alive(self._driver))
+        alone = os.getppid() != self._launcher or (self._driver > 0 and not is_alive(self._driver))
+        return self._signalled or alone or time.time() > self._deadline or self._file.exists()
 
 
 def is_alive(pid: int) -> bool:

@@ -204,7 +204,7 @@ class ShardReader:
     def _open(self, info: ShardInfo) -> BinaryIO:
         trusted, place = info.index in self._checked, manifests.shard_file(self.cache, info)
         if isinstance(place, Path):
-            if not trusted:
+            if not (trusted and place.exists()):
                 manifests.check_shard(self.cache, info)
             file: BinaryIO = place.open("rb")
         else:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from pipeline import checkpoints, diagnostics, models, ramps
 from pipeline import config as configs
-from pipeline import diagnostics, models, ramps
 from pipeline import engine as engines
 from pipeline.classes import class_names, moved
 from pipeline.config import HeadPath, TrainConfig
@@ -43,7 +43,7 @@ def run(folder: Path) -> None:
     paths = RunPaths(folder=folder)
     config = configs.load(paths.config, TrainConfig)
     stop = StopRequest(paths.stop)
-    with ranks_from_environment() as ranks:
+    with ranks_from_environment(hang_seconds=config.launcher.hang_seconds) as ranks:
         is_first = ranks.rank == 0
         start_logging(paths.log if is_first else None, level=logging.INFO if is_first else logging.ERROR)
         try:
@@ -63,7 +63,12 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     num_steps = steps_of(config, mixture)
     micro_batch = fitting_micro_batch(config.global_batch, world_size=ranks.world_size, at_most=config.micro_batch)
     torch.manual_seed(config.seed)
-    student = models.open_model(config.student, ranks.device)
+    zero_stage = config.deepspeed.zero_stage
+    batch = {"train_micro_batch_size_per_gpu": micro_batch}
+    partition = engines.engine_options(config) | batch if zero_stage == 3 else None
+    student = models.open_model(config.student, ranks.device, partition=partition)
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
     classes = class_ids(config.loss.confidence.choices, tokenizer)
     terms = term_options(config.loss, open_gate(config.loss.kd, mixture.reader), classes)
     module = engines.StudentWithLoss(
@@ -72,20 +77,18 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
         terms=terms,
         fused=config.loss.head is HeadPath.fused,
     )
-    zero_stage = config.deepspeed.zero_stage
+    checkpoints.check_room(
+        paths, checkpoints.checkpoint_bytes(student.parameters(), zero_stage=zero_stage), config.checkpoint
+    )
     engine = engines.build(
         module,
-        zero_stage=zero_stage,
-        dtype=config.student.dtype.name,
+        config,
         micro_batch=micro_batch,
         accumulation=config.global_batch // (ranks.world_size * micro_batch),
-        max_grad_norm=config.optimizer.max_grad_norm,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        epsilon=config.optimizer.epsilon,
-        weight_decay=config.optimizer.weight_decay,
-        overrides=config.deepspeed.overrides,
     )
-    state = engines.load_checkpoint(engine, paths)
+    if partition is not None:
+        models.check_architecture(student)
+    state = go_on(engine, config, paths, ranks)
     where = (ranks.world_size, ranks.device, zero_stage)
     log.info("step %d of %d, %d ranks on %s, ZeRO %d", state.step, num_steps, *where)
     rival = open_rival(config, tokenizer)
@@ -94,6 +97,19 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
         return False
     export(engine, student, tokenizer, paths, ranks, zero_stage=zero_stage)
     return True
+
+
+def go_on(engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks) -> TrainState:
+    """Load the published checkpoint; a run that has none begins at step 0."""
+    checkpoint = checkpoints.published(paths)
+    if checkpoint is None:
+        return TrainState()
+    if checkpoints.fits(checkpoint, config, ranks.world_size):
+        engine.load_checkpoint(str(paths.checkpoints), tag=checkpoint.tag)
+    else:
+        counts = {"steps": checkpoint.step, "skipped_steps": checkpoint.skipped_steps}
+        engines.take_over(engine, checkpoints.universal(paths, checkpoint) / "zero", **counts)
+    return checkpoint.train_state()
 
 
 def open_rival(config: TrainConfig, tokenizer: Any) -> tuple[Exam, float] | None:
@@ -142,8 +158,8 @@ def take_steps(
             progress.advance(1, **{k: figures[k] for k in ("loss", *terms) if figures[k] is not None})
             stopping = ranks.any(bool(stop)) and state.step < num_steps
             if stopping or (every and state.step % every == 0 and state.step < num_steps):
-                zero_stage, keep = config.deepspeed.zero_stage, config.checkpoint.keep
-                engines.save_checkpoint(engine, paths, state, ranks, zero_stage=zero_stage, keep=keep)
+                zero_stage = config.deepspeed.zero_stage
+                checkpoints.save(engine, paths, state, ranks, zero_stage=zero_stage, options=config.checkpoint)
             if stopping:
                 log.info("asked to stop: saved at step %d of %d", state.step, num_steps)
                 break
@@ -216,12 +232,19 @@ def thresholds_after(figures: dict[str, Any], state: TrainState) -> tuple[float,
 
 
 def engine_figures(ranks: Ranks, engine: Any, batches: list[Batch]) -> dict[str, Any]:
-    """What the engine says after a step."""
-    tokens = ranks.sum(torch.tensor(sum(batch.input_ids_BS.numel() for batch in batches), device=ranks.device))
+    """What the engine says after a step, and what was read in it.
+
+    `sequences` adds up the keys of the global batch, modulo 2^64: alike where the same sequences were read, however
+    they were dealt to ranks.
+    """
+    tokens = sum(batch.input_ids_BS.numel() for batch in batches)
+    keys = torch.cat([batch.keys_B for batch in batches if batch.keys_B is not None]).sum()
+    read = ranks.sum(torch.stack([torch.tensor(tokens, device=keys.device), keys])).tolist()
     return {
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
         "skipped_steps": engine.skipped_steps,
-        "tokens": int(tokens),
+        "tokens": read[0],
+        "sequences": f"{read[1] % 2**64:016x}",
     }
 
 
@@ -297,7 +320,7 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
     steps = Metrics.read(paths.metrics)
     result["steps"] = len(steps)
     result["train_seconds"] = sum(row["seconds"] + row["data_wait_seconds"] for row in steps)
-    shutil.rmtree(paths.checkpoints, ignore_errors=True)
+    checkpoints.clear(paths, config.checkpoint)
     write_json(paths.result, result)
 
 

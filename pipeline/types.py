@@ -119,6 +119,9 @@ class Batch:
     entropy_M: Tensor | None
     """float32, nats: entropy of the teacher's full distribution there; NaN where an imported cache does not know it."""
 
+    keys_B: Tensor | None = None
+    """int64: the first 8 bytes of each sequence's key, to record what a step has read."""
+
     def to(self, device: Any) -> Batch:
         """The same batch on another device."""
         moved = {name: getattr(self, name) for name in self.__slots__}

@@ -64,22 +64,19 @@ def student(*, tied: bool) -> LlamaForCausalLM:
 def weights_after(ranks, layout: str, stage: int, accumulation: int, dtype: str) -> dict[str, torch.Tensor] | None:
     config = composed("train", "experiment=combined", "loss.kd.temperature=2", f"student.dtype={dtype}")
     # a large epsilon makes AdamW's update proportional to the gradient
-    config.optimizer = dataclasses.replace(config.optimizer, learning_rate=1.0, epsilon=1.0, warmup_fraction=0.0)
+    config.optimizer = dataclasses.replace(
+        config.optimizer, learning_rate=1.0, epsilon=1.0, warmup_fraction=0.0, max_grad_norm=0.5
+    )
+    config.deepspeed = dataclasses.replace(config.deepspeed, zero_stage=stage)
     terms = term_options(config.loss, Gate())
     size = GLOBAL_BATCH // ranks.world_size // accumulation
     engine = engines.build(
         engines.StudentWithLoss(
             student(tied=layout == "striped").to(getattr(torch, dtype)), vocabulary_size=VOCABULARY, terms=terms
         ),
-        zero_stage=stage,
-        dtype=dtype,
+        config,
         micro_batch=size,
         accumulation=accumulation,
-        max_grad_norm=0.5,
-        betas=(0.9, 0.999),
-        epsilon=1.0,
-        weight_decay=0.0,
-        overrides={},
     )
     for step in range(STEPS):
         part = mine(step, layout, ranks.rank, ranks.world_size)

@@ -32,7 +32,7 @@ FLOORS = [
     {"losses", "shards", "corpus", "recall", "sources", "content", "samples"},
     {"diagnostics", "groups", "dataset", "teacher", "exam", "plan", "foreign", "verify", "summary"},
     {"head", "recipe", "evaluate", "complete", "replay"},
-    {"engine", "worker", "imports"},
+    {"engine", "worker", "imports", "checkpoints"},
     {"train"},
     {"capture", "launch", "report", "command", "audit", "probe"},
     {"bench_capture", "bench_read", "bench_loss"},
