@@ -55,7 +55,7 @@ class Published:
 
 
 def published(paths: RunPaths) -> Published | None:
-    """The newest whole checkpoint; refuses one that is half there, another run's, or of another version of this code."""
+    """The newest whole checkpoint; refuses one that is half there, another run's, or of another version of the code."""
     if not paths.published.exists():
         return None
     found = json.loads(paths.published.read_text())

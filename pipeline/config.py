@@ -298,7 +298,9 @@ class LauncherConfig:
         None, "minutes that this command may take: it saves before and leaves with exit code 75", result=False
     )
     leave_seconds: float = option(120.0, "how long before that limit it begins to save", result=False)
-    hang_seconds: float = option(1800.0, "ranks that wait so long for another one give up", result=False)
+    hang_seconds: float = option(
+        1800.0, "a step, with its checkpoint, that takes longer ends the run: a rank hangs", result=False
+    )
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
 
 

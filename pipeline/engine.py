@@ -181,7 +181,7 @@ def _allocate_moments(engine: deepspeed.DeepSpeedEngine) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _put(parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
+def _put(parameter: Any, values: dict[str, Tensor]) -> None:
     if not hasattr(parameter, "ds_id"):
         parameter.copy_(values["fp32"].view_as(parameter))
         deepspeed.utils.safe_set_full_fp32_param(parameter, values["fp32"])

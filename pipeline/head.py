@@ -24,7 +24,7 @@ from pipeline.classes import class_names, class_sums
 from pipeline.divergences import NOTHING
 from pipeline.groups import Group, groups_of, read_fully
 from pipeline.logits import Model, linear_head, logits
-from pipeline.losses import TERMS, NamedLogits, TermOptions, temperatures_of
+from pipeline.losses import TERMS, NamedLogits, TermOptions, classes_of, temperatures_of
 from pipeline.runtime import multiplies_fast
 from pipeline.types import Batch
 
@@ -105,11 +105,6 @@ def _value(student: NamedLogits, group: Group, work: Work) -> tuple[Tensor, Tens
         sums |= dict(zip(class_names(work.class_ids), torch.cat(found), strict=True))
     zero = loss.new_zeros(())
     return loss, torch.stack([sums.get(name, zero).detach().double() for name in sum_names(work.terms)])
-
-
-def classes_of(terms: dict[str, TermOptions]) -> tuple[int, ...]:
-    """The tokens that `confidence` chooses among, if it has some."""
-    return terms["confidence"].class_ids if "confidence" in terms else ()
 
 
 def sum_names(terms: dict[str, TermOptions]) -> tuple[str, ...]:
@@ -201,9 +196,8 @@ def _one_pass(
     del buffer_CV, logits_CV  # before the gradients are copied to the weights' type
     pairs = zip(feature_grads, weight_grads, strict=True)
     gradients = [bias_grad, *(gradient for pair in pairs for gradient in pair)]
-    originals = [bias_V, *maps]
-    gradients = [g if g is None or o is None else g.to(o.dtype) for g, o in zip(gradients, originals, strict=True)]
-    return loss.float(), sums, gradients
+    both = zip(gradients, [bias_V, *maps], strict=True)
+    return loss.float(), sums, [g if g is None or o is None else g.to(o.dtype) for g, o in both]
 
 
 def chunk_size(num: int, row_bytes: int) -> int:
@@ -218,7 +212,7 @@ def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
         total_VH.addmm_(left_VC, right_CH)
         return
     for total_SH, left_SC in zip(total_VH.split(SLICE), left_VC.split(SLICE), strict=True):
-        total_SH += left_SC @ right_CH  # a product that is still in the cache when it is added
+        total_SH += left_SC @ right_CH
 
 
 def _blocks(groups: Sequence[Group], rows: slice) -> Iterator[tuple[Group, slice]]:

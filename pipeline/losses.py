@@ -179,3 +179,8 @@ def count_positions(batch: Batch, terms: dict[str, TermOptions]) -> Tensor:
 def temperatures_of(terms: dict[str, TermOptions], names: Sequence[str]) -> tuple[float, ...]:
     """The temperatures at which some terms read the student, ascending."""
     return tuple(sorted({terms[name].temperature for name in names}))
+
+
+def classes_of(terms: dict[str, TermOptions]) -> tuple[int, ...]:
+    """The tokens that `confidence` chooses among, if it has some."""
+    return terms["confidence"].class_ids if "confidence" in terms else ()

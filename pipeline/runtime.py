@@ -54,16 +54,13 @@ def compute_device(local_rank: int = 0) -> torch.device:
 
 
 @contextlib.contextmanager
-def ranks_from_environment(*, hang_seconds: float = 1800.0) -> Iterator[Ranks]:
-    """Join the process group that torchrun describes in the environment: NCCL on GPUs, gloo elsewhere.
-
-    A rank that waits for another one longer than `hang_seconds` gives up, and the run ends.
-    """
+def ranks_from_environment() -> Iterator[Ranks]:
+    """Join the process group that torchrun describes in the environment: NCCL on GPUs, gloo elsewhere."""
     device = compute_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=hang_seconds))
+    torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
         yield Ranks(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size(), device=device)
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import logging
 import math
 import shutil
@@ -27,8 +28,8 @@ from pipeline.evaluate import decisive, score, teacher_score
 from pipeline.exam import Exam, open_exam
 from pipeline.files import Metrics, RunPaths, content_hash, sync_files, sync_folder, write_json
 from pipeline.gates import Gate
-from pipeline.head import classes_of, sum_names
-from pipeline.losses import TermOptions, count_positions
+from pipeline.head import sum_names
+from pipeline.losses import TermOptions, classes_of, count_positions
 from pipeline.progress import Progress, log, start_logging
 from pipeline.recipe import class_ids, learning_rate_at, open_gate, open_mixture, steps_of, term_options, weights_at
 from pipeline.runtime import Ranks, StopRequest, compute_device, leave, ranks_from_environment, release_memory
@@ -43,7 +44,7 @@ def run(folder: Path) -> None:
     paths = RunPaths(folder=folder)
     config = configs.load(paths.config, TrainConfig)
     stop = StopRequest(paths.stop)
-    with ranks_from_environment(hang_seconds=config.launcher.hang_seconds) as ranks:
+    with ranks_from_environment() as ranks:
         is_first = ranks.rank == 0
         start_logging(paths.log if is_first else None, level=logging.INFO if is_first else logging.ERROR)
         try:
@@ -148,6 +149,8 @@ def take_steps(
     with contextlib.closing(prefetched(mixture, range(state.step, num_steps), **place)) as stream:
         for step, batches in stream:
             started = time.monotonic()
+            # where a rank hangs, the others would wait in a collective; DeepSpeed's own groups know no other limit
+            faulthandler.dump_traceback_later(config.launcher.hang_seconds, exit=True)
             figures = take_step(config, ranks, engine, batches, terms, state, num_steps)
             state = dataclasses.replace(state, step=step + 1, thresholds=thresholds_after(figures, state))
             if rival is not None and state.step % look_every == 0:
@@ -164,6 +167,7 @@ def take_steps(
                 log.info("asked to stop: saved at step %d of %d", state.step, num_steps)
                 break
             waiting_since = time.monotonic()
+    faulthandler.cancel_dump_traceback_later()
     progress.close()
     return state
 

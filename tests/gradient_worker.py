@@ -64,9 +64,8 @@ def student(*, tied: bool) -> LlamaForCausalLM:
 def weights_after(ranks, layout: str, stage: int, accumulation: int, dtype: str) -> dict[str, torch.Tensor] | None:
     config = composed("train", "experiment=combined", "loss.kd.temperature=2", f"student.dtype={dtype}")
     # a large epsilon makes AdamW's update proportional to the gradient
-    config.optimizer = dataclasses.replace(
-        config.optimizer, learning_rate=1.0, epsilon=1.0, warmup_fraction=0.0, max_grad_norm=0.5
-    )
+    changes = {"learning_rate": 1.0, "epsilon": 1.0, "warmup_fraction": 0.0, "max_grad_norm": 0.5}
+    config.optimizer = dataclasses.replace(config.optimizer, **changes)
     config.deepspeed = dataclasses.replace(config.deepspeed, zero_stage=stage)
     terms = term_options(config.loss, Gate())
     size = GLOBAL_BATCH // ranks.world_size // accumulation

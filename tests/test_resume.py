@@ -93,7 +93,7 @@ def ranks_of(run: Path) -> dict[int, int]:
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        if "pipeline.train" in line and str(run) in line and "torch.distributed.run" not in line:
+        if "pipeline.train" in line and run.name in line[-1] and "torch.distributed.run" not in line:
             with contextlib.suppress(psutil.Error, KeyError):
                 found[int(process.environ()["RANK"])] = process.pid
     return found
@@ -136,7 +136,7 @@ def test_kills_at_random_times_change_nothing(student: Path, data: Path, cache: 
         process = start(common, tmp_path)
         strike(victim, process, tmp_path / "runs", draw)
         process.wait(90)
-        assert process.returncode == {"driver": -signal.SIGKILL, "told": 75}.get(victim, 1)
+        assert process.returncode == {"driver": -signal.SIGKILL, "told": 75}.get(victim, 2)
         wait_for(lambda: not ranks_of(only(tmp_path / "runs")), seconds=60)  # no orphan
         resumed.append(published(only(tmp_path / "runs"))["state"]["step"])
     assert resumed == sorted(resumed)
@@ -176,10 +176,10 @@ def test_a_rank_that_hangs_ends_the_run(student: Path, data: Path, cache: Path, 
     wait_for(lambda: steps_done(tmp_path / "runs") >= 3, process)
     run = only(tmp_path / "runs")
     os.kill(ranks_of(run)[1], signal.SIGSTOP)
-    assert process.wait(60) == 1
+    assert process.wait(60) == 2
     said = (tmp_path / "output.txt").read_text()
-    assert "rank 0 failed" in said
-    assert "Timed out waiting 8000ms" in said
+    assert "Timeout (0:00:08)!" in said
+    assert "in take_step" in said  # where it waits
     wait_for(lambda: not ranks_of(run), seconds=30)
 
 
@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(student: Path, data: Path,
     with mounted(tmp_path / "small", f"size={size * 6}") as small:  # room for one: weights, a copy, two moments
         done = script("train", *arguments, cwd=small, check=False)
         run = only(small / "runs")
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert re.search(r"step-00000004: expected to save a checkpoint, found .* MB free; make room", done.stderr)
         assert published(run)["state"]["step"] == 2
         assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000002"]
