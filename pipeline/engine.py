@@ -107,6 +107,8 @@ def engine_options(config: TrainConfig) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.max_grad_norm,
         "bf16": {"enabled": config.student.dtype is Dtype.bfloat16},
         "zero_optimization": zero,
+        # with offload DeepSpeed wants its CPUAdam, which has to be compiled; torch's fused AdamW runs on CPUs as well
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
 
@@ -120,9 +122,7 @@ def _adam(module: StudentWithLoss, config: TrainConfig) -> torch.optim.Optimizer
     ]
     groups = [group for group in groups if group["params"]]
     betas = (options.beta1, options.beta2)
-    if config.deepspeed.offload is Offload.none:
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=options.epsilon, fused=True)
-    return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=options.epsilon, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=options.epsilon, fused=True)
 
 
 def dimensions(parameter: nn.Parameter) -> int:
