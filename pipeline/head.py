@@ -171,7 +171,7 @@ def _one_pass(
         for w_VH, need in zip(maps[1::2], wanted[2::2], strict=True)
     ]
     chunk = chunk_size(num, vocabulary * features[0].element_size())
-    buffer_CV = features[0].new_empty(chunk, vocabulary)
+    logits_CV = buffer_CV = features[0].new_empty(chunk, vocabulary)
     loss = torch.zeros((), dtype=torch.float64, device=buffer_CV.device)
     sums = torch.zeros(len(sum_names(work.terms)), dtype=torch.float64, device=buffer_CV.device)
     for first in range(0, num, chunk):
