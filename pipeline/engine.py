@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
+import math
 import os
 import shutil
 from typing import Any
@@ -93,7 +95,8 @@ def build(
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": max_grad_norm,
+        # at ZeRO 0 in float32 DeepSpeed asks for a norm only where it clips
+        "gradient_clipping": max_grad_norm or (math.inf if (zero_stage, dtype) == (0, "float32") else 0.0),
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {"stage": zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
         "checkpoint": {"tag_validation": "Fail"},
@@ -102,12 +105,21 @@ def build(
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=_merged(config, overrides))
     if zero_stage == 3:
         module.objective.borrow_head()
+    if zero_stage == 0 and engine.dp_world_size == 1:  # else all gradients are copied twice for the sum with nobody
+        engine.enable_backward_allreduce = False
+    if zero_stage == 0 and dtype == "float32":
+        engine.clip_fp32_gradients = functools.partial(_clip, engine)
     # DeepSpeed has stepped once on zeros to allocate the state; at ZeRO 0 in bf16 AdamW's step count stays at 1, and
     # its first update would be half of what it is elsewhere
     for state in engine.optimizer.state.values():
         if "step" in state:
             state["step"].zero_()
     return engine
+
+
+def _clip(engine: deepspeed.DeepSpeedEngine) -> None:
+    # DeepSpeed's own forgets the norm that it clips to, and multiplies gradients by 1 where none is too large
+    engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
 
 
 def _merged(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

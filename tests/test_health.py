@@ -176,7 +176,8 @@ def test_early_stop_with_its_mirror_and_a_resume_that_stops_at_the_same_step(
         assert row["data_wait_fraction"] == pytest.approx(row["data_wait_seconds"] / whole)
         assert 50e6 < row["peak_memory_bytes"] < 50e9
         assert row["exploding_steps"] == 0
-        assert ("mfu" in row) == torch.cuda.is_available() and row["model_flops"] > 0
+        assert ("mfu" in row) == torch.cuda.is_available()
+        assert row["model_flops"] > 0
     assert mirrored(run) == numbers(rows)
 
     arguments = early(student, data, cache, steps=5000, seed=3, checkpoint__every_steps=2)
