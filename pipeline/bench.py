@@ -11,7 +11,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from pipeline import bench_capture, bench_fidelity, bench_loss, bench_read, bench_rerun, bench_step
+from pipeline import bench_capture, bench_fidelity, bench_loss, bench_read, bench_rerun, bench_step, bench_train
 from pipeline.files import write_atomically
 from pipeline.measure import Figure, Findings
 from pipeline.progress import start_logging
@@ -23,6 +23,7 @@ PARTS = {
     "rerun": bench_rerun.run,
     "loss": bench_loss.run,
     "step": bench_step.run,
+    "train": bench_train.run,
 }
 
 

@@ -96,9 +96,17 @@ def windows(ids: list[int]) -> Iterator[TokenSequence]:
         yield sequence([Segment(record_id=number, ids=part, targets=targets)])
 
 
-@torch.no_grad()
 def captured_batch(teacher: models.Model, sequences: list[TokenSequence], vocabulary: int) -> Batch:
     """One micro-batch, the first sequences gold and the others as the teacher sees them."""
+    rows = captured_rows(teacher, sequences, vocabulary)
+    return collate(rows, [number < GOLD for number in range(len(rows))]).to(teacher.device)
+
+
+@torch.no_grad()
+def captured_rows(
+    teacher: models.Model, sequences: list[TokenSequence], vocabulary: int
+) -> list[tuple[TokenSequence, Captured | None]]:
+    """Each sequence with what the teacher says of it; the first ones are gold and carry nothing."""
     rows: list[tuple[TokenSequence, Captured | None]] = []
     for number, one in enumerate(sequences):
         input_ids_BS, position_ids_BS, flat_N = collate_inputs([one])
@@ -108,5 +116,4 @@ def captured_batch(teacher: models.Model, sequences: list[TokenSequence], vocabu
         top = top_k(logits_NV, k=K, temperatures=(1.0,))
         captured = Captured(top=top, next_log_prob_N=unknown_N, entropy_N=unknown_N)
         rows.append((one, None if number < GOLD else captured))
-    batch = collate(rows, [number < GOLD for number in range(len(rows))])
-    return batch.to(teacher.device)
+    return rows

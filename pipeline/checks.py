@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import importlib.util
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline.config import (
     CaptureConfig,
     Complete,
     Kind,
+    Mirror,
     ModelConfig,
     Offload,
     Source,
@@ -20,6 +22,12 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.types import InputError
+
+MIRROR_PACKAGES = {  # what is imported, what pip calls it
+    Mirror.tensorboard: ("tensorboard", "tensorboard"),
+    Mirror.wandb: ("wandb", "wandb"),
+    Mirror.mlflow: ("mlflow", "mlflow-skinny"),
+}
 
 
 def check_capture(config: CaptureConfig) -> None:
@@ -66,6 +74,8 @@ def check_train(config: TrainConfig) -> None:
     _fraction(gold_fraction=config.gold_fraction, warmup_fraction=config.optimizer.warmup_fraction)
     _fraction(decay_fraction=config.optimizer.decay_fraction)
     _check_objective(config, terms)
+    _check_looks(config)
+    check_mirrors(config.mirrors)
     if (config.steps is None) == (config.epochs is None):
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
     if config.gold_fraction > 0 and config.gold is None and config.gold_cache is None:
@@ -137,6 +147,34 @@ def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
             raise InputError(
                 "loss.kd.overtaken: expected dev and overtaken.teacher_predictions, because two scores are compared, "
                 "found null; score the teacher on dev with scripts/evaluate.py"
+            )
+
+
+def _check_looks(config: TrainConfig) -> None:
+    early = config.early_stopping
+    _at_least(0, evaluate_every_steps=config.evaluate_every_steps, early_stopping_patience=early.patience)
+    _at_least(0, early_stopping_min_delta=early.min_delta)
+    _at_least(1, health_max_skipped_steps=config.health.max_skipped_steps)
+    _at_least(1, health_warn_grad_norm=config.health.warn_grad_norm)
+    if config.evaluate_every_steps > 0 and config.dev is None:
+        raise InputError(
+            f"evaluate_every_steps={config.evaluate_every_steps}: expected dev, the text to evaluate on, found null; "
+            "give dev or evaluate_every_steps=0"
+        )
+    if early.patience > 0 and config.evaluate_every_steps == 0:
+        raise InputError(
+            f"early_stopping.patience={early.patience}: expected evaluate_every_steps of 1 or more, found 0; say how "
+            "often dev decides, or use early_stopping.patience=0"
+        )
+
+
+def check_mirrors(mirrors: list[Mirror]) -> None:
+    """Refuse a mirror whose package is not there, before any rank starts."""
+    for mirror in mirrors:
+        module, package = MIRROR_PACKAGES[mirror]
+        if importlib.util.find_spec(module) is None:
+            raise InputError(
+                f"mirrors: expected the package {module} for {mirror.name}, found none; pip install {package}"
             )
 
 

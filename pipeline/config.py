@@ -35,6 +35,7 @@ Control = Enum("Control", ["none", "smoothed", "shuffled"])
 Take = Enum("Take", ["said", "likeliest"])
 HeadPath = Enum("HeadPath", ["fused", "full"])
 Offload = Enum("Offload", ["none", "cpu", "nvme"])
+Mirror = Enum("Mirror", ["tensorboard", "wandb", "mlflow"])
 
 
 def option(default: Any, help: str, *, result: bool = True, content: bool = False, address: bool = False) -> Any:
@@ -292,6 +293,22 @@ class ScoringConfig:
 
 
 @dataclass
+class EarlyStoppingConfig:
+    patience: int = option(0, "the run ends after so many evaluations on dev without a better one; 0: never")
+    min_delta: float = option(0.0, "of score (accuracy, or -nll without choices): better means better by more than it")
+
+
+@dataclass
+class HealthConfig:
+    max_skipped_steps: int = option(
+        5, "so many optimizer steps in a row that DeepSpeed skips for overflow end the run", result=False
+    )
+    warn_grad_norm: float = option(
+        10.0, "warn of a gradient norm more than so many times its median over the last 100 steps", result=False
+    )
+
+
+@dataclass
 class LauncherConfig:
     num_processes: int | None = option(None, "ranks on this machine; null: one a GPU, or one", result=False)
     time_limit: float | None = option(
@@ -346,6 +363,10 @@ class TrainConfig:
     deepspeed: DeepspeedConfig = option(DeepspeedConfig, "the engine")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "what survives a stop")
     scoring: ScoringConfig = option(ScoringConfig, "evaluation at the end")
+    evaluate_every_steps: int = option(0, "steps between evaluations on dev while training; 0: never")
+    early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "an end before the last step, decided on dev")
+    health: HealthConfig = option(HealthConfig, "when a step is a sign of trouble", result=False)
+    mirrors: list[Mirror] = option(list, "copies of metrics.jsonl elsewhere: tensorboard, wandb, mlflow", result=False)
     launcher: LauncherConfig = option(LauncherConfig, "how ranks are started", result=False)
     downloads: DownloadsConfig = option(
         DownloadsConfig, "caches in object stores are read through this folder", result=False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -84,10 +86,19 @@ def build(
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_adam(module, config), config=options)
     if stage == 3:
         module.objective.borrow_head()
+    if stage == 0 and engine.dp_world_size == 1:  # else all gradients are copied twice for the sum with nobody
+        engine.enable_backward_allreduce = False
+    if is_plain(config):
+        engine.clip_fp32_gradients = functools.partial(_clip, engine)
     # DeepSpeed has stepped once on zeros to allocate the state; at ZeRO 0 in bf16 AdamW's step count stays at 1, and
     # its first update would be half of what it is elsewhere
     _set_step_count(engine, 0)
     return engine
+
+
+def is_plain(config: TrainConfig) -> bool:
+    """Whether DeepSpeed leaves weights and optimizer as torch has them."""
+    return config.deepspeed.zero_stage == 0 and config.student.dtype is Dtype.float32
 
 
 def engine_options(config: TrainConfig) -> dict[str, Any]:
@@ -104,7 +115,8 @@ def engine_options(config: TrainConfig) -> dict[str, Any]:
         if config.deepspeed.zero_stage == 3:
             zero["offload_param"] = where
     return {
-        "gradient_clipping": config.optimizer.max_grad_norm,
+        # at ZeRO 0 in float32 DeepSpeed asks for a norm only where it clips
+        "gradient_clipping": config.optimizer.max_grad_norm or (math.inf if is_plain(config) else 0.0),
         "bf16": {"enabled": config.student.dtype is Dtype.bfloat16},
         "zero_optimization": zero,
         # with offload DeepSpeed wants its CPUAdam, which has to be compiled; torch's fused AdamW runs on CPUs as well
@@ -128,6 +140,11 @@ def _adam(module: StudentWithLoss, config: TrainConfig) -> torch.optim.Optimizer
 def dimensions(parameter: nn.Parameter) -> int:
     """Of the whole parameter: partitioned by ZeRO-3 it looks like an empty vector."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _clip(engine: deepspeed.DeepSpeedEngine) -> None:
+    # DeepSpeed's own forgets the norm that it clips to, and multiplies gradients by 1 where none is too large
+    engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
 
 
 def _merged(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

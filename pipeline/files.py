@@ -50,6 +50,11 @@ class RunPaths:
         return self.folder / "metrics.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files, where that mirror was asked for."""
+        return self.folder / "tensorboard"
+
+    @property
     def checkpoints(self) -> Path:
         """DeepSpeed's checkpoints, one folder a step."""
         return self.folder / "checkpoints"

@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 
-from pipeline import checkpoints, diagnostics, models, ramps
+from pipeline import checkpoints, diagnostics, health, looks, models
 from pipeline import config as configs
 from pipeline import engine as engines
 from pipeline.classes import class_names, moved
 from pipeline.config import HeadPath, TrainConfig
 from pipeline.dataset import Mixture, fitting_micro_batch, prefetched
-from pipeline.evaluate import decisive, score, teacher_score
-from pipeline.exam import Exam, open_exam
+from pipeline.evaluate import score
+from pipeline.exam import open_exam
 from pipeline.files import Metrics, RunPaths, content_hash, sync_files, sync_folder, write_json
 from pipeline.gates import Gate
 from pipeline.head import sum_names
+from pipeline.ledger import Ledger
 from pipeline.losses import TermOptions, classes_of, count_positions
-from pipeline.progress import Progress, log, start_logging
+from pipeline.progress import log, start_logging
 from pipeline.recipe import class_ids, learning_rate_at, open_gate, open_mixture, steps_of, term_options, weights_at
 from pipeline.runtime import Ranks, StopRequest, compute_device, leave, ranks_from_environment, release_memory
 from pipeline.text import open_text
@@ -78,6 +79,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
         terms=terms,
         fused=config.loss.head is HeadPath.fused,
     )
+    size, dev = health.size_of(student), looks.open_dev(config, tokenizer)
     checkpoints.check_room(
         paths, checkpoints.checkpoint_bytes(student.parameters(), zero_stage=zero_stage), config.checkpoint
     )
@@ -92,9 +94,8 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     state = go_on(engine, config, paths, ranks)
     where = (ranks.world_size, ranks.device, zero_stage)
     log.info("step %d of %d, %d ranks on %s, ZeRO %d", state.step, num_steps, *where)
-    rival = open_rival(config, tokenizer)
-    state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps, micro_batch, terms, rival)
-    if state.step < num_steps:
+    state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps, micro_batch, terms, size, dev)
+    if state.step < num_steps and not looks.is_over(config.early_stopping, state):
         return False
     export(engine, student, tokenizer, paths, ranks, zero_stage=zero_stage)
     return True
@@ -113,17 +114,6 @@ def go_on(engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks) -> Tr
     return checkpoint.train_state()
 
 
-def open_rival(config: TrainConfig, tokenizer: Any) -> tuple[Exam, float] | None:
-    """Dev, and the teacher's score on it that a weight is made to follow; None if none is."""
-    options = config.loss.kd.overtaken
-    if options.every_steps == 0:
-        return None
-    assert config.dev is not None
-    assert options.teacher_predictions is not None
-    exam = open_exam(open_text(config.dev, "dev"), tokenizer, longest=None)
-    return exam, teacher_score(exam, options.teacher_predictions)
-
-
 def take_steps(
     config: TrainConfig,
     paths: RunPaths,
@@ -135,16 +125,13 @@ def take_steps(
     num_steps: int,
     micro_batch: int,
     terms: Terms,
-    rival: tuple[Exam, float] | None,
+    size: health.Size,
+    dev: looks.Dev | None,
 ) -> TrainState:
-    """Optimizer steps until the last one or until somebody asks to stop; checkpoints at the steps that are due."""
-    quiet, every_seconds = ranks.rank != 0, config.launcher.log_every_seconds
-    progress = Progress(
-        config.name, total=num_steps, unit=" steps", done=state.step, log_every_seconds=every_seconds, quiet=quiet
-    )
-    metrics = None if quiet else Metrics(paths.metrics, keep_steps=state.step)
+    """Optimizer steps until the last one, until dev says enough or somebody asks to stop; checkpoints when due."""
+    known = {"done": state.step, "num_steps": num_steps, "skipped_steps": engine.skipped_steps}
+    ledger = Ledger(config, paths, ranks, size, **known)
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch": micro_batch}
-    every, look_every = config.checkpoint.every_steps, config.loss.kd.overtaken.every_steps
     waiting_since = time.monotonic()
     with contextlib.closing(prefetched(mixture, range(state.step, num_steps), **place)) as stream:
         for step, batches in stream:
@@ -153,14 +140,16 @@ def take_steps(
             faulthandler.dump_traceback_later(config.launcher.hang_seconds, exit=True)
             figures = take_step(config, ranks, engine, batches, terms, state, num_steps)
             state = dataclasses.replace(state, step=step + 1, thresholds=thresholds_after(figures, state))
-            if rival is not None and state.step % look_every == 0:
-                state = look_at_dev(config, ranks, engine, *rival, state)
             figures |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
-            if metrics is not None:
-                metrics.append(figures)
-            progress.advance(1, **{k: figures[k] for k in ("loss", *terms) if figures[k] is not None})
+            figures = ledger.weigh(figures, batches)
+            state, found = looks.look(config, ranks, engine, dev, state)
+            over = state.step < num_steps and looks.is_over(config.early_stopping, state)
+            ledger.write(figures | found | ({"stopped_early": True} if over else {}), show=("loss", *terms))
+            if over:
+                log.info("step %d: nothing better on dev since step %d; the run ends", state.step, state.best_step)
+                break
             stopping = ranks.any(bool(stop)) and state.step < num_steps
-            if stopping or (every and state.step % every == 0 and state.step < num_steps):
+            if stopping or (looks.due(config.checkpoint.every_steps, state.step) and state.step < num_steps):
                 zero_stage = config.deepspeed.zero_stage
                 checkpoints.save(engine, paths, state, ranks, zero_stage=zero_stage, options=config.checkpoint)
             if stopping:
@@ -168,7 +157,7 @@ def take_steps(
                 break
             waiting_since = time.monotonic()
     faulthandler.cancel_dump_traceback_later()
-    progress.close()
+    ledger.close()
     return state
 
 
@@ -241,14 +230,11 @@ def engine_figures(ranks: Ranks, engine: Any, batches: list[Batch]) -> dict[str,
     `sequences` adds up the keys of the global batch, modulo 2^64: alike where the same sequences were read, however
     they were dealt to ranks.
     """
-    tokens = sum(batch.input_ids_BS.numel() for batch in batches)
-    keys = torch.cat([batch.keys_B for batch in batches if batch.keys_B is not None]).sum()
-    read = ranks.sum(torch.stack([torch.tensor(tokens, device=keys.device), keys])).tolist()
+    keys = ranks.sum(torch.cat([batch.keys_B for batch in batches if batch.keys_B is not None]).sum())
     return {
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
         "skipped_steps": engine.skipped_steps,
-        "tokens": read[0],
-        "sequences": f"{read[1] % 2**64:016x}",
+        "sequences": f"{int(keys) % 2**64:016x}",
     }
 
 
@@ -261,28 +247,6 @@ def global_counts(ranks: Ranks, batches: list[Batch], terms: Terms) -> tuple[dic
         counts = torch.stack([count_positions(batch, asked) for batch in batches]).sum(dim=0)
         found.append(ranks.sum(counts).double().tolist())
     return dict(zip(terms, found[0], strict=True)), found[1][0] if is_gated else 0.0
-
-
-def look_at_dev(
-    config: TrainConfig, ranks: Ranks, engine: Any, exam: Exam, goal: float, state: TrainState
-) -> TrainState:
-    """Score the student on dev and let the KD weight follow; all ranks forward, the first one's score counts."""
-    student = engine.module.student
-    scores, _ = score(
-        student,
-        exam,
-        vocabulary_size=engine.module.objective.vocabulary_size,
-        batch_tokens=config.scoring.batch_tokens,
-        teacher_predictions=None,
-        log_every_seconds=1e9,
-    )
-    student.train()
-    options = config.loss.kd.overtaken
-    found = float(ranks.sum(torch.tensor(decisive(scores) * (ranks.rank == 0), device=ranks.device)))
-    rule = {"margin": options.margin, "factor": options.factor, "least": options.least}
-    kd_factor = ramps.overtaken(state.kd_factor, student=found, teacher=goal, **rule)
-    log.info("step %d: dev %.4f, teacher %.4f, KD factor %g", state.step, found, goal, kd_factor)
-    return dataclasses.replace(state, kd_factor=kd_factor)
 
 
 # ------------------------------------------------------------------------------------ what is left behind
@@ -323,7 +287,9 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
         result[split] = dataclasses.asdict(scores)
     steps = Metrics.read(paths.metrics)
     result["steps"] = len(steps)
-    result["train_seconds"] = sum(row["seconds"] + row["data_wait_seconds"] for row in steps)
+    spent = ("seconds", "data_wait_seconds", "dev_seconds")
+    result["train_seconds"] = sum(row.get(name, 0.0) for row in steps for name in spent)
+    result |= looks.declared(steps)
     checkpoints.clear(paths, config.checkpoint)
     write_json(paths.result, result)
 

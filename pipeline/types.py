@@ -151,6 +151,12 @@ class TrainState:
     """What is left of the KD weight since the student began to overtake the teacher."""
     thresholds: tuple[float, ...] = ()
     """Of the classes among which `confidence` hardens the student's prediction."""
+    best_score: float | None = None
+    """The best score on dev so far, more is better; None before the first evaluation."""
+    best_step: int = 0
+    """The step after which it was found."""
+    evaluations_since_best: int = 0
+    """Evaluations that brought nothing better since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,7 +115,7 @@ def test_an_unknown_part_is_refused() -> None:
     command = [sys.executable, "-m", "pipeline.bench", "reed"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "expected some of capture, read, fidelity, rerun, loss, step, found reed" in done.stderr
+    assert "expected some of capture, read, fidelity, rerun, loss, step, train, found reed" in done.stderr
 
 
 @pytest.mark.slow
@@ -127,6 +127,7 @@ def test_the_quick_bench_of_real_models(tmp_path: Path) -> None:
     keys = ["capture.ratio_to_forward", "capture.ratio_to_plain_script", "read.tokens_per_second", "rerun.seconds"]
     keys += [f"loss.time_ratio_to_{other}" for other in ("cross_entropy", "linear_cross_entropy", "plain_kd")]
     keys += ["loss.memory_ratio", "step.time_ratio_to_lm", "step.time_ratio_to_online"]
+    keys += ["train.time_ratio_to_bare_loop", "train.data_wait_fraction"]
     for key in keys:
         assert found[key]["min"] <= found[key]["median"] <= found[key]["max"]
     assert found["capture.ratio_to_forward"]["median"] > 0.75
@@ -135,6 +136,8 @@ def test_the_quick_bench_of_real_models(tmp_path: Path) -> None:
     assert found["loss.time_fraction_at_a_tenth"]["median"] < 0.5
     assert found["loss.weight_gradient_error.ours"]["median"] < 2e-2
     assert found["step.time_ratio_to_lm"]["median"] < 1.3
+    assert found["train.time_ratio_to_bare_loop"]["median"] < 1.25
+    assert found["train.data_wait_fraction"]["median"] < 0.05
     angles = {row["kind"]: row["angle_degrees"] for row in found["fidelity"]}
     assert angles["topk 8"] > angles["topk 32"] > angles["topk 64"]
     assert angles["peers: top 64 renormalised"] > 5 * angles["topk 64"]

@@ -97,6 +97,7 @@ def test_result_options_leave_out_what_does_not_change_the_result() -> None:
     base = result_options(composed("train"))
     same = ["micro_batch=4", "runs_dir=elsewhere", "launcher.num_processes=2", "checkpoint.every_steps=7"]
     same += ["deepspeed.zero_stage=3", "student.path=/moved", "cache=/moved", "dev.files=[/moved]"]
+    same += ["mirrors=[tensorboard]", "health.max_skipped_steps=2"]
     for override in same:
         assert result_options(composed("train", override)) == base, override
     for override in ["seed=2", "loss.kd.weight=0.3", "global_batch=32", "student.dtype=float32", "name=other", "k=4"]:

@@ -27,16 +27,19 @@ FLOORS = [
         "pictures",
         "logits",
         "classes",
+        "health",
+        "mirrors",
     },
     {"divergences", "gates", "manifest", "claims", "downloads", "text", "models", "columns"},
-    {"losses", "shards", "corpus", "recall", "sources", "content", "samples"},
+    {"losses", "shards", "corpus", "ledger", "recall", "sources", "content", "samples"},
     {"diagnostics", "groups", "dataset", "teacher", "exam", "plan", "foreign", "verify", "summary"},
     {"head", "recipe", "evaluate", "complete", "replay"},
-    {"engine", "worker", "imports", "checkpoints"},
+    {"engine", "worker", "imports", "checkpoints", "looks"},
     {"train"},
     {"capture", "launch", "report", "command", "audit", "probe"},
     {"bench_capture", "bench_read", "bench_loss"},
     {"bench_rerun", "bench_fidelity", "bench_step"},
+    {"bench_train"},
     {"bench"},
 ]
 
@@ -69,6 +72,8 @@ DOORS = {
     "huggingface_hub": {"hub"},
     "deepspeed": {"engine"},
     "altair": {"pictures"},
+    "wandb": {"mirrors"},
+    "mlflow": {"mirrors"},
 }
 
 FILES = sorted(path for path in PIPELINE.glob("*.py") if path.stem != "__init__")

@@ -71,6 +71,7 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
     weighted = rows["lm_weight"] * rows["lm"].fill_null(0) + rows["kd_weight"] * rows["kd"].fill_null(0)
     assert (rows["loss"] - weighted).abs().max() < 1e-5
     assert rows["loss"][-1] < rows["loss"][0]
+    assert (rows["grad_norm"] > 0).all()
     result = json.loads((run / "result.json").read_text())
     assert (result["test"]["num_records"], result["dev"]["num_records"], result["steps"]) == (20, 10, 8)
     assert pl.read_parquet(run / "predictions-test.parquet")["correct"].mean() == result["test"]["accuracy"]
@@ -122,7 +123,11 @@ def test_zero_0_to_3_on_two_ranks_equal_one_rank_without(
     assert len(expected) == 20
     assert expected[-1] < 0.8 * expected[0]
     weights = transformers.AutoModelForCausalLM.from_pretrained(alone / "model").state_dict()
+    norms = torch.tensor([json.loads(line)["grad_norm"] for line in (alone / "metrics.jsonl").read_text().splitlines()])
+    assert (norms > 0).all()
     for folder in sharded:
+        theirs_norms = [json.loads(line)["grad_norm"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert torch.allclose(torch.tensor(theirs_norms), norms, rtol=1e-3), folder.name
         found = torch.tensor(losses_of(folder))
         assert torch.allclose(found, expected, rtol=1e-4), (folder.name, (found / expected - 1).abs().max())
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
