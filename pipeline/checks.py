@@ -68,6 +68,7 @@ def check_train(config: TrainConfig) -> None:
         _positive(epochs=config.epochs)
     _at_least(0, checkpoint_every_steps=config.checkpoint.every_steps)
     _at_least(1, checkpoint_keep=config.checkpoint.keep, downloads_bytes=config.downloads.bytes)
+    _at_least(1, shard_bytes=config.export.shard_bytes)
     _at_least(0, keep_every_steps=config.checkpoint.keep_every_steps, leave_seconds=config.launcher.leave_seconds)
     _positive(hang_seconds=config.launcher.hang_seconds, time_limit=config.launcher.time_limit or 1.0)
     _positive(kd_temperature=kd.temperature, learning_rate=config.optimizer.learning_rate)

@@ -322,6 +322,13 @@ class LauncherConfig:
 
 
 @dataclass
+class ExportConfig:
+    shard_bytes: int = option(
+        5_000_000_000, "the model's weights are split into safetensors files of at most so many bytes", result=False
+    )
+
+
+@dataclass
 class DownloadsConfig:
     dir: str = option("caches/.downloads", "folder for shards of caches in object stores; may be shared", result=False)
     bytes: int = option(50_000_000_000, "bytes it may take; the shards not used for longest go first", result=False)
@@ -367,6 +374,7 @@ class TrainConfig:
     early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "an end before the last step, decided on dev")
     health: HealthConfig = option(HealthConfig, "when a step is a sign of trouble", result=False)
     mirrors: list[Mirror] = option(list, "copies of metrics.jsonl elsewhere: tensorboard, wandb, mlflow", result=False)
+    export: ExportConfig = option(ExportConfig, "how the trained model is written", result=False)
     launcher: LauncherConfig = option(LauncherConfig, "how ranks are started", result=False)
     downloads: DownloadsConfig = option(
         DownloadsConfig, "caches in object stores are read through this folder", result=False

@@ -267,9 +267,9 @@ def weights_hash(folder: Path) -> str:
     return content_hash([config, [file_hash(file) for file in files]])
 
 
-def save_model(model: Model, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
+def save_model(model: Model, state: dict[str, Tensor], tokenizer: Any, folder: Path, *, shard_bytes: int) -> None:
     """Write weights as safetensors with config and tokenizer, so that plain `from_pretrained` loads the folder."""
     model.config.use_cache = True
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes)
     model.config.use_cache = False
     tokenizer.save_pretrained(folder)

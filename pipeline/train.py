@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import json
 import logging
 import math
 import shutil
@@ -21,12 +22,13 @@ import torch
 from pipeline import checkpoints, diagnostics, health, looks, models
 from pipeline import config as configs
 from pipeline import engine as engines
+from pipeline.card import card
 from pipeline.classes import class_names, moved
 from pipeline.config import HeadPath, TrainConfig
 from pipeline.dataset import Mixture, fitting_micro_batch, prefetched
 from pipeline.evaluate import score
 from pipeline.exam import open_exam
-from pipeline.files import Metrics, RunPaths, content_hash, sync_files, sync_folder, write_json
+from pipeline.files import Metrics, RunPaths, content_hash, sync_files, sync_folder, write_atomically, write_json
 from pipeline.gates import Gate
 from pipeline.head import sum_names
 from pipeline.ledger import Ledger
@@ -97,7 +99,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps, micro_batch, terms, size, dev)
     if state.step < num_steps and not looks.is_over(config.early_stopping, state):
         return False
-    export(engine, student, tokenizer, paths, ranks, zero_stage=zero_stage)
+    export(engine, student, tokenizer, paths, ranks, config)
     return True
 
 
@@ -189,7 +191,8 @@ def take_step(
     totals = torch.zeros(len(sum_names(terms)), dtype=torch.float64, device=ranks.device)
     for batch in batches:
         loss, sums = engine(batch, coefficients, diagnose, state.thresholds or (0.0,) * len(classes_of(terms)))
-        engine.backward(loss, scale_wrt_gas=False)
+        # a clone: the module's output itself DeepSpeed 0.19 divides by the accumulation all the same (ZeRO 0, float32)
+        engine.backward(loss.clone(), scale_wrt_gas=False)
         engine.step()
         totals += sums
     values = dict(zip(sum_names(terms), ranks.sum(totals).tolist(), strict=True))
@@ -252,14 +255,14 @@ def global_counts(ranks: Ranks, batches: list[Batch], terms: Terms) -> tuple[dic
 # ------------------------------------------------------------------------------------ what is left behind
 
 
-def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ranks, *, zero_stage: int) -> None:
+def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ranks, config: TrainConfig) -> None:
     """Write the model folder under another name and rename it: it exists only if it is whole."""
-    weights = engines.student_weights(engine, zero_stage)
+    weights = engines.student_weights(engine, config.deepspeed.zero_stage)
     if ranks.rank == 0:
         assert weights is not None
         unfinished = paths.model.with_name(".model.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
-        models.save_model(student, weights, tokenizer, unfinished)
+        models.save_model(student, weights, tokenizer, unfinished, shard_bytes=config.export.shard_bytes)
         sync_files(unfinished)
         unfinished.rename(paths.model)
         sync_folder(paths.folder)
@@ -291,6 +294,8 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
     result["train_seconds"] = sum(row.get(name, 0.0) for row in steps for name in spent)
     result |= looks.declared(steps)
     checkpoints.clear(paths, config.checkpoint)
+    identity = json.loads(paths.identity.read_text())
+    write_atomically(paths.model / "README.md", card(base=config.student.path, identity=identity, result=result))
     write_json(paths.result, result)
 
 

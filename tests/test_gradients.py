@@ -16,7 +16,8 @@ from conftest import ROOT
 def test_one_update_however_it_is_split(dtype: str, tmp_path: Path) -> None:
     """Accumulation 1, 2, 4 x ranks 1, 2 x ZeRO 0 to 3 x two ways to deal the sequences; ragged, some without targets.
 
-    fp32: 2e-5 of the update, the order of sums. bf16: half a unit in the last place of the weights, 2^-9 of their size.
+    fp32: 2e-5 of the update, the order of sums. bf16: each weight within one unit in the last place of its tensor's
+    largest, 2^-7, because one rounding may fall the other way, and all together within half a unit, 2^-9 of their size.
     """
     for ranks in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -33,10 +34,18 @@ def test_one_update_however_it_is_split(dtype: str, tmp_path: Path) -> None:
         assert update > 0.1  # something was learnt
         for case in [case for case in found if f"-{layout}-" in case]:
             for name, weight in reference.items():
-                most = 2e-5 * update if dtype == "float32" else 2**-9 * float(weight.float().norm())
-                assert most < 0.1 * update
-                assert norm(found[case][name], weight) <= most, (case, name, norm(found[case][name], weight) / update)
+                if dtype == "float32":
+                    assert norm(found[case][name], weight) <= 2e-5 * update, (case, name)
+                else:
+                    most = 2**-7 * float(weight.abs().max())
+                    assert float((found[case][name] - weight).abs().max()) <= most, (case, name)
+            together = norm(flat(found[case]), flat(reference))
+            assert together <= 2**-9 * float(flat(reference).norm()) < 0.1 * norm(flat(reference), flat(start)), case
 
 
 def norm(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).norm())
+
+
+def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([weights[name].float().flatten() for name in sorted(weights)])

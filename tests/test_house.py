@@ -29,6 +29,7 @@ FLOORS = [
         "classes",
         "health",
         "mirrors",
+        "card",
     },
     {"divergences", "gates", "manifest", "claims", "downloads", "text", "models", "columns"},
     {"losses", "shards", "corpus", "ledger", "recall", "sources", "content", "samples"},

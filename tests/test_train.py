@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, make_model, make_tokenizer, script, train_arguments, write_lines
+from huggingface_hub import ModelCard
 from test_config import composed
 
 from pipeline import config as configs
@@ -80,6 +81,13 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     assert model.config.vocab_size == len(tokenizer) + 20
     assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
+    card = ModelCard.load(run / "model" / "README.md")
+    assert card.data.tags == ["weak-to-strong", "distillation"]
+    identity = json.loads((run / "identity.json").read_text())
+    for told in (identity["cache"], identity["gold"], identity["student"][0], f"{result['test']['nll']:.4f}", "| kd ("):
+        assert told in card.text
+    assert str(tmp_path) not in card.content
+    assert str(student.parent) not in card.content
     # the same command does nothing and says so
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     again = script("train", *arguments, cwd=tmp_path)
@@ -214,8 +222,10 @@ def test_stopped_while_it_starts_a_sweep_ends_and_goes_on(
 
 def test_bf16_on_two_ranks(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     changes = {"student__dtype": "bfloat16", "launcher__num_processes": 2, "deepspeed__zero_stage": 2}
-    script("train", *train_arguments(student, data, str(cache), steps=12, **changes), cwd=tmp_path)
+    arguments = train_arguments(student, data, str(cache), steps=12, export__shard_bytes=40_000, **changes)
+    script("train", *arguments, cwd=tmp_path)
     (run,) = (tmp_path / "runs").iterdir()
+    assert len(list((run / "model").glob("model-*-of-*.safetensors"))) > 1
     losses = losses_of(run)
     assert losses[-1] < losses[0]
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")

@@ -1,0 +1,86 @@
+"""The model card: what a student was made of and what it scored, for whoever finds the folder without the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+LIBRARIES = ("torch", "transformers", "deepspeed")
+
+
+def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
+    """README.md of an exported model, as the hub reads it: front matter, then text.
+
+    `identity` and `result` are identity.json and result.json of its run. No path of the machine is in it: of a local
+    `base` only the folder's name, which the hub could not resolve, stands in the text.
+    """
+    options = identity["options"]
+    front = [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- weak-to-strong",
+        "- distillation",
+    ]
+    if base.count("/") == 1 and not base.startswith((".", "/")):
+        front.insert(0, f"base_model: {base}")
+    else:
+        base = base.rstrip("/").rsplit("/", 1)[-1]
+    lines = ["---", *front, "---", "", f"# {result['name']}, seed {result['seed']}", ""]
+    lines += [
+        f"`{base}`, trained on a weak teacher's captured logits and a trusted gold set under one objective.",
+        "",
+        "## Scores",
+        "",
+        *_table(["split", "records", "accuracy", "nll a target"], _scores(result)),
+        "",
+        "## Made of",
+        "",
+        *_table(["what", "sha256"], _inputs(identity)),
+        "",
+        "## Objective",
+        "",
+        *_table(["term", "weight", "on"], _terms(options["loss"])),
+        "",
+        f"{result['steps']} steps of {options['global_batch']} sequences, gold fraction {options['gold_fraction']}, "
+        f"peak learning rate {options['optimizer']['learning_rate']}, window {options['window']}; "
+        + ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+        "",
+        "All options:",
+        "",
+        "```json",
+        json.dumps(options, indent=1, sort_keys=True),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(result: dict[str, Any]) -> Iterator[list[str]]:
+    for split in ("dev", "test"):
+        if scores := result.get(split):
+            accuracy, count, nll = scores["accuracy"], scores["num_choice_records"], scores["nll"]
+            told = "" if accuracy is None else f"{accuracy:.4f} ± {math.sqrt(accuracy * (1 - accuracy) / count):.4f}"
+            yield [split, str(scores["num_records"]), told, "" if nll is None else f"{nll:.4f}"]
+
+
+def _inputs(identity: dict[str, Any]) -> Iterator[list[str]]:
+    yield ["student's weights, before", identity["student"][0]]
+    yield ["tokenizer", identity["student"][1]]
+    known = {"cache": "cache of the teacher's logits", "gold_cache": "cache of gold", "gold": "gold", "dev": "dev"}
+    for name, what in (known | {"test": "test"}).items():
+        if name in identity:
+            yield [what, identity[name]]
+
+
+def _terms(loss: dict[str, Any]) -> Iterator[list[str]]:
+    for name, term in loss.items():
+        if isinstance(term, dict) and term.get("weight", 0) > 0:
+            what = f"{name} ({term['divergence']}, T {term['temperature']})" if "divergence" in term else name
+            yield [what, f"{term['weight']} ({term['ramp']['shape']})", ", ".join(term["on"])]
+
+
+def _table(head: list[str], rows: Iterator[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
