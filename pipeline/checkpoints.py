@@ -130,9 +130,14 @@ def saved_steps(paths: RunPaths, *, up_to: int) -> list[int]:
 
 
 def kept(steps: Sequence[int], options: CheckpointConfig) -> set[int]:
-    """Of the saved steps, ascending: the last `keep`, and each that `keep_every_steps` divides."""
+    """Of the saved steps, ascending: the last `keep`, and the milestones."""
+    return {*steps[-options.keep :], *milestones(steps, options)}
+
+
+def milestones(steps: Sequence[int], options: CheckpointConfig) -> set[int]:
+    """Those that stay when the run is finished: each that `keep_every_steps` divides."""
     every = options.keep_every_steps
-    return {*steps[-options.keep :], *(step for step in steps if every and step % every == 0)}
+    return {step for step in steps if every and step % every == 0}
 
 
 def drop(paths: RunPaths, keep: Iterable[int]) -> None:
@@ -146,9 +151,9 @@ def drop(paths: RunPaths, keep: Iterable[int]) -> None:
 def clear(paths: RunPaths, options: CheckpointConfig) -> None:
     """When a run is finished: only what is kept for good stays."""
     paths.published.unlink(missing_ok=True)
-    milestones = kept([0, *saved_steps(paths, up_to=10**8)], dataclasses.replace(options, keep=1)) - {0}
-    drop(paths, milestones)
-    if not milestones:
+    for_good = milestones(saved_steps(paths, up_to=10**8), options)
+    drop(paths, for_good)
+    if not for_good:
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
 
 

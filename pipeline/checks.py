@@ -13,6 +13,7 @@ from pipeline.config import (
     AuditConfig,
     CaptureConfig,
     Complete,
+    Dtype,
     Kind,
     Mirror,
     ModelConfig,
@@ -100,6 +101,11 @@ def _check_engine(config: TrainConfig) -> None:
     deepspeed, checkpoint = config.deepspeed, config.checkpoint
     if not 0 <= deepspeed.zero_stage <= 3:
         raise InputError(f"deepspeed.zero_stage: expected 0 to 3, found {deepspeed.zero_stage}")
+    if config.student.dtype is Dtype.float16 and deepspeed.zero_stage == 0:
+        raise InputError(
+            "student.dtype=float16: expected deepspeed.zero_stage 1 to 3, because DeepSpeed does not scale the loss at "
+            "ZeRO 0, found 0; use zero_stage=1, or bfloat16"
+        )
     if deepspeed.offload is not Offload.none and deepspeed.zero_stage == 0:
         raise InputError(
             f"deepspeed.offload={deepspeed.offload.name}: expected zero_stage 1 to 3, because ZeRO moves what it "

@@ -20,7 +20,7 @@ from pipeline.types import InputError
 
 T = TypeVar("T")
 
-Dtype = Enum("Dtype", ["auto", "float32", "bfloat16"])
+Dtype = Enum("Dtype", ["auto", "float32", "bfloat16", "float16"])
 Targets = Enum("Targets", ["all", "completion", "next"])
 Malformed = Enum("Malformed", ["stop", "skip"])
 Kind = Enum("Kind", ["topk", "sampled", "hybrid"])

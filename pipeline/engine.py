@@ -38,11 +38,8 @@ class StudentWithLoss(nn.Module):
         self.student = student
         self.objective = Objective(student, vocabulary_size=vocabulary_size, terms=terms, fused=fused)
 
-    def forward(
-        self, batch: Batch, coefficients: dict[str, float], diagnose: bool, thresholds: tuple[float, ...] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """The micro-batch's share of the loss, and the sums behind it (`head.sum_names`)."""
-        how = {"diagnose": diagnose, "thresholds": thresholds}
+    def forward(self, batch: Batch, coefficients: dict[str, float], **how: Any) -> tuple[Tensor, Tensor]:
+        """The micro-batch's share of the loss, and the sums behind it; `how` is for `head.speak`."""
         hidden_BSH = models.hidden_states(self.student, batch.input_ids_BS, batch.position_ids_BS)
         loss, sums = self.objective(hidden_BSH.flatten(0, 1)[batch.flat_positions_N], batch, coefficients, how)
         # a rank whose micro-batch has no target still takes part in every collective
@@ -118,6 +115,7 @@ def engine_options(config: TrainConfig) -> dict[str, Any]:
         # at ZeRO 0 in float32 DeepSpeed asks for a norm only where it clips
         "gradient_clipping": config.optimizer.max_grad_norm or (math.inf if is_plain(config) else 0.0),
         "bf16": {"enabled": config.student.dtype is Dtype.bfloat16},
+        "fp16": {"enabled": config.student.dtype is Dtype.float16},
         "zero_optimization": zero,
         # with offload DeepSpeed wants its CPUAdam, which has to be compiled; torch's fused AdamW runs on CPUs as well
         "zero_force_ds_cpu_optimizer": False,
@@ -159,6 +157,11 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
     """Use this learning rate in the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
+    """What DeepSpeed multiplies the loss by before a backward: more than 1 in float16 alone."""
+    return float(engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0)
 
 
 def _set_step_count(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:

@@ -48,6 +48,8 @@ class Work:
     vocabulary_size: int = 0
     scale: float = 1.0
     softcap: float | None = None
+    loss_scale: float = 1.0
+    """What the loss will be multiplied by before the backward, so that gradients in float16 do not vanish."""
 
     def temperatures(self, group: Group) -> tuple[float, ...]:
         """Where the student is looked at: where the terms read it, and at 1 for diagnostics."""
@@ -66,6 +68,7 @@ def speak(
     fused: bool = True,
     diagnose: bool = False,
     thresholds: tuple[float, ...] = (),
+    loss_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the loss and, detached, the sums behind it: see `sum_names`.
 
@@ -80,6 +83,7 @@ def speak(
         diagnose=diagnose,
         class_ids=classes_of(terms),
         thresholds=thresholds,
+        loss_scale=loss_scale,
     )
     order_N = torch.cat([hidden_NH.new_zeros(0, dtype=torch.int64), *(group.rows_N for group in groups)])
     hidden_NH = hidden_NH.index_select(0, order_N)
@@ -140,7 +144,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, work: Work, bias_V: Tensor | None, *maps: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradients at once: they would need the same logits."""
         loss, sums, gradients = _one_pass(work, bias_V, maps, ctx.needs_input_grad[1:])
-        ctx.gradients = gradients
+        ctx.gradients, ctx.loss_scale = gradients, work.loss_scale
         ctx.mark_non_differentiable(sums)
         return loss, sums
 
@@ -148,6 +152,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """The gradients made above, times that of the loss."""
         gradients, ctx.gradients = ctx.gradients, None
+        grad_loss = grad_loss / ctx.loss_scale
         if grad_loss.is_cuda or grad_loss != 1.0:  # a pass over the weight that is not for nothing
             gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
         return None, *gradients
@@ -246,7 +251,7 @@ def _block(logits_NV: Tensor, group: Group, work: Work) -> tuple[Tensor, Tensor]
         for leaf in leaves:
             leaf.requires_grad_()
         loss, sums = _value(student, group, work)
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        gradients = torch.autograd.grad(loss * work.loss_scale, leaves, allow_unused=True)
     rests = dict(zip(student.log_rest, gradients[1:], strict=True))
     last, *others = reversed(list(spread))
     z_NV.mul_(_factor(rests[last], last, spread[last][1]))

@@ -68,8 +68,8 @@ def model_flops(size: Size, *, tokens: int, supervised: int, window: int) -> flo
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """FLOP/s in bf16 that a device can do at most; None where that is not known, or the run is not in bf16."""
-    if device.type != "cuda" or dtype != "bfloat16":
+    """FLOP/s in a half type that a device can do at most; None where that is not known, or the run is in float32."""
+    if device.type != "cuda" or dtype == "float32":
         return None
     return PEAK_BF16.get(torch.cuda.get_device_name(device))
 

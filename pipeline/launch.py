@@ -64,6 +64,7 @@ def train(config: TrainConfig) -> float | None:
     start_logging()
     check_train(config)
     config = dataclasses.replace(config, student=models.settled(config.student))
+    models.check_trained_dtype(config.student)
     ranks = num_processes(config)
     fitting_micro_batch(config.global_batch, world_size=ranks, at_most=config.micro_batch)
     identity = identify(config)

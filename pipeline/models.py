@@ -42,12 +42,22 @@ def settled(config: ModelConfig) -> ModelConfig:
 
     Without instructions for it, a CPU multiplies bfloat16 at an eighth of float32's speed (measured on AVX2).
     """
-    is_fast = multiplies_fast(torch.bfloat16, compute_device())
-    if config.dtype is Dtype.bfloat16 and not is_fast:
-        log.warning("%s: this machine has no fast bfloat16; dtype=float32 would be many times faster", config.path)
-    if config.dtype is not Dtype.auto:
-        return config
-    return dataclasses.replace(config, dtype=Dtype.bfloat16 if is_fast else Dtype.float32)
+    if config.dtype is Dtype.auto:
+        is_fast = multiplies_fast(torch.bfloat16, compute_device())
+        return dataclasses.replace(config, dtype=Dtype.bfloat16 if is_fast else Dtype.float32)
+    dtype = config.dtype.name
+    if not multiplies_fast(getattr(torch, dtype), compute_device()):
+        log.warning("%s: this machine has no fast %s; dtype=float32 would be many times faster", config.path, dtype)
+    return config
+
+
+def check_trained_dtype(config: ModelConfig) -> None:
+    """Refuse to train in float16 where DeepSpeed does not."""
+    if config.dtype is Dtype.float16 and not multiplies_fast(torch.float16, compute_device()):
+        raise InputError(
+            "student.dtype: expected float32 or bfloat16 on a CPU without float16 instructions, found float16; "
+            "use bfloat16, or a GPU"
+        )
 
 
 def open_model(config: ModelConfig, device: torch.device, partition: dict[str, Any] | None = None) -> Model:

@@ -189,8 +189,10 @@ def take_step(
     every = loss_config.diagnostics_every_steps
     diagnose = every > 0 and step % every == 0
     totals = torch.zeros(len(sum_names(terms)), dtype=torch.float64, device=ranks.device)
+    thresholds = state.thresholds or (0.0,) * len(classes_of(terms))
     for batch in batches:
-        loss, sums = engine(batch, coefficients, diagnose, state.thresholds or (0.0,) * len(classes_of(terms)))
+        how = {"diagnose": diagnose, "thresholds": thresholds, "loss_scale": engines.loss_scale(engine)}
+        loss, sums = engine(batch, coefficients, **how)
         # a clone: the module's output itself DeepSpeed 0.19 divides by the accumulation all the same (ZeRO 0, float32)
         engine.backward(loss.clone(), scale_wrt_gas=False)
         engine.step()

@@ -127,6 +127,7 @@ def test_contradictions(name: str) -> None:
     ("overrides", "message"),
     [
         (["deepspeed.zero_stage=4"], "deepspeed.zero_stage: expected 0 to 3, found 4"),
+        (["student.dtype=float16", "deepspeed.zero_stage=0"], "student.dtype=float16: expected deepspeed.zero_stage 1"),
         (["loss.kd.weight=-1"], "loss weights: expected 0 or more"),
         (["loss.kd.weight=0", "loss.lm.weight=0"], "no term with a weight above 0 reads any text"),
         (["loss.kd.temperature=0"], "kd_temperature: expected more than 0"),

@@ -254,6 +254,8 @@ def test_which_checkpoints_are_kept() -> None:
     assert checkpoints.kept(steps, CheckpointConfig(keep=1)) == {20}
     assert checkpoints.kept(steps, CheckpointConfig(keep=3)) == {16, 18, 20}
     assert checkpoints.kept(steps, CheckpointConfig(keep=1, keep_every_steps=8)) == {8, 16, 20}
+    assert checkpoints.milestones(steps, CheckpointConfig(keep=1, keep_every_steps=8)) == {8, 16}
+    assert checkpoints.milestones(steps, CheckpointConfig(keep=1)) == set()
 
 
 def test_a_shard_that_goes_missing_in_the_middle(cache: Path, tmp_path: Path) -> None:
