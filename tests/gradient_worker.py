@@ -5,7 +5,9 @@
 writes OUT/{ranks}-{layout}-zero{stage}-accumulation{n}.pt: the student's weights after the steps.
 """
 
+import copy
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from test_config import composed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import engine as engines
+from pipeline.config import TrainConfig
 from pipeline.corpus import Segment, sequence
 from pipeline.dataset import collate
 from pipeline.gates import Gate
@@ -62,8 +65,13 @@ def student(*, tied: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+@functools.cache
+def options(dtype: str) -> TrainConfig:
+    return composed("train", "experiment=combined", "loss.kd.temperature=2", f"student.dtype={dtype}")
+
+
 def weights_after(ranks, layout: str, stage: int, accumulation: int, dtype: str) -> dict[str, torch.Tensor] | None:
-    config = composed("train", "experiment=combined", "loss.kd.temperature=2", f"student.dtype={dtype}")
+    config = copy.deepcopy(options(dtype))
     # a large epsilon makes AdamW's update proportional to the gradient
     changes = {"learning_rate": 1.0, "epsilon": 1.0, "warmup_fraction": 0.0, "max_grad_norm": 0.5}
     config.optimizer = dataclasses.replace(config.optimizer, **changes)

@@ -119,6 +119,7 @@ def test_an_unknown_part_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_quick_bench_of_real_models(tmp_path: Path) -> None:
     """The command on SmolLM2 and real text; the bounds hold with room, so that a noisy machine does not break them."""
     out = tmp_path / "bench.json"
