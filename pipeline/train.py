@@ -186,13 +186,11 @@ def take_step(
     batches = [batch.to(ranks.device) for batch in batches]
     counts, ungated = global_counts(ranks, batches, terms)
     coefficients = {name: weights[name] * ranks.world_size / max(counts[name], 1.0) for name in terms}
-    every = loss_config.diagnostics_every_steps
-    diagnose = every > 0 and step % every == 0
+    diagnose = looks.due(loss_config.diagnostics_every_steps, step)
     totals = torch.zeros(len(sum_names(terms)), dtype=torch.float64, device=ranks.device)
-    thresholds = state.thresholds or (0.0,) * len(classes_of(terms))
+    how = {"diagnose": diagnose, "thresholds": state.thresholds or (0.0,) * len(classes_of(terms))}
     for batch in batches:
-        how = {"diagnose": diagnose, "thresholds": thresholds, "loss_scale": engines.loss_scale(engine)}
-        loss, sums = engine(batch, coefficients, **how)
+        loss, sums = engine(batch, coefficients, **how, loss_scale=engines.loss_scale(engine))
         # a clone: the module's output itself DeepSpeed 0.19 divides by the accumulation all the same (ZeRO 0, float32)
         engine.backward(loss.clone(), scale_wrt_gas=False)
         engine.step()
@@ -207,9 +205,9 @@ def take_step(
     figures |= {f"{name}_count": int(counts[name]) for name in terms}
     if ungated:
         figures["gated_away_fraction"] = 1.0 - counts["kd"] / ungated
-    figures |= {"learning_rate": learning_rate, **engine_figures(ranks, engine, batches)}
-    figures |= class_figures(terms, values, counts)
-    return figures | (diagnostics.figures(values, counts, weights) if diagnose else {})
+    figures |= {"learning_rate": learning_rate} | engine_figures(ranks, engine, batches)
+    figures |= diagnostics.figures(values, counts, weights) if diagnose else {}
+    return figures | class_figures(terms, values, counts)
 
 
 def class_figures(terms: Terms, values: dict[str, float], counts: dict[str, float]) -> dict[str, list[float]]:
