@@ -83,11 +83,12 @@ def train(config: TrainConfig) -> float | None:
 def bring_to_result(config: TrainConfig, identity: dict[str, Any], paths: RunPaths, ranks: int, lock: int) -> None:
     """Run the ranks until there is a result; Stopped if asked to stop, RunFailed if they end without one."""
     paths.stop.unlink(missing_ok=True)
-    write_json(paths.identity, identity)
-    configs.save(config, paths.config)
-    bring_checkpoint(config, paths, ranks)
-    log.info("%s: %s", "going on with" if paths.published.exists() else "starting", paths.folder)
-    exit_code = run_ranks(config, paths, ranks, lock)
+    with stopping(paths):
+        write_json(paths.identity, identity)
+        configs.save(config, paths.config)
+        bring_checkpoint(config, paths, ranks)
+        log.info("%s: %s", "going on with" if paths.published.exists() else "starting", paths.folder)
+        exit_code = run_ranks(config, paths, ranks, lock)
     # a rank may have been told to stop by a signal of its own, or by the clock
     stopped = paths.stop.exists() or (exit_code == 0 and not paths.result.exists())
     paths.stop.unlink(missing_ok=True)
@@ -186,7 +187,7 @@ def num_processes(config: TrainConfig) -> int:
 
 
 def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> int:
-    """Start the ranks under torchrun and wait for them; a signal to this process asks them to stop."""
+    """Start the ranks under torchrun and wait for them."""
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1))}
     defaults = threads if torch.cuda.is_available() else threads | CPU_MEMORY
     environment = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
@@ -196,6 +197,15 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "pipeline.train", str(paths.folder)]
 
+    # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; the lock goes along,
+    # so that it is held until the last rank has left even if this process is killed
+    return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(lock,)).wait()
+
+
+@contextlib.contextmanager
+def stopping(paths: RunPaths) -> Iterator[None]:
+    """Turn signals to this process into the stop file, which its ranks look for at their next step."""
+
     def ask_to_stop(number: int, frame: object) -> None:
         paths.stop.touch()
         log.info("asked to stop: the ranks save at their next step and leave")
@@ -203,9 +213,7 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.signal(number, ask_to_stop) for number in handled}
     try:
-        # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; the lock goes
-        # along, so that it is held until the last rank has left even if this process is killed
-        return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(lock,)).wait()
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

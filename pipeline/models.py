@@ -280,6 +280,10 @@ def weights_hash(folder: Path) -> str:
 def save_model(model: Model, state: dict[str, Tensor], tokenizer: Any, folder: Path, *, shard_bytes: int) -> None:
     """Write weights as safetensors with config and tokenizer, so that plain `from_pretrained` loads the folder."""
     model.config.use_cache = True
+    # how to generate goes on as it came: many models say a temperature without do_sample, which transformers loads but
+    # refuses to save, at the end of a long run
+    generation, model.generation_config = model.generation_config, transformers.GenerationConfig()
     model.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes)
-    model.config.use_cache = False
+    generation.to_json_file(folder / "generation_config.json")
+    model.config.use_cache, model.generation_config = False, generation
     tokenizer.save_pretrained(folder)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -57,12 +58,15 @@ def mine(step: int, layout: str, rank: int, world_size: int) -> list[Row]:
     return part[rank::world_size]
 
 
-def student(*, tied: bool) -> LlamaForCausalLM:
+def student(*, tied: bool, dtype: str) -> LlamaForCausalLM:
     torch.manual_seed(1)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=VOCABULARY + 7, tie_word_embeddings=tied, initializer_range=0.3, **sizes)
     config.use_cache = False
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # not its rotary frequencies, which stay in fp32 wherever a model is loaded
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model
 
 
 @functools.cache
@@ -71,6 +75,10 @@ def options(dtype: str) -> TrainConfig:
 
 
 def weights_after(ranks, layout: str, stage: int, accumulation: int, dtype: str) -> dict[str, torch.Tensor] | None:
+    return engines.student_weights(engine_after(ranks, layout, stage, accumulation, dtype)[0], stage)
+
+
+def engine_after(ranks, layout: str, stage: int, accumulation: int, dtype: str) -> tuple[Any, TrainConfig]:
     config = copy.deepcopy(options(dtype))
     # a large epsilon makes AdamW's update proportional to the gradient
     changes = {"learning_rate": 1.0, "epsilon": 1.0, "warmup_fraction": 0.0, "max_grad_norm": 0.5}
@@ -81,7 +89,7 @@ def weights_after(ranks, layout: str, stage: int, accumulation: int, dtype: str)
     size = GLOBAL_BATCH // ranks.world_size // accumulation
     engine = engines.build(
         engines.StudentWithLoss(
-            student(tied=layout == "striped").to(getattr(torch, dtype)), vocabulary_size=VOCABULARY, terms=terms
+            student(tied=layout == "striped", dtype=dtype), vocabulary_size=VOCABULARY, terms=terms
         ),
         config,
         micro_batch=size,
@@ -93,7 +101,7 @@ def weights_after(ranks, layout: str, stage: int, accumulation: int, dtype: str)
         batches = [collate(group, [captured is None for _, captured in group]) for group in groups]
         figures = take_step(config, ranks, engine, batches, terms, TrainState(step=step), 10)
         assert figures["skipped_steps"] == 0
-    return engines.student_weights(engine, stage)
+    return engine, config
 
 
 if __name__ == "__main__":
@@ -103,9 +111,7 @@ if __name__ == "__main__":
         get_accelerator().is_fp16_supported = lambda: True
     with ranks_from_environment() as ranks:
         for layout in ("striped", "apart"):
-            torch.save(
-                student(tied=layout == "striped").to(getattr(torch, dtype)).state_dict(), out / f"{layout}.start"
-            )
+            torch.save(student(tied=layout == "striped", dtype=dtype).state_dict(), out / f"{layout}.start")
             for stage in range(1 if dtype == "float16" else 0, 4):
                 for accumulation in (1, 2, 4) if dtype != "float16" else (2,):
                     weights = weights_after(ranks, layout, stage, accumulation, dtype)
