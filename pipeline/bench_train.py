@@ -17,7 +17,7 @@ from pipeline import manifest as manifests
 from pipeline.bench_capture import CORPUS, MODEL
 from pipeline.bench_read import manifest_of
 from pipeline.bench_step import GOLD, SEQUENCES, TEACHER_LAYERS, TERMS, WINDOW, K, captured_rows, windows
-from pipeline.config import DeepspeedConfig, Dtype, ModelConfig, OptimizerConfig, TrainConfig
+from pipeline.config import DeepspeedConfig, Dtype, OptimizerConfig, StudentConfig, TrainConfig
 from pipeline.dataset import Mixture, prefetched
 from pipeline.files import Metrics, RunPaths
 from pipeline.head import speak
@@ -43,7 +43,7 @@ def run(quick: bool) -> Findings:
 
 def compare(ranks: Ranks, folder: Path, quick: bool) -> Findings:
     """Both in turn over the same steps; the waiting is read off the steps that a prefetch could serve."""
-    model = models.settled(ModelConfig(path=str(MODEL), dtype=Dtype.auto, num_layers=4 if quick else None))
+    model = models.settled(StudentConfig(path=str(MODEL), dtype=Dtype.auto, num_layers=4 if quick else None))
     together = 50 if ranks.device.type == "cuda" else 3  # steps that are timed as one
     mixture = small_mixture(model, ranks, folder / "cache")
     _, tokenizer = models.open_tokenizer(model)
@@ -70,7 +70,7 @@ def compare(ranks: Ranks, folder: Path, quick: bool) -> Findings:
 class Ours:
     """Training as `scripts/train.py` does it, a few steps at a time."""
 
-    def __init__(self, config: ModelConfig, mixture: Mixture, ranks: Ranks, folder: Path, vocabulary: int) -> None:
+    def __init__(self, config: StudentConfig, mixture: Mixture, ranks: Ranks, folder: Path, vocabulary: int) -> None:
         self._paths, self._mixture, self._ranks = RunPaths(folder=folder), mixture, ranks
         self._config = TrainConfig(
             name="bench",
@@ -101,7 +101,7 @@ class Ours:
 class Bare:
     """The loop one would write: forward, loss, backward, clip, AdamW."""
 
-    def __init__(self, config: ModelConfig, mixture: Mixture, ranks: Ranks, vocabulary: int) -> None:
+    def __init__(self, config: StudentConfig, mixture: Mixture, ranks: Ranks, vocabulary: int) -> None:
         self._student = models.open_model(config, ranks.device).train()
         rates: dict[str, Any] = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPSILON, "weight_decay": 0.0}
         self._optimizer = torch.optim.AdamW(self._student.parameters(), fused=True, **rates)
@@ -128,7 +128,7 @@ class Bare:
         loss.item()
 
 
-def small_mixture(config: ModelConfig, ranks: Ranks, cache: Path) -> Mixture:
+def small_mixture(config: StudentConfig, ranks: Ranks, cache: Path) -> Mixture:
     """A real cache of the demo's text as a teacher of few layers sees it, and gold of the same."""
     _, tokenizer = models.open_tokenizer(config)
     teacher = models.open_model(dataclasses.replace(config, num_layers=TEACHER_LAYERS), ranks.device)

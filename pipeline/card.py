@@ -31,7 +31,7 @@ def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
         base = base.rstrip("/").rsplit("/", 1)[-1]
     lines = ["---", *front, "---", "", f"# {result['name']}, seed {result['seed']}", ""]
     lines += [
-        f"`{base}`, trained on a weak teacher's captured logits and a trusted gold set under one objective.",
+        _story(base, options["student"]["adapter"]),
         "",
         "## Scores",
         "",
@@ -56,6 +56,17 @@ def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _story(base: str, adapter: dict[str, Any] | None) -> str:
+    told = f"`{base}`, trained on a weak teacher's captured logits and a trusted gold set under one objective."
+    if adapter is None:
+        return told
+    layers = ", ".join(adapter["targets"] or ["all linear layers but the head"])
+    told += f" A {'DoRA' if adapter['dora'] else 'LoRA'} adapter of rank {adapter['rank']} and alpha {adapter['alpha']}"
+    told += f" on {layers} was trained, and is merged into these weights."
+    whole = " and ".join(name for name in ("embeddings", "head") if adapter[f"train_{name}"])
+    return f"{told} Trained whole: {whole}." if whole else told
 
 
 def _scores(result: dict[str, Any]) -> Iterator[list[str]]:

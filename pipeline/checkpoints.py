@@ -21,7 +21,7 @@ from torch import nn
 from pipeline.config import CheckpointConfig, Dtype, TrainConfig
 from pipeline.files import RunPaths, sync_files, write_json
 from pipeline.progress import log
-from pipeline.runtime import Ranks
+from pipeline.runtime import Ranks, whole_numel
 from pipeline.types import InputError, RunFailed, TrainState
 
 FORMAT = 2  # of what published.json promises; 1 named no files
@@ -91,7 +91,8 @@ def save(
     folder = paths.checkpoints / tag_of(state.step)
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
     try:
-        engine.save_checkpoint(str(paths.checkpoints), tag=folder.name, save_latest=False)
+        where = {"tag": folder.name, "save_latest": False}
+        engine.save_checkpoint(str(paths.checkpoints), exclude_frozen_parameters=True, **where)
         if ranks.rank == 0:
             sync_files(folder)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
@@ -158,15 +159,15 @@ def clear(paths: RunPaths, options: CheckpointConfig) -> None:
 
 
 def checkpoint_bytes(parameters: Iterable[nn.Parameter], *, zero_stage: int) -> int:
-    """What one checkpoint takes: the weights, and for trained ones AdamW's two moments and a float32 copy.
+    """What one checkpoint takes: the trained weights, AdamW's two moments of each, and a float32 copy.
 
-    ZeRO 0 in float32 keeps no copy.
+    ZeRO 0 in float32 keeps no copy. Frozen weights are not in it: they are the student's, before training.
     """
     total = 0
     for parameter in parameters:
-        size = getattr(parameter, "ds_numel", parameter.numel())  # partitioned by ZeRO-3, it looks empty
         has_copy = zero_stage > 0 or parameter.element_size() < 4
-        total += size * (parameter.element_size() + ((12 if has_copy else 8) if parameter.requires_grad else 0))
+        bytes_each = parameter.element_size() + (12 if has_copy else 8)
+        total += whole_numel(parameter) * bytes_each if parameter.requires_grad else 0
     return total
 
 

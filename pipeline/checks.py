@@ -116,12 +116,30 @@ def _check_engine(config: TrainConfig) -> None:
             f"deepspeed.nvme_path: expected a folder with offload=nvme and null without, found {deepspeed.nvme_path} "
             f"with offload={deepspeed.offload.name}"
         )
+    _check_adapter(config)
     every = checkpoint.every_steps
     if checkpoint.keep_every_steps and (every == 0 or checkpoint.keep_every_steps % every != 0):
         raise InputError(
             f"checkpoint.keep_every_steps: expected a multiple of checkpoint.every_steps {every}, found "
             f"{checkpoint.keep_every_steps}"
         )
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    adapter = config.student.adapter
+    if adapter is None:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise InputError('student.adapter: expected the package peft, found none; pip install ".[lora]"')
+    _at_least(1, adapter_rank=adapter.rank, adapter_alpha=adapter.alpha)
+    _fraction(adapter_dropout=adapter.dropout)
+    if adapter.dora and config.deepspeed.zero_stage == 3:
+        raise InputError(
+            "student.adapter.dora: expected deepspeed.zero_stage 0 to 2, because DoRA begins with the size of each "
+            "whole weight, found 3; use deepspeed=zero2 or dora=false"
+        )
+    if adapter.targets == []:
+        raise InputError("student.adapter.targets: expected names of linear layers or null for all, found []")
 
 
 def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:

@@ -99,6 +99,16 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
     except (InputError, RunFailed, OmegaConfBaseException, hydra.errors.HydraException) as error:
         refuse(error)
+    except AssertionError as error:  # how OmegaConf says it
+        if "Unexpected type for root: NoneType" not in str(error):
+            raise
+        given = " ".join(sys.argv[1:])
+        refuse(
+            InputError(
+                f"expected options of groups that are chosen, found one of a null in {given}; choose it, as "
+                "in adapter=lora or text@gold=own"
+            )
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is left", file=sys.stderr)
         sys.exit(130)

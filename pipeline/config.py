@@ -66,6 +66,25 @@ class ModelConfig:
 
 
 @dataclass
+class AdapterConfig:
+    rank: int = option(16, "rank of the matrices A and B that stand beside each layer's frozen weight")
+    alpha: int = option(32, "their product is multiplied by alpha / rank (rslora: alpha / sqrt(rank))")
+    dropout: float = option(0.0, "fraction of a layer's input that the adapter does not see while it trains")
+    targets: list[str] | None = option(
+        None, "linear layers, by the end of their names (q_proj); null: all but the head"
+    )
+    rslora: bool = option(False, "scale by alpha / sqrt(rank), which stays stable at high ranks")
+    dora: bool = option(False, "DoRA: train each weight's size apart from its direction; ZeRO 0 to 2")
+    train_embeddings: bool = option(False, "train the embeddings too, whole; where they are the head, ask for both")
+    train_head: bool = option(False, "train the head too, whole; LoRA beside it: name it in targets")
+
+
+@dataclass
+class StudentConfig(ModelConfig):
+    adapter: AdapterConfig | None = option(None, "LoRA: train a few small matrices, all else frozen; null: everything")
+
+
+@dataclass
 class ColumnsConfig:
     text: str = option("text", "column of plain text")
     prompt: str = option("prompt", "column of what comes before the completion")
@@ -339,7 +358,7 @@ class TrainConfig:
     name: str = option(MISSING, "first part of the run folder's name; what the report calls the experiment")
     runs_dir: str = option("runs", "folder that holds all runs", result=False)
     seed: int = option(1, "decides the order of the data and every other draw")
-    student: ModelConfig = option(ModelConfig, "the strong model, before training")
+    student: StudentConfig = option(StudentConfig, "the strong model, before training")
     cache: str | None = option(
         None,
         "folder of a capture, a glob matching one, or an address (s3://bucket/prefix); null: no teacher",

@@ -37,6 +37,7 @@ class StudentWithLoss(nn.Module):
         super().__init__()
         self.student = student
         self.objective = Objective(student, vocabulary_size=vocabulary_size, terms=terms, fused=fused)
+        self.register_state_dict_post_hook(_leave_out_frozen)  # of checkpoints: the student's own has them all
 
     def forward(self, batch: Batch, coefficients: dict[str, float], **how: Any) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, and the sums behind it; `how` is for `head.speak`."""
@@ -222,8 +223,26 @@ def _put(parameter: Any, values: dict[str, Tensor]) -> None:
 
 def student_weights(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> dict[str, Tensor] | None:
     """The student's whole state dict, on rank 0; None on other ranks where parameters are partitioned."""
-    state = engine._zero3_consolidated_16bit_state_dict() if zero_stage == 3 else engine.module.state_dict()
-    if state is None:
-        return None
-    prefix = "student."
-    return {name.removeprefix(prefix): weight.cpu() for name, weight in state.items()}
+    if zero_stage < 3:
+        return {name: weight.cpu() for name, weight in engine.module.student.state_dict().items()}
+    state = engine._zero3_consolidated_16bit_state_dict()
+    return None if state is None else {name.removeprefix("student."): weight.cpu() for name, weight in state.items()}
+
+
+def _leave_out_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    # DeepSpeed can do it itself, but would keep the second name of a tied matrix
+    for name in frozen_names(module):
+        state.pop(prefix + name, None)
+
+
+def frozen_names(module: nn.Module) -> set[str]:
+    """Every name of the parameters that are not trained."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Load a checkpoint's weights into the module: all that it has, but the frozen ones, which no checkpoint has."""
+    found = dst.load_state_dict(src, strict=False)
+    wrong = {*found.unexpected_keys, *found.missing_keys} - frozen_names(dst)
+    if wrong:
+        raise RuntimeError(f"expected a checkpoint of the trained weights, found a difference in {sorted(wrong)[:5]}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,11 @@ class RunPaths:
         """The trained student with its tokenizer, as `from_pretrained` reads it."""
         return self.folder / "model"
 
+    @property
+    def adapter(self) -> Path:
+        """The adapter alone, as peft reads it, where one was trained."""
+        return self.folder / "adapter"
+
     def predictions(self, split: str) -> Path:
         """One row a held-out record of dev or test."""
         return self.folder / f"predictions-{split}.parquet"
@@ -93,6 +101,18 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write plain data atomically as JSON for people: indented, keys in the given order."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def appears_whole(folder: Path) -> Iterator[Path]:
+    """Fill the yielded folder; under the name of `folder` it appears when it is whole and durable."""
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    sync_files(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    sync_folder(folder.parent)
 
 
 def sync_files(folder: Path) -> None:

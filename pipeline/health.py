@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.progress import log
-from pipeline.runtime import Ranks
+from pipeline.runtime import Ranks, whole_numel
 from pipeline.types import Batch
 
 # Dense bf16 FLOP/s by NVIDIA's data sheets, under the exact name that the driver gives the device: a variant of other
@@ -44,17 +44,24 @@ class Size:
     """Parameters of the output layer, tied or not: only supervised positions meet them."""
     attention: int
     """Layers times heads times the size of a head."""
+    frozen_body: int = 0
+    """Of the body's parameters, those that are not trained: no product makes their gradient."""
+    frozen_head: int = 0
 
 
 def size_of(student: Any) -> Size:
-    """A model's size, taken before its parameters are partitioned."""
+    """A model's size."""
     text = student.config.get_text_config()
     head, embedding = student.get_output_embeddings().weight, student.get_input_embeddings().weight
-    everything = {id(p): p.numel() for p in student.parameters()}
-    body = sum(numel for key, numel in everything.items() if key not in (id(head), id(embedding)))
+    body = [p for p in student.parameters() if p is not head and p is not embedding]
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = text.num_hidden_layers * text.num_attention_heads * head_size
-    return Size(body=body, head=head.numel(), attention=attention)
+    return Size(
+        body=sum(map(whole_numel, body)),
+        head=whole_numel(head),
+        attention=text.num_hidden_layers * text.num_attention_heads * head_size,
+        frozen_body=sum(whole_numel(p) for p in body if not p.requires_grad),
+        frozen_head=0 if head.requires_grad else whole_numel(head),
+    )
 
 
 def model_flops(size: Size, *, tokens: int, supervised: int, window: int) -> float:
@@ -62,9 +69,10 @@ def model_flops(size: Size, *, tokens: int, supervised: int, window: int) -> flo
 
     Chowdhery et al., PaLM (2022), appendix B: N parameters, L layers of H heads of size Q, a window of T tokens;
     nothing is counted for recomputing, nor left out for masks. Where PaLM has a head at every token, ours stands at the
-    supervised positions alone, and N is taken apart so.
+    supervised positions alone, and N is taken apart so. A frozen parameter costs 4: two of its three products.
     """
-    return 6.0 * (size.body * tokens + size.head * supervised) + 12.0 * size.attention * window * tokens
+    spared = 2.0 * (size.frozen_body * tokens + size.frozen_head * supervised)
+    return 6.0 * (size.body * tokens + size.head * supervised) + 12.0 * size.attention * window * tokens - spared
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

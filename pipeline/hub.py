@@ -8,11 +8,17 @@ from pipeline.files import one_path
 from pipeline.types import InputError
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether this names a model on the hub (OWNER/NAME), and no folder or glob."""
+    is_local = Path(path).is_dir() or any(letter in path for letter in "*?[") or path.startswith((".", "/"))
+    return not is_local and path.count("/") == 1
+
+
 def model_folder(path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
     """The local folder of a model: a folder, a glob matching one, or a hub name (downloaded, then local)."""
     if Path(path).is_dir():
         return Path(path)
-    if any(letter in path for letter in "*?[") or path.count("/") != 1 or path.startswith((".", "/")):
+    if not is_hub_name(path):
         return one_path(path, "model path")
     import huggingface_hub  # here, because a local folder needs none of it
 

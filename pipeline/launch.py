@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pipeline import checkpoints, models
+from pipeline import adapters, checkpoints, models
 from pipeline import config as configs
 from pipeline import manifest as manifests
 from pipeline.checks import check_train
@@ -71,6 +71,7 @@ def train(config: TrainConfig) -> float | None:
     paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
     if not paths.result.exists():
         checkpoints.published(paths)  # refuse one that is not whole before waiting for anybody
+        adapters.check(config.student)
         paths.folder.mkdir(parents=True, exist_ok=True)
         with alone(paths) as lock:
             if not paths.result.exists():  # else somebody finished it while we waited

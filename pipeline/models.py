@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -20,6 +20,7 @@ from pipeline.progress import log
 from pipeline.runtime import compute_device, multiplies_fast
 from pipeline.types import InputError
 
+C = TypeVar("C", bound=ModelConfig)
 Model = Any  # a transformers causal language model; its library leaves too much of it untyped to say more
 
 transformers.utils.logging.set_verbosity_error()
@@ -37,7 +38,7 @@ def open_tokenizer(config: ModelConfig) -> tuple[Path, Any]:
     return folder, load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
 
 
-def settled(config: ModelConfig) -> ModelConfig:
+def settled(config: C) -> C:
     """The same options with `auto` made definite: what is recorded, hashed and run.
 
     Without instructions for it, a CPU multiplies bfloat16 at an eighth of float32's speed (measured on AVX2).
@@ -90,14 +91,7 @@ def load_model(
     `partition`, DeepSpeed's options at ZeRO 3, each rank keeps its part of every weight as it is read, and that check
     is left to the caller: such a model can run only inside an engine.
     """
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if num_layers is not None:
-        if not 1 <= num_layers <= config.num_hidden_layers:
-            raise InputError(f"num_layers: expected 1 to {config.num_hidden_layers} ({folder}), found {num_layers}")
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:num_layers]
-    config.use_cache = False  # with a cache, packed segments would silently see each other
+    config = _architecture(folder, num_layers=num_layers, trust_remote_code=trust_remote_code)
     # while it lives, from_pretrained partitions
     partitioning = None if partition is None else transformers.integrations.HfDeepSpeedConfig(partition)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -118,6 +112,34 @@ def load_model(
     model = model.to(device).eval()
     check_architecture(model)
     return model
+
+
+def _architecture(folder: Path, *, num_layers: int | None, trust_remote_code: bool) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if num_layers is not None:
+        if not 1 <= num_layers <= config.num_hidden_layers:
+            raise InputError(f"num_layers: expected 1 to {config.num_hidden_layers} ({folder}), found {num_layers}")
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+    config.use_cache = False  # with a cache, packed segments would silently see each other
+    return config
+
+
+def skeleton(config: ModelConfig) -> Model:
+    """The model that options describe, without weights: its modules and their names, on no device."""
+    folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
+    trust = config.trust_remote_code
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(
+            _architecture(folder, num_layers=config.num_layers, trust_remote_code=trust), trust_remote_code=trust
+        )
+
+
+def linear_layers(model: Model) -> list[str]:
+    """The full names of a model's linear layers, GPT-2's transposed ones among them."""
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def check_architecture(model: Model) -> None:

@@ -77,6 +77,11 @@ def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype != torch.float16 or device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def whole_numel(parameter: torch.nn.Parameter) -> int:
+    """Numbers in a parameter; partitioned by ZeRO-3, it looks empty."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def keep_memory() -> None:
     """Have glibc keep the memory it is given back: temporaries of a few MB, made anew a thousand times a second.
 

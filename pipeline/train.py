@@ -11,7 +11,6 @@ import faulthandler
 import json
 import logging
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pipeline import checkpoints, diagnostics, health, looks, models
+from pipeline import adapters, checkpoints, diagnostics, health, looks, models
 from pipeline import config as configs
 from pipeline import engine as engines
 from pipeline.card import card
@@ -28,7 +27,7 @@ from pipeline.config import HeadPath, TrainConfig
 from pipeline.dataset import Mixture, fitting_micro_batch, prefetched
 from pipeline.evaluate import score
 from pipeline.exam import open_exam
-from pipeline.files import Metrics, RunPaths, content_hash, sync_files, sync_folder, write_atomically, write_json
+from pipeline.files import Metrics, RunPaths, appears_whole, content_hash, write_atomically, write_json
 from pipeline.gates import Gate
 from pipeline.head import sum_names
 from pipeline.ledger import Ledger
@@ -71,6 +70,8 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     batch = {"train_micro_batch_size_per_gpu": micro_batch}
     partition = engines.engine_options(config) | batch if zero_stage == 3 else None
     student = models.open_model(config.student, ranks.device, partition=partition)
+    if config.student.adapter is not None:
+        adapters.attach(student, config.student.adapter, seed=config.seed)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     classes = class_ids(config.loss.confidence.choices, tokenizer)
@@ -109,7 +110,7 @@ def go_on(engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks) -> Tr
     if checkpoint is None:
         return TrainState()
     if checkpoints.fits(checkpoint, config, ranks.world_size):
-        engine.load_checkpoint(str(paths.checkpoints), tag=checkpoint.tag)
+        engine.load_checkpoint(str(paths.checkpoints), tag=checkpoint.tag, custom_load_fn=engines.load_trained)
     else:
         counts = {"steps": checkpoint.step, "skipped_steps": checkpoint.skipped_steps}
         engines.take_over(engine, checkpoints.universal(paths, checkpoint) / "zero", **counts)
@@ -256,22 +257,21 @@ def global_counts(ranks: Ranks, batches: list[Batch], terms: Terms) -> tuple[dic
 
 
 def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ranks, config: TrainConfig) -> None:
-    """Write the model folder under another name and rename it: it exists only if it is whole."""
+    """Write the model folder, and before it the adapter alone where there is one; either exists only if it is whole."""
     weights = engines.student_weights(engine, config.deepspeed.zero_stage)
     if ranks.rank == 0:
         assert weights is not None
-        unfinished = paths.model.with_name(".model.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        models.save_model(student, weights, tokenizer, unfinished, shard_bytes=config.export.shard_bytes)
-        sync_files(unfinished)
-        unfinished.rename(paths.model)
-        sync_folder(paths.folder)
+        if config.student.adapter is not None:
+            with appears_whole(paths.adapter) as folder:
+                weights = adapters.merged(config.student, weights, folder)
+        with appears_whole(paths.model) as folder:
+            models.save_model(student, weights, tokenizer, folder, shard_bytes=config.export.shard_bytes)
     ranks.wait()
 
 
 def finish(config: TrainConfig, paths: RunPaths) -> None:
     """Score the exported folder on dev and test, write the result, drop the checkpoints."""
-    exported = dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None)
+    exported = dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None, adapter=None)
     _, tokenizer = models.open_tokenizer(exported)
     model = models.open_model(exported, compute_device())
     result: dict[str, Any] = {"name": config.name, "seed": config.seed}

@@ -34,6 +34,7 @@ USES = [
     ("train", "experiment", "experiment"),
     ("train", "loss", "loss"),
     ("train", "deepspeed", "deepspeed"),
+    ("train", "adapter", "adapter"),
     ("train", "model@student", "model"),
     ("capture", "model@teacher", "model"),
     ("evaluate", "model", "model"),

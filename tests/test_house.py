@@ -32,7 +32,7 @@ FLOORS = [
         "card",
     },
     {"divergences", "gates", "manifest", "claims", "downloads", "text", "models", "columns"},
-    {"losses", "shards", "corpus", "ledger", "recall", "sources", "content", "samples"},
+    {"adapters", "losses", "shards", "corpus", "ledger", "recall", "sources", "content", "samples"},
     {"diagnostics", "groups", "dataset", "teacher", "exam", "plan", "foreign", "verify", "summary"},
     {"head", "recipe", "evaluate", "complete", "replay"},
     {"engine", "worker", "imports", "checkpoints", "looks"},
@@ -73,6 +73,7 @@ DOORS = {
     "huggingface_hub": {"hub"},
     "deepspeed": {"engine"},
     "altair": {"pictures"},
+    "peft": {"adapters"},
     "wandb": {"mirrors"},
     "mlflow": {"mirrors"},
 }
