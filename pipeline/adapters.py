@@ -7,6 +7,7 @@ is imported where an adapter is asked for: it is optional, and takes seconds.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def merged(config: StudentConfig, weights: dict[str, Tensor], folder: Path) -> d
     student = models.skeleton(config)
     settings, whole = _settings(student, config.adapter), _trained_whole(student, config.adapter)
     settings.modules_to_save, settings.revision = whole or None, config.revision
-    adapted = peft.get_peft_model(student, settings, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():  # of tied matrices trained whole, which are right because they are written twice
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        adapted = peft.get_peft_model(student, settings, autocast_adapter_dtype=False)
     folder_of_base = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
     settings.base_model_name_or_path = config.path if is_hub_name(config.path) else str(folder_of_base.resolve())
     state = {}

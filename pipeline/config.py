@@ -70,9 +70,7 @@ class AdapterConfig:
     rank: int = option(16, "rank of the matrices A and B that stand beside each layer's frozen weight")
     alpha: int = option(32, "their product is multiplied by alpha / rank (rslora: alpha / sqrt(rank))")
     dropout: float = option(0.0, "fraction of a layer's input that the adapter does not see while it trains")
-    targets: list[str] | None = option(
-        None, "linear layers, by the end of their names (q_proj); null: all but the head"
-    )
+    targets: list[str] | None = option(None, "linear layers, by the end of their names; null: all but the head")
     rslora: bool = option(False, "scale by alpha / sqrt(rank), which stays stable at high ranks")
     dora: bool = option(False, "DoRA: train each weight's size apart from its direction; ZeRO 0 to 2")
     train_embeddings: bool = option(False, "train the embeddings too, whole; where they are the head, ask for both")
