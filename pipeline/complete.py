@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline import models
 from pipeline.corpus import completed, pack
+from pipeline.generation import read_next, read_prompts
 from pipeline.logits import logits
 from pipeline.teacher import Flight, Spoken, depart, joined, mark, speak
 from pipeline.topk import sampled, select, uniforms
@@ -47,7 +48,7 @@ def _say(
     end_id = manifest.made_of["end_token_id"]
     said: list[list[int]] = [[] for _ in batch]
     spoken: list[Spoken] = []
-    state = models.read_prompts(teacher, [prompt.input_ids_S for prompt in batch])
+    state = read_prompts(teacher, [prompt.input_ids_S for prompt in batch])
     for t in range(num_steps):
         logits_BV = logits(teacher, state.hidden_BH, manifest.vocabulary_size)
         spoken.append(speak(logits_BV, unknown_B, draws_BTD[:, t], manifest))
@@ -57,7 +58,7 @@ def _say(
                 said[b].append(token)
         if all(len(words) <= t for words in said) or t + 1 == num_steps:
             break
-        state = models.read_next(teacher, state, next_B)
+        state = read_next(teacher, state, next_B)
     return said, spoken
 
 

@@ -32,7 +32,7 @@ FLOORS = [
         "card",
     },
     {"divergences", "gates", "manifest", "claims", "downloads", "text", "models", "columns"},
-    {"adapters", "losses", "shards", "corpus", "ledger", "recall", "sources", "content", "samples"},
+    {"adapters", "generation", "losses", "shards", "corpus", "ledger", "recall", "sources", "content", "samples"},
     {"diagnostics", "groups", "dataset", "teacher", "exam", "plan", "foreign", "verify", "summary"},
     {"head", "recipe", "evaluate", "complete", "replay"},
     {"engine", "worker", "imports", "checkpoints", "looks"},
