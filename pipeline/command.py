@@ -18,7 +18,8 @@ from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.checks import addresses, check_files
-from pipeline.config import ROOTS, options, plain, typed
+from pipeline.config import ROOTS
+from pipeline.options import options, plain, typed
 from pipeline.types import InputError, RunFailed
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from pipeline import adapters, checkpoints, models
-from pipeline import config as configs
 from pipeline import manifest as manifests
 from pipeline.checks import check_train
 from pipeline.config import Source, Take, TrainConfig
@@ -31,6 +30,7 @@ from pipeline.divergences import NEEDS_TAIL
 from pipeline.evaluate import teacher_choices, teacher_score
 from pipeline.exam import open_exam
 from pipeline.files import RunPaths, content_hash, write_json
+from pipeline.options import result_options, save_config
 from pipeline.progress import log, start_logging
 from pipeline.recipe import class_ids
 from pipeline.store import one_place
@@ -86,7 +86,7 @@ def bring_to_result(config: TrainConfig, identity: dict[str, Any], paths: RunPat
     paths.stop.unlink(missing_ok=True)
     with stopping(paths):
         write_json(paths.identity, identity)
-        configs.save(config, paths.config)
+        save_config(config, paths.config)
         bring_checkpoint(config, paths, ranks)
         log.info("%s: %s", "going on with" if paths.published.exists() else "starting", paths.folder)
         exit_code = run_ranks(config, paths, ranks, lock)
@@ -112,7 +112,7 @@ def identify(config: TrainConfig) -> dict[str, Any]:
     models.check_window(folder, config.window)
     class_ids(config.loss.confidence.choices, tokenizer)
     identity: dict[str, Any] = {
-        "options": configs.result_options(config),
+        "options": result_options(config),
         "student": [models.weights_hash(folder), models.tokenizer_hash(tokenizer), models.text_rules(tokenizer)],
     }
     if config.cache is not None and config.gold_fraction < 1:

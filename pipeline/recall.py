@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import manifest as manifests
-from pipeline.config import CaptureConfig, result_options
+from pipeline.config import CaptureConfig
 from pipeline.files import content_hash
 from pipeline.hub import model_folder
+from pipeline.options import result_options
 from pipeline.store import is_address
 from pipeline.text import open_text
 from pipeline.types import Manifest

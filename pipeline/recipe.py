@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from pipeline import config as configs
 from pipeline import ramps
 from pipeline.config import By, Control, KdConfig, LossConfig, OptimizerConfig, TrainConfig
 from pipeline.corpus import known_sequences
@@ -17,6 +16,7 @@ from pipeline.dataset import Mixture
 from pipeline.downloads import Downloads
 from pipeline.gates import Gate, confidence, threshold
 from pipeline.losses import TERMS, TermOptions
+from pipeline.options import result_options
 from pipeline.progress import log
 from pipeline.shards import ShardReader
 from pipeline.store import one_place
@@ -134,7 +134,7 @@ def weights_at(
     weights = {}
     for name in names:
         term = getattr(loss, name)
-        weights[name] = term.weight * ramps.ramp(step, num_steps=num_steps, **configs.result_options(term.ramp))
+        weights[name] = term.weight * ramps.ramp(step, num_steps=num_steps, **result_options(term.ramp))
     if "kd" in weights:
         weights["kd"] *= kd_factor
     return weights

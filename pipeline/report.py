@@ -9,9 +9,9 @@ from typing import Any
 
 import polars as pl
 
-from pipeline import config as configs
 from pipeline.config import ReportConfig, TrainConfig
 from pipeline.files import RunPaths, content_hash
+from pipeline.options import load_config
 from pipeline.progress import log, start_logging
 from pipeline.statistics import performance_gap_recovered
 from pipeline.types import InputError
@@ -64,7 +64,7 @@ def read_runs(folders: list[Path], patterns: list[str]) -> pl.DataFrame:
         if not paths.result.exists():
             log.warning("%s is not finished: left out", paths.folder)
             continue
-        config = configs.load(paths.config, TrainConfig)
+        config = load_config(paths.config, TrainConfig)
         result = json.loads(paths.result.read_text())
         identity = json.loads(paths.identity.read_text())
         rows.append(_row(config, result, identity, paths.folder))

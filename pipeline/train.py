@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from pipeline import adapters, checkpoints, diagnostics, health, looks, models
-from pipeline import config as configs
 from pipeline import engine as engines
 from pipeline.card import card
 from pipeline.classes import class_names, moved
@@ -32,6 +31,7 @@ from pipeline.gates import Gate
 from pipeline.head import sum_names
 from pipeline.ledger import Ledger
 from pipeline.losses import TermOptions, classes_of, count_positions
+from pipeline.options import load_config
 from pipeline.progress import log, start_logging
 from pipeline.recipe import class_ids, learning_rate_at, open_gate, open_mixture, steps_of, term_options, weights_at
 from pipeline.runtime import Ranks, StopRequest, compute_device, leave, ranks_from_environment, release_memory
@@ -44,7 +44,7 @@ Terms = dict[str, TermOptions]
 def run(folder: Path) -> None:
     """Train, export and score what a run folder describes, from where it stands."""
     paths = RunPaths(folder=folder)
-    config = configs.load(paths.config, TrainConfig)
+    config = load_config(paths.config, TrainConfig)
     stop = StopRequest(paths.stop)
     with ranks_from_environment() as ranks:
         is_first = ranks.rank == 0

@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline import adapters, checkpoints, models
-from pipeline import config as configs
 from pipeline.checks import check_train
 from pipeline.config import AdapterConfig, Dtype, StudentConfig, TrainConfig
 from pipeline.files import RunPaths
 from pipeline.health import model_flops, size_of
+from pipeline.options import load_config, save_config
 from pipeline.types import InputError
 
 CPU = torch.device("cpu")
@@ -170,7 +170,7 @@ def test_a_run_is_one_option_away(student: Path, data: Path, cache: Path, tmp_pa
 
 def prepared(folder: Path, arguments: list[str], *, stop: bool = False) -> Path:
     folder.mkdir()
-    configs.save(composed("train", *arguments), folder / "config.yaml")
+    save_config(composed("train", *arguments), folder / "config.yaml")
     if stop:
         RunPaths(folder=folder).stop.touch()
     return folder
@@ -229,7 +229,7 @@ def test_every_stage_trains_exports_stops_and_goes_on(
         assert same_bits(one, other), one.name
     assert losses_of(dora)[-1] < losses_of(dora)[0]
     # a checkpoint has what is trained and nothing else
-    paths, config = RunPaths(folder=handed), configs.load(handed / "config.yaml", TrainConfig)
+    paths, config = RunPaths(folder=handed), load_config(handed / "config.yaml", TrainConfig)
     (states,) = paths.checkpoints.glob("step-*/mp_rank_00_model_states.pt")
     held = {name.removeprefix("student.") for name in torch.load(states, weights_only=False)["module"]}
     model = attached(options_of(student, **WHOLE))
@@ -243,7 +243,7 @@ def test_every_stage_trains_exports_stops_and_goes_on(
     config.deepspeed.zero_stage = 3
     assert not checkpoints.fits(found, config, world_size=1)
     checkpoints.convert(paths, found)
-    configs.save(config, handed / "config.yaml")
+    save_config(config, handed / "config.yaml")
     paths.stop.unlink()
     run_ranks(1, [handed])
     assert_alike([whole[0], handed])

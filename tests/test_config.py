@@ -11,10 +11,10 @@ import pytest
 from conftest import script
 from hydra import compose, initialize_config_dir
 
-from pipeline import config as configs
 from pipeline.checks import check_capture, check_train
 from pipeline.command import CONF_DIR, help_text, register
-from pipeline.config import ROOTS, TrainConfig, options, result_options, typed
+from pipeline.config import ROOTS, TrainConfig
+from pipeline.options import load_config, options, result_options, save_config, typed
 from pipeline.types import InputError
 
 
@@ -90,8 +90,8 @@ def test_every_option_has_a_sentence_and_help_shows_it() -> None:
 
 def test_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
     config = composed("train", "experiment=combined", "+deepspeed.overrides.wall_clock_breakdown=true")
-    configs.save(config, tmp_path / "config.yaml")
-    assert configs.load(tmp_path / "config.yaml", TrainConfig) == config
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", TrainConfig) == config
 
 
 def test_result_options_leave_out_what_does_not_change_the_result() -> None:

@@ -20,13 +20,13 @@ from test_config import composed
 from test_train import start, steps_done, wait_for
 from transformers import AutoModelForCausalLM
 
-from pipeline import config as configs
 from pipeline import health, looks
 from pipeline.checks import check_train
 from pipeline.config import EarlyStoppingConfig, Mirror
 from pipeline.files import RunPaths
 from pipeline.health import Size, Watch, model_flops, rates, size_of
 from pipeline.mirrors import OPEN, Mirrors
+from pipeline.options import save_config
 from pipeline.types import InputError, TrainState
 
 
@@ -219,7 +219,7 @@ def test_dev_under_every_zero_stage_is_that_of_one_rank(student: Path, data: Pat
         folders[stage].mkdir()
         arguments = train_arguments(student, data, str(cache), steps=4, micro_batch=1, evaluate_every_steps=2)
         arguments.append(f"deepspeed.zero_stage={stage}")
-        configs.save(composed("train", *arguments), folders[stage] / "config.yaml")
+        save_config(composed("train", *arguments), folders[stage] / "config.yaml")
     for num_ranks, some in ((1, [folders[0]]), (2, list(folders.values())[1:])):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         command += [str(ROOT / "tests" / "zero_worker.py"), *map(str, some)]

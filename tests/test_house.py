@@ -13,6 +13,7 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 FLOORS = [
     {"types"},
+    {"options"},
     {"config", "files", "progress", "runtime", "measure"},
     {
         "topk",
@@ -48,9 +49,9 @@ EVERYWHERE = set.union(*FLOORS)
 DOORS = {
     # without torch in these, a wrong option and a finished cache are known within a second
     "torch": EVERYWHERE
-    - {"config", "checks", "command", "files", "progress", "hub", "text", "recall", "capture"}
+    - {"options", "config", "checks", "command", "files", "progress", "hub", "text", "recall", "capture"}
     - {"store", "manifest", "claims", "downloads"},
-    "omegaconf": {"config", "command", "sources"},
+    "omegaconf": {"options", "config", "command", "sources"},
     "hydra": {"command"},
     "tqdm": {"progress"},
     "numpy": {"schema", "corpus", "distillkit", "foreign", "columns", "content", "samples", "verify", "summary"},

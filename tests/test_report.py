@@ -9,8 +9,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline import config as configs
 from pipeline.config import KdConfig, LossConfig, ModelConfig, ReportConfig, TrainConfig
+from pipeline.options import result_options, save_config
 from pipeline.report import run
 from pipeline.statistics import performance_gap_recovered
 from pipeline.types import InputError
@@ -27,10 +27,10 @@ def make_run(folder: Path, name: str, accuracy: float | None, *, seed: int = 1, 
         steps=3,
         loss=LossConfig(kd=KdConfig(weight=kd_weight)),
     )
-    configs.save(config, run_folder / "config.yaml")
+    save_config(config, run_folder / "config.yaml")
     if accuracy is not None:
         test = {"num_records": 1000, "num_choice_records": 1000, "accuracy": accuracy, "nll": 0.5, "agreement": None}
-        identity = {"options": configs.result_options(config), "test": "same"}
+        identity = {"options": result_options(config), "test": "same"}
         (run_folder / "identity.json").write_text(json.dumps(identity))
         (run_folder / "result.json").write_text(json.dumps({"steps": 3, "train_seconds": 1.5, "test": test}))
 

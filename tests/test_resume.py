@@ -24,9 +24,9 @@ from test_train import losses_of, start, steps_done, wait_for
 from test_workers import mounted, needs_root
 
 from pipeline import checkpoints, models
-from pipeline import config as configs
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.files import RunPaths
+from pipeline.options import load_config
 from pipeline.recipe import open_mixture
 from pipeline.shards import ShardReader
 from pipeline.types import InputError
@@ -153,7 +153,7 @@ def test_kills_at_random_times_change_nothing(student: Path, data: Path, cache: 
 
 def expected_sequences(run: Path, steps: int) -> list[str]:
     """What each step should have read: the pure order over the sequences, each once an epoch."""
-    config = configs.load(run / "config.yaml", TrainConfig)
+    config = load_config(run / "config.yaml", TrainConfig)
     tokenizer = models.open_tokenizer(config.student)[1]
     mixture = open_mixture(config, tokenizer)
     assert mixture.reader is not None

@@ -20,8 +20,8 @@ from conftest import ROOT, make_model, make_tokenizer, script, train_arguments, 
 from huggingface_hub import ModelCard
 from test_config import composed
 
-from pipeline import config as configs
 from pipeline import launch
+from pipeline.options import save_config
 from pipeline.types import InputError
 
 
@@ -113,7 +113,7 @@ def test_zero_0_to_3_on_two_ranks_equal_one_rank_without(
         folder = tmp_path / name
         folder.mkdir()
         arguments = train_arguments(student, data, str(cache), steps=20, micro_batch=1)
-        configs.save(composed("train", *arguments, f"deepspeed.zero_stage={stage}"), folder / "config.yaml")
+        save_config(composed("train", *arguments, f"deepspeed.zero_stage={stage}"), folder / "config.yaml")
         return folder
 
     def run(num_ranks: int, folders: list[Path]) -> None:

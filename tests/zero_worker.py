@@ -6,9 +6,9 @@ A run that is asked to stop does so after its first step; it goes on at once whe
 import sys
 from pathlib import Path
 
-from pipeline import config as configs
 from pipeline.config import TrainConfig
 from pipeline.files import RunPaths
+from pipeline.options import load_config
 from pipeline.progress import start_logging
 from pipeline.runtime import StopRequest, leave, ranks_from_environment
 from pipeline.train import train
@@ -18,7 +18,7 @@ if __name__ == "__main__":
     with ranks_from_environment() as ranks:
         for folder in sys.argv[1:]:
             paths = RunPaths(folder=Path(folder))
-            config, asked_to_stop = configs.load(paths.config, TrainConfig), paths.stop.exists()
+            config, asked_to_stop = load_config(paths.config, TrainConfig), paths.stop.exists()
             assert train(config, paths, ranks, StopRequest(paths.stop)) is not asked_to_stop
             ranks.wait()
             if asked_to_stop and "resumed" in folder:
