@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.config import KdConfig, LossConfig, ModelConfig, ReportConfig, TrainConfig
+from pipeline.config import KdConfig, LossConfig, ReportConfig, StudentConfig, TrainConfig
 from pipeline.options import result_options, save_config
 from pipeline.report import run
 from pipeline.statistics import performance_gap_recovered
@@ -22,7 +22,7 @@ def make_run(folder: Path, name: str, accuracy: float | None, *, seed: int = 1, 
     config = TrainConfig(
         name=name,
         seed=seed,
-        student=ModelConfig(path="m"),
+        student=StudentConfig(path="m"),
         gold_fraction=1.0,
         steps=3,
         loss=LossConfig(kd=KdConfig(weight=kd_weight)),
