@@ -82,10 +82,10 @@ def _make(config: CaptureConfig, folder: Path, tokenizer: Any, request: Request)
     spool = request.folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
     spool.mkdir()
     try:
-        with ThreadPoolExecutor(1) as beside:
-            corpus_sha256 = beside.submit(text_hash, text)
+        with ThreadPoolExecutor(2) as beside:
+            hashes = [beside.submit(text_hash, text), beside.submit(models.weights_hash, folder)]
             num_records = tokenize(config, text, folder, spool)
-        manifest = promise(config, folder, tokenizer, num_records, corpus_sha256.result())
+        manifest = promise(config, tokenizer, num_records, *(sha256.result() for sha256 in hashes))
         if state_of([*text.files, folder]) != before:
             raise InputError("corpus: expected files that stay as they are, found one changed while it was read; retry")
         sync_files(spool)
@@ -108,12 +108,14 @@ def corpus_of(config: CaptureConfig) -> Text:
     return dataclasses.replace(open_text(config.corpus, "corpus"), completes=completes)
 
 
-def promise(config: CaptureConfig, folder: Path, tokenizer: Any, num_records: int, corpus_sha256: str) -> Manifest:
+def promise(
+    config: CaptureConfig, tokenizer: Any, num_records: int, corpus_sha256: str, weights_sha256: str
+) -> Manifest:
     """The promise of a cache: all that changes its content, and which records each shard holds."""
     complete = config.complete
     made_of = {
         "schema_version": SCHEMA_VERSION,
-        "teacher_weights": models.weights_hash(folder),
+        "teacher_weights": weights_sha256,
         "teacher_num_layers": config.teacher.num_layers,
         "teacher_dtype": config.teacher.dtype.name,
         "tokenizer": models.tokenizer_hash(tokenizer),

@@ -131,7 +131,8 @@ def probe(config: CaptureConfig, text: Text) -> Probe:
         path = Path(name) / shard_name(0)
         write_sequences(path, group, text, folder, teacher.trust_remote_code, config.window, 0)
         shard = planned(Path(name), 0)
-        manifest = promise(config, folder, tokenizer, sum(len(piece.numbers) for piece in group), "probe")
+        num_records = sum(len(piece.numbers) for piece in group)
+        manifest = promise(config, tokenizer, num_records, corpus_sha256="probe", weights_sha256="probe")
         model = models.open_model(teacher, compute_device())
         next(iter(flights(model, shard, manifest, config)))  # the first forward pays for what is set up once
         return _captured(config, model, shard, manifest, Path(name) / "cache")
