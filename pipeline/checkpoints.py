@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.config import CheckpointConfig, Dtype, TrainConfig
+from pipeline.config import CheckpointConfig, Dtype, Optimizer, TrainConfig
 from pipeline.files import RunPaths, sync_files, write_json
 from pipeline.progress import log
 from pipeline.runtime import Ranks, whole_numel
@@ -203,6 +203,12 @@ def fits(checkpoint: Published, config: TrainConfig, world_size: int) -> bool:
         raise InputError(
             f"deepspeed.zero_stage: expected {checkpoint.zero_stage}, as in the checkpoint of step {checkpoint.step}, "
             f"found {stage}; in float32 a checkpoint changes between stages 1, 2 and 3 only"
+        )
+    if config.optimizer.name is Optimizer.muon:
+        raise InputError(
+            f"optimizer.name=muon: expected {checkpoint.world_size} ranks at ZeRO {checkpoint.zero_stage}, as in the "
+            f"checkpoint of step {checkpoint.step}, because DeepSpeed has no form of Muon's momentum for others, found "
+            f"{world_size} at ZeRO {stage}"
         )
     return False
 

@@ -18,6 +18,7 @@ from pipeline.config import (
     Mirror,
     ModelConfig,
     Offload,
+    Optimizer,
     Source,
     Targets,
     TrainConfig,
@@ -117,11 +118,28 @@ def _check_engine(config: TrainConfig) -> None:
             f"with offload={deepspeed.offload.name}"
         )
     _check_adapter(config)
+    _check_muon(config)
     every = checkpoint.every_steps
     if checkpoint.keep_every_steps and (every == 0 or checkpoint.keep_every_steps % every != 0):
         raise InputError(
             f"checkpoint.keep_every_steps: expected a multiple of checkpoint.every_steps {every}, found "
             f"{checkpoint.keep_every_steps}"
+        )
+
+
+def _check_muon(config: TrainConfig) -> None:
+    if config.optimizer.name is not Optimizer.muon:
+        return
+    _positive(muon_learning_rate=config.optimizer.muon_learning_rate)
+    if config.optimizer.max_grad_norm > 0:
+        raise InputError(
+            "optimizer.name=muon: expected optimizer.max_grad_norm=0, because DeepSpeed would clip Muon's orthogonal "
+            f"updates, whose size says nothing, at some ZeRO stages, found {config.optimizer.max_grad_norm}"
+        )
+    if config.student.dtype is Dtype.float16 or config.deepspeed.offload is not Offload.none:
+        raise InputError(
+            "optimizer.name=muon: expected float32 or bfloat16 without offload, found "
+            f"{config.student.dtype.name} with offload={config.deepspeed.offload.name}; use those, or adamw"
         )
 
 

@@ -29,6 +29,7 @@ By = Enum("By", ["confidence", "entropy"])
 Control = Enum("Control", ["none", "smoothed", "shuffled"])
 Take = Enum("Take", ["said", "likeliest"])
 HeadPath = Enum("HeadPath", ["fused", "full"])
+Optimizer = Enum("Optimizer", ["adamw", "muon"])
 Offload = Enum("Offload", ["none", "cpu", "nvme"])
 Mirror = Enum("Mirror", ["tensorboard", "wandb", "mlflow"])
 
@@ -257,7 +258,14 @@ class LossConfig:
 
 @dataclass
 class OptimizerConfig:
+    name: Optimizer = option(
+        Optimizer.adamw, "adamw, or muon for hidden matrices with adamw for embeddings, head and vectors"
+    )
     learning_rate: float = option(4e-5, "peak learning rate of AdamW")
+    muon_learning_rate: float = option(
+        0.002, "peak learning rate of Muon: an update's size is about 1 in every direction"
+    )
+    muon_momentum: float = option(0.95, "Muon's decay of the momentum that it makes orthogonal")
     schedule: Shape = option(Shape.linear, "its shape after the warm-up")
     decay_fraction: float = option(0.2, "wsd: fraction of the steps over which it falls at the end")
     warmup_fraction: float = option(0.05, "fraction of the steps over which it rises")
@@ -370,7 +378,7 @@ class TrainConfig:
     steps: int | None = option(None, "optimizer steps; give this or epochs")
     epochs: float | None = option(None, "passes over the corpus (over gold where gold_fraction is 1)")
     loss: LossConfig = option(LossConfig, "the combined objective")
-    optimizer: OptimizerConfig = option(OptimizerConfig, "AdamW and its schedule")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "AdamW or Muon, and the schedule")
     deepspeed: DeepspeedConfig = option(DeepspeedConfig, "the engine")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "what survives a stop")
     scoring: ScoringConfig = option(ScoringConfig, "evaluation at the end")

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 import deepspeed  # noqa: E402  (it logs, and chooses its accelerator, while it is imported)
 
 from pipeline import head, models  # noqa: E402
-from pipeline.config import Dtype, Offload, TrainConfig  # noqa: E402
+from pipeline.config import Dtype, Offload, Optimizer, TrainConfig  # noqa: E402
 from pipeline.losses import TermOptions  # noqa: E402
 from pipeline.types import Batch  # noqa: E402
 
@@ -81,7 +81,7 @@ def build(
         "checkpoint": {"tag_validation": "Fail"},
     }
     options = _merged(options, config.deepspeed.overrides)
-    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_adam(module, config), config=options)
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=options)
     if stage == 3:
         module.objective.borrow_head()
     if is_plain(config) and engine.dp_world_size == 1:  # else all gradients are copied twice for the sum with nobody
@@ -105,6 +105,8 @@ def engine_options(config: TrainConfig) -> dict[str, Any]:
         "stage": config.deepspeed.zero_stage,
         "stage3_gather_16bit_weights_on_model_save": True,
     }
+    if config.optimizer.name is Optimizer.muon:
+        zero["reduce_scatter"] = False  # it needs whole gradients
     if config.deepspeed.offload is not Offload.none:
         where = {"device": config.deepspeed.offload.name, "pin_memory": torch.cuda.is_available()}
         if config.deepspeed.offload is Offload.nvme:
@@ -124,16 +126,35 @@ def engine_options(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _adam(module: StudentWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
-    options = config.optimizer
-    trained = [p for p in module.parameters() if p.requires_grad]
+def _optimizer(module: StudentWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
+    options, trained = config.optimizer, [p for p in module.parameters() if p.requires_grad]
+    adam: dict[str, Any] = {"lr": 0.0, "betas": (options.beta1, options.beta2), "eps": options.epsilon}
+    if options.name is Optimizer.adamw:
+        return torch.optim.AdamW(_decayed(trained, options.weight_decay), **adam, fused=True)
+    ends = (module.student.get_input_embeddings().weight, module.student.get_output_embeddings().weight)
+    hidden = [p for p in trained if dimensions(p) == 2 and not any(p is end for end in ends)]
+    for parameter in hidden:
+        parameter.use_muon = True  # type: ignore[attr-defined]  # DeepSpeed's mark, which its ZeRO stages read
+    others = [p for p in trained if not hasattr(p, "use_muon")]
+    muon = {"params": hidden, "use_muon": True, "lr": 0.0, "momentum": options.muon_momentum}
+    muon |= {
+        "weight_decay": options.weight_decay,
+        "learning_rate_ratio": options.muon_learning_rate / options.learning_rate,
+    }
+    groups = [muon, *({"use_muon": False} | adam | group for group in _decayed(others, options.weight_decay))]
+    if not torch.cuda.is_available():  # the iteration is a few products: nothing to compile, nor to need a compiler for
+        torch.compiler.set_stance("force_eager")
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # here: it prepares kernels
+
+    return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
+
+
+def _decayed(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     groups = [
-        {"params": [p for p in trained if dimensions(p) >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if dimensions(p) < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if dimensions(p) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    betas = (options.beta1, options.beta2)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=options.epsilon, fused=True)
+    return [group for group in groups if group["params"]]
 
 
 def dimensions(parameter: nn.Parameter) -> int:
@@ -157,7 +178,7 @@ def _merged(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
     """Use this learning rate in the next step."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("learning_rate_ratio", 1.0)
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,25 @@ def options(dtype: str) -> TrainConfig:
     return composed("train", "experiment=combined", "loss.kd.temperature=2", f"student.dtype={dtype}")
 
 
-def weights_after(ranks, layout: str, stage: int, accumulation: int, dtype: str) -> dict[str, torch.Tensor] | None:
-    return engines.student_weights(engine_after(ranks, layout, stage, accumulation, dtype)[0], stage)
+def weights_after(ranks, layout: str, stage: int, *how: Any) -> dict[str, torch.Tensor] | None:
+    return engines.student_weights(engine_after(ranks, layout, stage, *how)[0], stage)
 
 
-def engine_after(ranks, layout: str, stage: int, accumulation: int, dtype: str) -> tuple[Any, TrainConfig]:
+def engine_after(
+    ranks,
+    layout: str,
+    stage: int,
+    accumulation: int,
+    dtype: str,
+    changed: Callable[[TrainConfig], TrainConfig] = lambda config: config,
+) -> tuple[Any, TrainConfig]:
     config = copy.deepcopy(options(dtype))
     # a large epsilon makes AdamW's update proportional to the gradient
     changes = {"learning_rate": 1.0, "epsilon": 1.0, "warmup_fraction": 0.0, "max_grad_norm": 0.5}
     config.optimizer = dataclasses.replace(config.optimizer, **changes)
     overrides = {"fp16": {"initial_scale_power": 10}} if dtype == "float16" else {}  # else the first steps overflow
     config.deepspeed = dataclasses.replace(config.deepspeed, zero_stage=stage, overrides=overrides)
+    config = changed(config)
     terms = term_options(config.loss, Gate())
     size = GLOBAL_BATCH // ranks.world_size // accumulation
     engine = engines.build(
