@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
+EXPORTED = {"last": "the last", "best": "the best on dev of those looked at"}
 LIBRARIES = ("torch", "transformers", "deepspeed")
 
 
@@ -45,6 +46,7 @@ def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
         "",
         *_table(["term", "weight", "on"], _terms(options["loss"])),
         "",
+        f"The weights of step {result['exported_step']}, {EXPORTED[options['export']['what']]}. "
         f"{result['steps']} steps of {options['global_batch']} sequences, gold fraction {options['gold_fraction']}, "
         f"peak learning rate {options['optimizer']['learning_rate']}, window {options['window']}; "
         + ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
