@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
+EXPORTED = {"last": "the last", "best": "the best on dev of those looked at"}
 LIBRARIES = ("torch", "transformers", "deepspeed")
 
 
@@ -45,9 +46,7 @@ def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
         "",
         *_table(["term", "weight", "on"], _terms(options["loss"])),
         "",
-        f"{result['steps']} steps of {options['global_batch']} sequences, gold fraction {options['gold_fraction']}, "
-        f"peak learning rate {options['optimizer']['learning_rate']}, window {options['window']}; "
-        + ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+        _training(options, result),
         "",
         "All options:",
         "",
@@ -67,6 +66,15 @@ def _story(base: str, adapter: dict[str, Any] | None) -> str:
     told += f" on {layers} was trained, and is merged into these weights."
     whole = " and ".join(name for name in ("embeddings", "head") if adapter[f"train_{name}"])
     return f"{told} Trained whole: {whole}." if whole else told
+
+
+def _training(options: dict[str, Any], result: dict[str, Any]) -> str:
+    told = f"The weights of step {result['exported_step']}, {EXPORTED[options['export']['what']]}. "
+    told += (
+        f"{result['steps']} steps of {options['global_batch']} sequences, gold fraction {options['gold_fraction']}, "
+    )
+    told += f"peak learning rate {options['optimizer']['learning_rate']}, window {options['window']}; "
+    return told + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 def _scores(result: dict[str, Any]) -> Iterator[list[str]]:

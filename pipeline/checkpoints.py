@@ -11,20 +11,21 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pipeline.config import CheckpointConfig, Dtype, Optimizer, TrainConfig
+from pipeline.config import CheckpointConfig, Dtype, Export, Optimizer, TrainConfig
 from pipeline.files import RunPaths, sync_files, write_json
 from pipeline.progress import log
 from pipeline.runtime import Ranks, whole_numel
 from pipeline.types import InputError, RunFailed, TrainState
 
 FORMAT = 2  # of what published.json promises; 1 named no files
+ABOUT = "about.json"  # in each checkpoint's folder: what published.json said when it was the newest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +57,45 @@ class Published:
 
 def published(paths: RunPaths) -> Published | None:
     """The newest whole checkpoint; refuses one that is half there, another run's, or of another version of the code."""
-    if not paths.published.exists():
-        return None
-    found = json.loads(paths.published.read_text())
+    return _read(paths, paths.published) if paths.published.exists() else None
+
+
+def keeps_best(config: TrainConfig) -> bool:
+    """Whether the checkpoint of the best step stays until the run is finished."""
+    return config.export.what is Export.best
+
+
+def needed(paths: RunPaths, config: TrainConfig) -> list[Published]:
+    """What a run goes on with: the newest checkpoint and that of the best step, if it is to leave; none at first."""
+    newest = published(paths)
+    if newest is None:
+        return []
+    state = newest.train_state()
+    return [newest, of_best(paths, state)] if keeps_best(config) and 0 < state.best_step < state.step else [newest]
+
+
+def of_best(paths: RunPaths, state: TrainState) -> Published:
+    """The checkpoint of the step that was best on dev, kept whatever came after it; refused as the newest is."""
+    about = paths.checkpoints / tag_of(state.best_step) / ABOUT
+    if not about.exists():
+        raise InputError(
+            f"{about}: expected the checkpoint of step {state.best_step}, the best on dev, found none; bring it back, "
+            f"or delete {paths.checkpoints} to begin again"
+        )
+    return _read(paths, about)
+
+
+def _read(paths: RunPaths, about: Path) -> Published:
+    found = json.loads(about.read_text())
     if found.get("format") != FORMAT:
         raise InputError(
-            f"{paths.published}: expected a checkpoint of format {FORMAT}, found {found.get('format', 1)}, made by "
+            f"{about}: expected a checkpoint of format {FORMAT}, found {found.get('format', 1)}, made by "
             f"another version of this code; go on with that version, or delete {paths.checkpoints} to begin again"
         )
     checkpoint = Published(**found)
     if checkpoint.run != paths.folder.name:
         raise InputError(
-            f"{paths.published}: expected a checkpoint of {paths.folder.name}, found one of {checkpoint.run}, whose "
+            f"{about}: expected a checkpoint of {paths.folder.name}, found one of {checkpoint.run}, whose "
             f"options or inputs are others; delete {paths.checkpoints} to begin again"
         )
     folder = paths.checkpoints / checkpoint.tag
@@ -84,9 +112,7 @@ def published(paths: RunPaths) -> Published | None:
 # ----------------------------------------------------------------------------------------------- saving
 
 
-def save(
-    engine: Any, paths: RunPaths, state: TrainState, ranks: Ranks, *, zero_stage: int, options: CheckpointConfig
-) -> None:
+def save(engine: Any, paths: RunPaths, state: TrainState, ranks: Ranks, config: TrainConfig) -> None:
     """Save on all ranks, publish on the first by replacing one small file, then drop what need not be kept."""
     folder = paths.checkpoints / tag_of(state.step)
     paths.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -104,18 +130,22 @@ def save(
         ) from error
     ranks.wait()
     if ranks.rank == 0:
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != ABOUT}
         published = Published(
             tag=folder.name,
             state=dataclasses.asdict(state),
             skipped_steps=engine.skipped_steps,
             world_size=ranks.world_size,
-            zero_stage=zero_stage,
+            zero_stage=config.deepspeed.zero_stage,
             run=paths.folder.name,
             files=files,
         )
+        write_json(folder / ABOUT, dataclasses.asdict(published))
         write_json(paths.published, dataclasses.asdict(published))
-        drop(paths, kept(saved_steps(paths, up_to=state.step), options))
+        names = {tag_of(step) for step in kept(saved_steps(paths, up_to=state.step), config.checkpoint)}
+        if keeps_best(config):  # as it was converted, too: its ranks may be gone when it is asked for
+            names |= {tag_of(state.best_step), f"{tag_of(state.best_step)}-universal"}
+        drop(paths, names)
     ranks.wait()
 
 
@@ -141,18 +171,17 @@ def milestones(steps: Sequence[int], options: CheckpointConfig) -> set[int]:
     return {step for step in steps if every and step % every == 0}
 
 
-def drop(paths: RunPaths, keep: Iterable[int]) -> None:
+def drop(paths: RunPaths, keep: Container[str]) -> None:
     """Remove every other checkpoint, what was converted, and what a crash left half done."""
-    names = {tag_of(step) for step in keep}
     for path in paths.checkpoints.glob("step-*"):
-        if path.name not in names:
+        if path.name not in keep:
             shutil.rmtree(path)
 
 
 def clear(paths: RunPaths, options: CheckpointConfig) -> None:
     """When a run is finished: only what is kept for good stays."""
     paths.published.unlink(missing_ok=True)
-    for_good = milestones(saved_steps(paths, up_to=10**8), options)
+    for_good = {tag_of(step) for step in milestones(saved_steps(paths, up_to=10**8), options)}
     drop(paths, for_good)
     if not for_good:
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
@@ -171,13 +200,13 @@ def checkpoint_bytes(parameters: Iterable[nn.Parameter], *, zero_stage: int) -> 
     return total
 
 
-def check_room(paths: RunPaths, size: int, options: CheckpointConfig) -> None:
+def check_room(paths: RunPaths, size: int, config: TrainConfig) -> None:
     """Say what the checkpoints will take, and refuse to train towards a disk that cannot hold one."""
     free = shutil.disk_usage(paths.folder).free
     log.info(
         "a checkpoint takes about %.1f MB, %d of them while one is saved; %.1f MB are free",
         size / 1e6,
-        options.keep + 1,
+        config.checkpoint.keep + 1 + keeps_best(config),
         free / 1e6,
     )
     if free < size:

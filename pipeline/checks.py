@@ -14,6 +14,7 @@ from pipeline.config import (
     CaptureConfig,
     Complete,
     Dtype,
+    Export,
     Kind,
     Mirror,
     ModelConfig,
@@ -208,6 +209,11 @@ def _check_looks(config: TrainConfig) -> None:
         raise InputError(
             f"early_stopping.patience={early.patience}: expected evaluate_every_steps of 1 or more, found 0; say how "
             "often dev decides, or use early_stopping.patience=0"
+        )
+    if config.export.what is Export.best and config.evaluate_every_steps == 0:
+        raise InputError(
+            "export.what=best: expected dev and evaluate_every_steps of 1 or more, found 0; say how often dev decides, "
+            "or use export.what=last"
         )
 
 

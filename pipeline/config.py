@@ -31,6 +31,7 @@ Take = Enum("Take", ["said", "likeliest"])
 HeadPath = Enum("HeadPath", ["fused", "full"])
 Optimizer = Enum("Optimizer", ["adamw", "muon"])
 Offload = Enum("Offload", ["none", "cpu", "nvme"])
+Export = Enum("Export", ["last", "best"])
 Mirror = Enum("Mirror", ["tensorboard", "wandb", "mlflow"])
 
 
@@ -335,6 +336,9 @@ class LauncherConfig:
 
 @dataclass
 class ExportConfig:
+    what: Export = option(
+        Export.last, "whose weights leave the run: the last step's, or those of the step that was best on dev"
+    )
     shard_bytes: int = option(
         5_000_000_000, "the model's weights are split into safetensors files of at most so many bytes", result=False
     )
@@ -386,7 +390,7 @@ class TrainConfig:
     early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "an end before the last step, decided on dev")
     health: HealthConfig = option(HealthConfig, "when a step is a sign of trouble", result=False)
     mirrors: list[Mirror] = option(list, "copies of metrics.jsonl elsewhere: tensorboard, wandb, mlflow", result=False)
-    export: ExportConfig = option(ExportConfig, "how the trained model is written", result=False)
+    export: ExportConfig = option(ExportConfig, "which weights are written, and how")
     launcher: LauncherConfig = option(LauncherConfig, "how ranks are started", result=False)
     downloads: DownloadsConfig = option(
         DownloadsConfig, "caches in object stores are read through this folder", result=False

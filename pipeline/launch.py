@@ -70,7 +70,8 @@ def train(config: TrainConfig) -> float | None:
     identity = identify(config)
     paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
     if not paths.result.exists():
-        checkpoints.published(paths)  # refuse one that is not whole before waiting for anybody
+        # refuse one that is not whole before waiting for anybody
+        checkpoints.needed(paths, config)
         adapters.check(config.student)
         paths.folder.mkdir(parents=True, exist_ok=True)
         with alone(paths) as lock:
@@ -137,15 +138,16 @@ def identify(config: TrainConfig) -> dict[str, Any]:
 
 
 def bring_checkpoint(config: TrainConfig, paths: RunPaths, ranks: int) -> None:
-    """Convert a checkpoint that these ranks cannot load as it lies, before they start."""
-    found, stage = checkpoints.published(paths), config.deepspeed.zero_stage
-    if found is None or paths.model.exists() or checkpoints.fits(found, config, ranks):
+    """Convert the checkpoints that these ranks cannot load as they lie, before they start."""
+    if paths.model.exists():
         return
-    log.info(
-        "the checkpoint of step %d is of %d ranks at ZeRO %d: converting it for %d ranks at ZeRO %d",
-        *(found.step, found.world_size, found.zero_stage, ranks, stage),
-    )
-    checkpoints.convert(paths, found)
+    for found in checkpoints.needed(paths, config):
+        if not checkpoints.fits(found, config, ranks):
+            log.info(
+                "the checkpoint of step %d is of %d ranks at ZeRO %d: converting it for %d ranks at ZeRO %d",
+                *(found.step, found.world_size, found.zero_stage, ranks, config.deepspeed.zero_stage),
+            )
+            checkpoints.convert(paths, found)
 
 
 def check_cache(config: TrainConfig, address: str, what: str, folder: Path, tokenizer: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 
 from pipeline import ramps
-from pipeline.config import EarlyStoppingConfig, TrainConfig
+from pipeline.config import EarlyStoppingConfig, Export, TrainConfig
 from pipeline.evaluate import decisive, score, teacher_score
 from pipeline.exam import Exam, open_exam
 from pipeline.progress import log
 from pipeline.runtime import Ranks
 from pipeline.text import open_text
-from pipeline.types import TrainState
+from pipeline.types import InputError, TrainState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,6 +41,15 @@ def open_dev(config: TrainConfig, tokenizer: Any) -> Dev | None:
         return Dev(exam=exam, goal=None)
     assert follows.teacher_predictions is not None, "checked with the options"
     return Dev(exam=exam, goal=teacher_score(exam, follows.teacher_predictions))
+
+
+def check(config: TrainConfig, num_steps: int) -> None:
+    """Refuse to look for the best of steps of which none is looked at."""
+    if config.export.what is Export.best and config.evaluate_every_steps > num_steps:
+        raise InputError(
+            f"export.what=best: expected evaluate_every_steps of at most the {num_steps} steps of this run, found "
+            f"{config.evaluate_every_steps}; look at dev more often, or use export.what=last"
+        )
 
 
 def due(every_steps: int, step: int) -> bool:
@@ -90,8 +100,13 @@ def _scored(config: TrainConfig, ranks: Ranks, engine: Any, exam: Exam) -> tuple
 
 
 def remembered(state: TrainState, score: float, *, min_delta: float) -> TrainState:
-    """The state after one more evaluation: a new best is better than the old one by more than `min_delta`."""
-    if state.best_score is None or score > state.best_score + min_delta:
+    """The state after one more evaluation: a new best is better than the old one by more than `min_delta`.
+
+    The first is the best whatever it is; one that is no number gives way to any that is one.
+    """
+    best = state.best_score
+    held = -math.inf if best is None or math.isnan(best) else best
+    if best is None or score > held + min_delta:
         return dataclasses.replace(state, best_score=score, best_step=state.step, evaluations_since_best=0)
     return dataclasses.replace(state, evaluations_since_best=state.evaluations_since_best + 1)
 
@@ -101,13 +116,14 @@ def is_over(options: EarlyStoppingConfig, state: TrainState) -> bool:
     return 0 < options.patience <= state.evaluations_since_best
 
 
-def declared(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a result says about looks at dev, read off the metrics; empty where nothing was evaluated."""
+def declared(rows: Sequence[dict[str, Any]], *, what: Export) -> dict[str, Any]:
+    """What a result says of the step that was exported and of looks at dev, read off the metrics."""
     looks = [row for row in rows if "best_step" in row]
     if not looks:
-        return {}
+        return {"exported_step": len(rows)}
     last = looks[-1]
     return {
+        "exported_step": last["best_step"] if what is Export.best else len(rows),
         "best_step": last["best_step"],
         "decided_by": "dev_accuracy" if "dev_accuracy" in last else "dev_nll",
         "stopped_early_at": last["step"] if last.get("stopped_early") else None,

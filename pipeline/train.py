@@ -64,6 +64,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     _, tokenizer = models.open_tokenizer(config.student)
     mixture = open_mixture(config, tokenizer)
     num_steps = steps_of(config, mixture)
+    looks.check(config, num_steps)
     micro_batch = fitting_micro_batch(config.global_batch, world_size=ranks.world_size, at_most=config.micro_batch)
     torch.manual_seed(config.seed)
     zero_stage = config.deepspeed.zero_stage
@@ -83,9 +84,8 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
         fused=config.loss.head is HeadPath.fused,
     )
     size, dev = health.size_of(student), looks.open_dev(config, tokenizer)
-    checkpoints.check_room(
-        paths, checkpoints.checkpoint_bytes(student.parameters(), zero_stage=zero_stage), config.checkpoint
-    )
+    size_bytes = checkpoints.checkpoint_bytes(student.parameters(), zero_stage=zero_stage)
+    checkpoints.check_room(paths, size_bytes, config)
     engine = engines.build(
         module,
         config,
@@ -100,6 +100,8 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps, micro_batch, terms, size, dev)
     if state.step < num_steps and not looks.is_over(config.early_stopping, state):
         return False
+    if checkpoints.keeps_best(config) and state.best_step != state.step:
+        load(engine, config, paths, ranks, checkpoints.of_best(paths, state))
     export(engine, student, tokenizer, paths, ranks, config)
     return True
 
@@ -109,12 +111,18 @@ def go_on(engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks) -> Tr
     checkpoint = checkpoints.published(paths)
     if checkpoint is None:
         return TrainState()
+    load(engine, config, paths, ranks, checkpoint)
+    return checkpoint.train_state()
+
+
+def load(engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks, checkpoint: checkpoints.Published) -> None:
+    """Bring weights and optimizer to where they were at a checkpoint: bit by bit, or through the universal form."""
+    log.info("loading the checkpoint of step %d", checkpoint.step)
     if checkpoints.fits(checkpoint, config, ranks.world_size):
         engine.load_checkpoint(str(paths.checkpoints), tag=checkpoint.tag, custom_load_fn=engines.load_trained)
     else:
         counts = {"steps": checkpoint.step, "skipped_steps": checkpoint.skipped_steps}
         engines.take_over(engine, checkpoints.universal(paths, checkpoint) / "zero", **counts)
-    return checkpoint.train_state()
 
 
 def take_steps(
@@ -152,9 +160,8 @@ def take_steps(
                 log.info("step %d: nothing better on dev since step %d; the run ends", state.step, state.best_step)
                 break
             stopping = ranks.any(bool(stop)) and state.step < num_steps
-            if stopping or (looks.due(config.checkpoint.every_steps, state.step) and state.step < num_steps):
-                zero_stage = config.deepspeed.zero_stage
-                checkpoints.save(engine, paths, state, ranks, zero_stage=zero_stage, options=config.checkpoint)
+            if state.step < num_steps and (stopping or is_to_be_kept(config, state)):
+                checkpoints.save(engine, paths, state, ranks, config)
             if stopping:
                 log.info("asked to stop: saved at step %d of %d", state.step, num_steps)
                 break
@@ -162,6 +169,12 @@ def take_steps(
     faulthandler.cancel_dump_traceback_later()
     ledger.close()
     return state
+
+
+def is_to_be_kept(config: TrainConfig, state: TrainState) -> bool:
+    """Whether a checkpoint of this step is due: every so many steps, and of the best on dev if that is to leave."""
+    is_best = checkpoints.keeps_best(config) and state.best_step == state.step
+    return is_best or looks.due(config.checkpoint.every_steps, state.step)
 
 
 def take_step(
@@ -292,7 +305,7 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
     result["steps"] = len(steps)
     spent = ("seconds", "data_wait_seconds", "dev_seconds")
     result["train_seconds"] = sum(row.get(name, 0.0) for row in steps for name in spent)
-    result |= looks.declared(steps)
+    result |= looks.declared(steps, what=config.export.what)
     checkpoints.clear(paths, config.checkpoint)
     identity = json.loads(paths.identity.read_text())
     write_atomically(paths.model / "README.md", card(base=config.student.path, identity=identity, result=result))

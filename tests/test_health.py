@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import health, looks
 from pipeline.checks import check_train
-from pipeline.config import EarlyStoppingConfig, Mirror
+from pipeline.config import EarlyStoppingConfig, Export, ExportConfig, Mirror
 from pipeline.files import RunPaths
 from pipeline.health import Size, Watch, model_flops, rates, size_of
 from pipeline.mirrors import OPEN, Mirrors
@@ -141,6 +141,10 @@ def test_the_best_is_remembered_and_patience_ends() -> None:
 def test_a_score_that_is_no_number_is_never_the_best() -> None:
     state = looks.remembered(TrainState(step=1, best_score=-3.0), float("nan"), min_delta=0.0)
     assert (state.best_score, state.evaluations_since_best) == (-3.0, 1)
+    first = looks.remembered(TrainState(step=1), float("nan"), min_delta=0.0)
+    again = looks.remembered(dataclasses.replace(first, step=2), float("nan"), min_delta=0.0)
+    assert (again.best_step, again.evaluations_since_best) == (1, 1)
+    assert looks.remembered(dataclasses.replace(again, step=3), -9.0, min_delta=0.0).best_step == 3
 
 
 EARLY: dict[str, Any] = {
@@ -246,6 +250,7 @@ def test_what_cannot_be_meant_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     cases: list[tuple[dict[str, Any], str]] = [
         ({"evaluate_every_steps": 5, "dev": None}, "evaluate_every_steps=5: expected dev"),
         ({"early_stopping": patient}, "early_stopping.patience=3: expected evaluate_every_steps of 1 or more, found 0"),
+        ({"export": ExportConfig(what=Export.best)}, "export.what=best: expected dev and evaluate_every_steps of 1"),
         ({"mirrors": [Mirror.wandb]}, "mirrors: expected the package wandb for wandb, found none; pip install wandb"),
     ]
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed

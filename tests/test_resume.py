@@ -24,7 +24,7 @@ from test_train import losses_of, start, steps_done, wait_for
 from test_workers import mounted, needs_root
 
 from pipeline import checkpoints, models
-from pipeline.config import CheckpointConfig, TrainConfig
+from pipeline.config import CheckpointConfig, Export, ExportConfig, TrainConfig
 from pipeline.files import RunPaths
 from pipeline.options import load_config
 from pipeline.recipe import open_mixture
@@ -247,6 +247,23 @@ def test_what_is_not_a_whole_checkpoint_of_this_run_is_refused(tmp_path: Path) -
         publish(**changes)
         with pytest.raises(InputError, match=re.escape(message)):
             checkpoints.published(paths)
+
+
+def test_the_best_steps_checkpoint_has_to_be_there(tmp_path: Path) -> None:
+    paths = RunPaths(folder=tmp_path / "run-1")
+    about: dict[str, Any] = {"world_size": 1, "zero_stage": 1, "run": "run-1", "files": {}, "skipped_steps": 0}
+    state = {"step": 6, "best_score": -1.0, "best_step": 4, "thresholds": []}
+    newest = checkpoints.Published(tag="step-00000006", state=state, **about)
+    best = checkpoints.Published(tag="step-00000004", state=state | {"step": 4}, **about)
+    (paths.checkpoints / best.tag).mkdir(parents=True)
+    paths.published.write_text(json.dumps(dataclasses.asdict(newest)))
+    last = TrainConfig()
+    config = dataclasses.replace(last, export=ExportConfig(what=Export.best))
+    assert checkpoints.needed(paths, last) == [newest]
+    with pytest.raises(InputError, match="expected the checkpoint of step 4, the best on dev, found none"):
+        checkpoints.needed(paths, config)
+    (paths.checkpoints / best.tag / checkpoints.ABOUT).write_text(json.dumps(dataclasses.asdict(best)))
+    assert checkpoints.needed(paths, config) == [newest, best]
 
 
 def test_which_checkpoints_are_kept() -> None:

@@ -75,6 +75,7 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
     assert (rows["grad_norm"] > 0).all()
     result = json.loads((run / "result.json").read_text())
     assert (result["test"]["num_records"], result["dev"]["num_records"], result["steps"]) == (20, 10, 8)
+    assert result["exported_step"] == 8
     assert pl.read_parquet(run / "predictions-test.parquet")["correct"].mean() == result["test"]["accuracy"]
     # anybody can load it
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
