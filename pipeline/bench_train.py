@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pipeline.files import Metrics, RunPaths
 from pipeline.head import speak
 from pipeline.losses import count_positions
 from pipeline.measure import Findings, figure, in_turn, ratios, seconds, shown, table
+from pipeline.order import Corpus, Order
 from pipeline.runtime import Ranks, StopRequest, keep_memory, ranks_from_environment
 from pipeline.shards import ShardReader, shard_writer
 from pipeline.train import take_steps
@@ -85,7 +87,7 @@ class Ours:
         self._config = TrainConfig(
             name="bench",
             student=config,
-            gold_fraction=mixture.gold_fraction,
+            gold_fraction=float(mixture.order.gold_fraction),
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_fraction=0.0, max_grad_norm=MAX_GRAD_NORM),
             deepspeed=DeepspeedConfig(zero_stage=0),
         )
@@ -168,5 +170,8 @@ def small_mixture(config: StudentConfig, ranks: Ranks, cache: Path) -> Mixture:
             writer.write(one, captured)
         writer.commit(num_skipped=0)
     manifests.finish(cache, manifest, stale_seconds=60)
-    fraction = GOLD / SEQUENCES
-    return Mixture(gold=gold, reader=ShardReader(cache), seed=1, global_batch=SEQUENCES, gold_fraction=fraction)
+    reader = ShardReader(cache)
+    whole = Corpus(weight=Fraction(1), parts=(reader.blocks,))
+    fraction = Fraction(GOLD, SEQUENCES)
+    order = Order(seed=1, global_batch=SEQUENCES, gold_fraction=fraction, num_gold=len(gold), corpora=(whole,))
+    return Mixture(order=order, gold=gold, readers=[reader])

@@ -30,6 +30,7 @@ Control = Enum("Control", ["none", "smoothed", "shuffled"])
 Take = Enum("Take", ["said", "likeliest"])
 HeadPath = Enum("HeadPath", ["fused", "full"])
 Optimizer = Enum("Optimizer", ["adamw", "muon"])
+FractionOf = Enum("FractionOf", ["sequences", "targets"])
 Offload = Enum("Offload", ["none", "cpu", "nvme"])
 Export = Enum("Export", ["last", "best"])
 Mirror = Enum("Mirror", ["tensorboard", "wandb", "mlflow"])
@@ -362,6 +363,15 @@ class TrainConfig:
         content=True,
         address=True,
     )
+    more_caches: list[str] = option(
+        list, "further captures of the same tokenizer, mixed with `cache`", content=True, address=True
+    )
+    cache_weights: list[float] | None = option(
+        None, "how often `cache` and each of `more_caches` has its turn; null: by their numbers of sequences"
+    )
+    curriculum_parts: int = option(
+        1, "cut each cache into so many parts by the teacher's entropy; an epoch takes the surest first; 1: no order"
+    )
     k: int | None = option(None, "kept entries to read from the cache; null: all that were captured")
     gold: TextConfig | None = option(None, "trusted text with known targets; null: none")
     gold_cache: str | None = option(
@@ -374,13 +384,24 @@ class TrainConfig:
     test: TextConfig | None = option(None, "held-out text for the reported score; null: none")
     window: int = option(512, "longest gold sequence, in tokens; records are packed into it")
     gold_fraction: float = option(MISSING, "fraction of the global batch's sequences that are gold")
+    gold_fraction_of: FractionOf = option(
+        FractionOf.sequences, "sequences, or targets: that fraction of all supervised positions is gold, on average"
+    )
+    gold_epochs: float | None = option(None, "at most so many passes over gold, then the corpus alone; null: no end")
     global_batch: int = option(8, "sequences in one optimizer step, over all ranks")
+    global_batch_tokens: int | None = option(
+        None,
+        "in global_batch's place: tokens in one optimizer step, as sequences of `window`, packed full",
+        result=False,
+    )
     micro_batch: int = option(8, "at most so many sequences in one forward of one rank", result=False)
     gradient_checkpointing: bool = option(
         False, "keep only each layer's input and compute the rest again in the backward", result=False
     )
     steps: int | None = option(None, "optimizer steps; give this or epochs")
-    epochs: float | None = option(None, "passes over the corpus (over gold where gold_fraction is 1)")
+    epochs: float | None = option(
+        None, "passes over the corpus, all caches at once (over gold where gold_fraction is 1)"
+    )
     loss: LossConfig = option(LossConfig, "the combined objective")
     optimizer: OptimizerConfig = option(OptimizerConfig, "AdamW or Muon, and the schedule")
     deepspeed: DeepspeedConfig = option(DeepspeedConfig, "the engine")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.corpus import collate_inputs
-from pipeline.order import Slot, global_batch_slots
+from pipeline.curriculum import Curriculum
+from pipeline.order import Order, Slot
 from pipeline.shards import ShardReader
 from pipeline.topk import join, smoothed
 from pipeline.types import UNKNOWN_TARGET, Batch, Captured, InputError, TokenSequence
@@ -18,35 +19,29 @@ from pipeline.types import UNKNOWN_TARGET, Batch, Captured, InputError, TokenSeq
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """The two streams of a run and how they are mixed."""
+    """What a run reads and how it is mixed."""
 
+    order: Order
     gold: Sequence[tuple[TokenSequence, Captured | None]]
     """With the teacher's distributions where gold was captured too."""
-    reader: ShardReader | None
-    """The cache; None where gold_fraction is 1."""
-    seed: int
-    global_batch: int
-    gold_fraction: float
+    readers: Sequence[ShardReader]
+    """The caches; none where gold_fraction is 1."""
+    curriculum: Sequence[Curriculum | None] = ()
+    """Of each cache, or nothing."""
     smooth_over: int | None = None
     """The vocabulary's size where label smoothing of equal entropy stands in for the teacher, a control."""
 
     def slots(self, step: int) -> list[Slot]:
         """The global batch of a step."""
-        return global_batch_slots(
-            step,
-            seed=self.seed,
-            global_batch=self.global_batch,
-            gold_fraction=self.gold_fraction,
-            num_gold=len(self.gold),
-            corpus_blocks=self.reader.blocks if self.reader else (),
-        )
+        return self.order.slots(step)
 
     def read(self, slot: Slot) -> tuple[TokenSequence, Captured | None]:
         """The sequence of a slot, with the captured distributions if it is from the corpus."""
         if slot.source == "gold":
             return self.gold[slot.row]
-        assert self.reader is not None
-        return self.reader.row(slot.block, slot.row)
+        curriculum = self.curriculum[slot.cache] if self.curriculum else None
+        row = slot.row if curriculum is None else curriculum.row(slot.part, slot.block, slot.row)
+        return self.readers[slot.cache].row(slot.block, row)
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> list[Batch]:
         """What one rank forwards in a step."""

@@ -22,7 +22,7 @@ import torch
 
 from pipeline import adapters, checkpoints, models
 from pipeline import manifest as manifests
-from pipeline.checks import check_train
+from pipeline.checks_train import check_train
 from pipeline.config import Source, Take, TrainConfig
 from pipeline.corpus import survey, text_hash
 from pipeline.dataset import fitting_micro_batch
@@ -63,7 +63,8 @@ def train(config: TrainConfig) -> float | None:
     """Bring one run to its result, from nothing or from where it stands; returns dev (else test) accuracy."""
     start_logging()
     check_train(config)
-    config = dataclasses.replace(config, student=models.settled(config.student))
+    batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
+    config = dataclasses.replace(config, student=models.settled(config.student), global_batch=batch)
     models.check_trained_dtype(config.student)
     ranks = num_processes(config)
     fitting_micro_batch(config.global_batch, world_size=ranks, at_most=config.micro_batch)
@@ -118,6 +119,8 @@ def identify(config: TrainConfig) -> dict[str, Any]:
     }
     if config.cache is not None and config.gold_fraction < 1:
         identity["cache"] = check_cache(config, config.cache, "cache", folder, tokenizer)
+        further = [check_cache(config, address, "more_caches", folder, tokenizer) for address in config.more_caches]
+        identity |= {"more_caches": further} if further else {}
     if config.gold_cache is not None and config.gold_fraction > 0:
         identity["gold_cache"] = check_cache(config, config.gold_cache, "gold_cache", folder, tokenizer)
     follows = config.loss.kd.overtaken
@@ -167,7 +170,7 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
             f"divergence={kd.divergence.name}: expected a topk cache with an exact tail, because it is not "
             f"linear in what the teacher says, found {manifest.kind}, tail {manifest.tail} ({cache}); use forward_kl"
         )
-    if hard.weight == 0 or (Source.corpus if what == "cache" else Source.gold) not in hard.on:
+    if hard.weight == 0 or (Source.gold if what == "gold_cache" else Source.corpus) not in hard.on:
         return manifest.fingerprint
     if hard.take is Take.likeliest and manifest.kind == "sampled":
         raise InputError(

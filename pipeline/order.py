@@ -6,9 +6,9 @@ r, r + W, r + 2W, ... so any world size sees the same global batches.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -25,41 +25,93 @@ class Slot:
     source: str
     """"gold" or "corpus"."""
     block: int
-    """Row group of the corpus; always 0 for gold, which is one block."""
+    """Row group of the cache; always 0 for gold, which is one block."""
     row: int
-    """Row inside the block."""
+    """Row inside the block, or inside what of the block belongs to `part`."""
+    cache: int = 0
+    """Which cache of the corpus."""
+    part: int = 0
+    """Which part of the curriculum."""
 
 
-def gold_before(step: int, *, global_batch: int, gold_fraction: float) -> int:
-    """Gold sequences in all global batches before `step`: floor(step * G * f), so f holds over any stretch.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """One cache as the order sees it."""
 
-    f is the fraction meant: the nearest with a denominator up to a million, so that 0.1 is one tenth.
+    weight: Fraction
+    """Its share of the corpus's sequences; those of all caches sum to 1."""
+    parts: tuple[tuple[int, ...], ...]
+    """Rows of each block: of all its rows, or of each part of a curriculum, which an epoch visits one after another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """All that decides which sequences a step sees."""
+
+    seed: int
+    global_batch: int
+    gold_fraction: Fraction
+    """Of the sequences."""
+    num_gold: int
+    corpora: tuple[Corpus, ...]
+    most_gold: int | None = None
+    """Gold sequences, repeats included, after which only the corpus is left; None: no end."""
+
+    def gold_before(self, step: int) -> int:
+        """Gold sequences in all global batches before `step`: floor(step * G * f), so f holds over any stretch."""
+        gold = math.floor(step * self.global_batch * self.gold_fraction)
+        return gold if self.most_gold is None else min(gold, self.most_gold)
+
+    def slots(self, step: int) -> list[Slot]:
+        """The G sequences of one step, gold first; all streams run on from step to step and repeat by epochs."""
+        first_gold, end_gold = self.gold_before(step), self.gold_before(step + 1)
+        first_corpus = step * self.global_batch - first_gold
+        end_corpus = (step + 1) * self.global_batch - end_gold
+        blocks = (self.num_gold,)
+        gold = [stream_at(i, stream="gold", seed=self.seed, blocks=blocks) for i in range(first_gold, end_gold)]
+        return gold + [self.corpus_at(i) for i in range(first_corpus, end_corpus)]
+
+    def corpus_at(self, index: int) -> Slot:
+        """The corpus's sequence at `index`: whose turn it is, then where that cache stands.
+
+        The first cache has its turn where floor(index * w) rises; the others share what is left in the same way, so
+        each weight holds over any stretch, to within as many sequences as there are caches.
+        """
+        left = Fraction(1)
+        for number, corpus in enumerate(self.corpora):
+            before, after = (math.floor(i * corpus.weight / left) for i in (index, index + 1))
+            if after > before:
+                name = "corpus" if number == 0 else f"corpus {number}"
+                slot = curriculum_at(before, stream=name, seed=self.seed, parts=corpus.parts)
+                return dataclasses.replace(slot, source="corpus", cache=number)
+            index, left = index - before, left - corpus.weight
+        raise AssertionError("the last cache takes all that is left")
+
+
+def fraction_of_sequences(of_targets: Fraction, *, gold: Fraction, corpus: Fraction) -> Fraction:
+    """The fraction f of sequences that are gold where p of all targets shall be: f = (p / g) / (p / g + (1 - p) / c).
+
+    `gold` and `corpus` are g and c, the mean targets of a sequence of each, both above 0.
     """
-    exact = Fraction(gold_fraction).limit_denominator(1_000_000)
-    return math.floor(step * global_batch * exact)
+    wanted_gold, wanted_corpus = of_targets / gold, (1 - of_targets) / corpus
+    return wanted_gold / (wanted_gold + wanted_corpus)
 
 
-def global_batch_slots(
-    step: int,
-    *,
-    seed: int,
-    global_batch: int,
-    gold_fraction: float,
-    num_gold: int,
-    corpus_blocks: Sequence[int],
-) -> list[Slot]:
-    """The G sequences of one step, gold first; both streams run on from step to step and repeat by epochs.
+def meant(fraction: float) -> Fraction:
+    """The fraction that is meant: the nearest with a denominator up to a million, so that 0.1 is one tenth."""
+    return Fraction(fraction).limit_denominator(1_000_000)
 
-    `corpus_blocks` holds the rows of each row group of the cache.
-    """
-    first_gold = gold_before(step, global_batch=global_batch, gold_fraction=gold_fraction)
-    end_gold = gold_before(step + 1, global_batch=global_batch, gold_fraction=gold_fraction)
-    first_corpus = step * global_batch - first_gold
-    end_corpus = (step + 1) * global_batch - end_gold
-    gold = [stream_at(i, stream="gold", seed=seed, blocks=(num_gold,)) for i in range(first_gold, end_gold)]
-    blocks = tuple(corpus_blocks)
-    corpus = [stream_at(i, stream="corpus", seed=seed, blocks=blocks) for i in range(first_corpus, end_corpus)]
-    return gold + corpus
+
+def curriculum_at(index: int, *, stream: str, seed: int, parts: tuple[tuple[int, ...], ...]) -> Slot:
+    """The sequence at `index` of an endless stream whose epochs go through `parts` in turn, each in its own order."""
+    epoch, offset = divmod(index, sum(map(sum, parts)))
+    for part, blocks in enumerate(parts):
+        if offset < (size := sum(blocks)):
+            name = stream if len(parts) == 1 else f"{stream} part {part}"
+            slot = stream_at(epoch * size + offset, stream=name, seed=seed, blocks=blocks)
+            return dataclasses.replace(slot, part=part)
+        offset -= size
+    raise AssertionError("an offset below the sum of the parts lies in one of them")
 
 
 def stream_at(index: int, *, stream: str, seed: int, blocks: tuple[int, ...]) -> Slot:
@@ -77,14 +129,14 @@ def stream_at(index: int, *, stream: str, seed: int, blocks: tuple[int, ...]) ->
     raise AssertionError("an offset below the sum of the blocks lies in one of them")
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _pools(stream: str, seed: int, epoch: int, blocks: tuple[int, ...]) -> list[tuple[tuple[int, ...], int]]:
     order = _permutation(len(blocks), stream, seed, epoch)
     pools = [tuple(order[i : i + POOL_BLOCKS]) for i in range(0, len(order), POOL_BLOCKS)]
     return [(pool, sum(blocks[b] for b in pool)) for pool in pools]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _pool_rows(
     stream: str, seed: int, epoch: int, pool: tuple[int, ...], sizes: tuple[int, ...]
 ) -> list[tuple[int, int]]:

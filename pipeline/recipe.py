@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline import ramps
-from pipeline.config import By, Control, KdConfig, LossConfig, OptimizerConfig, TrainConfig
+from pipeline.config import By, Control, FractionOf, KdConfig, LossConfig, OptimizerConfig, TrainConfig
 from pipeline.corpus import known_sequences
+from pipeline.curriculum import Curriculum, by_entropy
 from pipeline.dataset import Mixture
 from pipeline.downloads import Downloads
 from pipeline.gates import Gate, confidence, threshold
 from pipeline.losses import TERMS, TermOptions
 from pipeline.options import result_options
+from pipeline.order import Corpus, Order, fraction_of_sequences, meant
 from pipeline.progress import log
 from pipeline.shards import ShardReader
 from pipeline.store import one_place
@@ -29,7 +33,7 @@ SAMPLE_BLOCKS = 32  # row groups, at most, that a gate's threshold is read off: 
 def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
     """The two streams of a run; gold is read, tokenized and packed here (or from its capture), the cache is opened."""
     gold: list[tuple[TokenSequence, Captured | None]] = []
-    reader = captured = None
+    captured, addresses = None, []
     if config.gold_fraction > 0 and config.gold_cache is not None:
         captured = open_reader(config, config.gold_cache, "gold_cache")
         gold = [captured.row(block, row) for block, size in enumerate(captured.blocks) for row in range(size)]
@@ -37,16 +41,61 @@ def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
         sequences = known_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
         gold = [(sequence, None) for sequence in sequences]
     if config.cache is not None and config.gold_fraction < 1:
-        reader = open_reader(config, config.cache, "cache")
-    one = reader or captured
+        addresses = [config.cache, *config.more_caches]
+    readers = [open_reader(config, address, "cache") for address in addresses]
+    check_alike(readers)
+    parts = config.curriculum_parts
+    curriculum = [by_entropy(reader.mean_entropies(), parts) if parts > 1 else None for reader in readers]
+    one = next(iter(readers), captured)
     return Mixture(
+        order=open_order(config, [sequence for sequence, _ in gold], readers, curriculum),
         gold=gold,
-        reader=reader,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        gold_fraction=config.gold_fraction,
+        readers=readers,
+        curriculum=curriculum,
         smooth_over=one.manifest.vocabulary_size if one and config.loss.kd.control is Control.smoothed else None,
     )
+
+
+def open_order(
+    config: TrainConfig,
+    gold: Sequence[TokenSequence],
+    readers: Sequence[ShardReader],
+    curriculum: Sequence[Curriculum | None],
+) -> Order:
+    """Which sequences each step sees."""
+    sizes = [sum(reader.blocks) for reader in readers]
+    weights = (
+        [meant(weight) for weight in config.cache_weights] if config.cache_weights else [Fraction(n) for n in sizes]
+    )
+    corpora = tuple(
+        Corpus(weight=weight / sum(weights), parts=(reader.blocks,) if parts is None else parts.sizes)
+        for weight, reader, parts in zip(weights, readers, curriculum, strict=True)
+    )
+    fraction = meant(config.gold_fraction)
+    if config.gold_fraction_of is FractionOf.targets and 0 < fraction < 1:
+        corpus = sum(one.weight * reader.mean_targets for one, reader in zip(corpora, readers, strict=True))
+        of_gold = Fraction(sum(len(sequence.target_ids_N) for sequence in gold), len(gold))
+        fraction = fraction_of_sequences(fraction, gold=of_gold, corpus=Fraction(corpus))
+        log.info("gold_fraction=%g of targets is %.4f of sequences", config.gold_fraction, fraction)
+    return Order(
+        seed=config.seed,
+        global_batch=config.global_batch,
+        gold_fraction=fraction,
+        num_gold=len(gold),
+        corpora=corpora,
+        most_gold=None if config.gold_epochs is None else math.ceil(meant(config.gold_epochs) * len(gold)),
+    )
+
+
+def check_alike(readers: Sequence[ShardReader]) -> None:
+    """Refuse caches that cannot stand in one batch."""
+    for reader in readers:
+        temperatures = readers[0].manifest.temperatures
+        if reader.manifest.temperatures != temperatures:
+            raise InputError(
+                f"more_caches: expected the temperatures {list(temperatures)} of {readers[0].cache}, found "
+                f"{list(reader.manifest.temperatures)} ({reader.cache}); capture both with the same"
+            )
 
 
 def open_reader(config: TrainConfig, address: str, what: str) -> ShardReader:
@@ -64,10 +113,14 @@ def steps_of(config: TrainConfig, mixture: Mixture) -> int:
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    if mixture.reader is None:
+    order = mixture.order
+    if not order.corpora:
         return max(math.ceil(config.epochs * len(mixture.gold) / config.global_batch), 1)
-    corpus_share = config.global_batch * (1.0 - config.gold_fraction)
-    return max(math.ceil(config.epochs * sum(mixture.reader.blocks) / corpus_share), 1)
+    wanted = meant(config.epochs) * sum(sum(reader.blocks) for reader in mixture.readers)
+    steps = wanted / (order.global_batch * (1 - order.gold_fraction))
+    if order.most_gold is not None:  # gold ends, and the corpus has the batches to itself
+        steps = min(steps, (wanted + order.most_gold) / order.global_batch)
+    return max(math.ceil(steps), 1)
 
 
 # ------------------------------------------------------------------------------------ the objective
@@ -104,7 +157,7 @@ def term_options(loss: LossConfig, gate: Gate, class_ids: tuple[int, ...] = ()) 
     }
 
 
-def open_gate(kd: KdConfig, reader: ShardReader | None) -> Gate:
+def open_gate(kd: KdConfig, readers: Sequence[ShardReader]) -> Gate:
     """The gate of a run: a fraction of positions becomes the threshold that keeps it."""
     gate = Gate(
         min_confidence=kd.gate.min_confidence,
@@ -113,7 +166,7 @@ def open_gate(kd: KdConfig, reader: ShardReader | None) -> Gate:
     )
     if kd.gate.keep_fraction == 1.0:
         return gate
-    assert reader is not None, "checked with the options"
+    (reader,) = readers  # checked with the options
     step = math.ceil(len(reader.blocks) / SAMPLE_BLOCKS)
     blocks = range(0, len(reader.blocks), step)
     rows = [reader.row(block, row)[1] for block in blocks for row in range(reader.blocks[block])]

@@ -9,11 +9,13 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -192,14 +194,31 @@ class ShardReader:
         narrowed = narrow(captured.top, k=min(self._k, captured.top.ids_NK.shape[1]))
         return sequence, dataclasses.replace(captured, top=narrowed)
 
+    def mean_entropies(self) -> list[torch.Tensor]:
+        """Of each row of each block, the teacher's mean entropy over its positions: fp32 [R], nats."""
+        found = []
+        for block in range(len(self.blocks)):
+            column = self._table(block, columns=["entropy"]).column(0).combine_chunks()
+            entropy_N = torch.from_numpy(column.flatten().to_numpy().copy()).float()
+            lengths = pc.list_value_length(column).to_pylist()
+            found.append(torch.stack([row.mean() for row in entropy_N.split(lengths)]))
+        return found
+
+    @property
+    def mean_targets(self) -> Fraction:
+        """Supervised positions of a sequence, on average over the whole cache."""
+        return Fraction(sum(info.targets for info in self._infos), max(sum(info.rows for info in self._infos), 1))
+
     def _read_block(self, block: int) -> list[tuple[TokenSequence, Captured]]:
+        rows = decode(self._table(block), temperatures=self.manifest.temperatures)
+        return rows if self._shuffle_seed is None else shuffled(rows, seed=[self._shuffle_seed, block])
+
+    def _table(self, block: int, columns: Sequence[str] | None = None) -> pa.Table:
         info, group = self._places[block]
         with self._open(info) as file:
             # mapped, because reading through a Python file copies; the map outlives a download that is evicted
             mapped = pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-            table = pq.ParquetFile(mapped).read_row_group(group, use_threads=False)
-        rows = decode(table, temperatures=self.manifest.temperatures)
-        return rows if self._shuffle_seed is None else shuffled(rows, seed=[self._shuffle_seed, block])
+            return pq.ParquetFile(mapped).read_row_group(group, columns=columns, use_threads=False)
 
     def _open(self, info: ShardInfo) -> BinaryIO:
         trusted, place = info.index in self._checked, manifests.shard_file(self.cache, info)

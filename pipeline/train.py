@@ -76,7 +76,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     classes = class_ids(config.loss.confidence.choices, tokenizer)
-    terms = term_options(config.loss, open_gate(config.loss.kd, mixture.reader), classes)
+    terms = term_options(config.loss, open_gate(config.loss.kd, mixture.readers), classes)
     module = engines.StudentWithLoss(
         student.train(),
         vocabulary_size=models.vocabulary_size(tokenizer),

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline import adapters, checkpoints, models
-from pipeline.checks import check_train
+from pipeline.checks_train import check_train
 from pipeline.config import AdapterConfig, Dtype, StudentConfig, TrainConfig
 from pipeline.files import RunPaths
 from pipeline.health import model_flops, size_of

@@ -11,7 +11,8 @@ import pytest
 from conftest import script
 from hydra import compose, initialize_config_dir
 
-from pipeline.checks import check_capture, check_train
+from pipeline.checks import check_capture
+from pipeline.checks_train import check_train
 from pipeline.command import CONF_DIR, help_text, register
 from pipeline.config import ROOTS, TrainConfig
 from pipeline.options import load_config, options, result_options, save_config, typed

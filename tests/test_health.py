@@ -21,7 +21,7 @@ from test_train import start, steps_done, wait_for
 from transformers import AutoModelForCausalLM
 
 from pipeline import health, looks
-from pipeline.checks import check_train
+from pipeline.checks_train import check_train
 from pipeline.config import EarlyStoppingConfig, Export, ExportConfig, Mirror
 from pipeline.files import RunPaths
 from pipeline.health import Size, Watch, model_flops, rates, size_of

@@ -31,8 +31,9 @@ FLOORS = [
         "health",
         "mirrors",
         "card",
+        "curriculum",
     },
-    {"divergences", "gates", "manifest", "claims", "downloads", "text", "models", "columns"},
+    {"checks_train", "divergences", "gates", "manifest", "claims", "downloads", "text", "models", "columns"},
     {"adapters", "generation", "losses", "shards", "corpus", "ledger", "recall", "sources", "content", "samples"},
     {"diagnostics", "groups", "dataset", "teacher", "exam", "plan", "foreign", "verify", "summary"},
     {"head", "recipe", "evaluate", "complete", "replay"},
@@ -49,7 +50,19 @@ EVERYWHERE = set.union(*FLOORS)
 DOORS = {
     # without torch in these, a wrong option and a finished cache are known within a second
     "torch": EVERYWHERE
-    - {"options", "config", "checks", "command", "files", "progress", "hub", "text", "recall", "capture"}
+    - {
+        "options",
+        "config",
+        "checks",
+        "checks_train",
+        "command",
+        "files",
+        "progress",
+        "hub",
+        "text",
+        "recall",
+        "capture",
+    }
     - {"store", "manifest", "claims", "downloads"},
     "omegaconf": {"options", "config", "command", "sources"},
     "hydra": {"command"},

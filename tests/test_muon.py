@@ -15,7 +15,8 @@ from muon_worker import changed
 from test_adapters import losses_of, prepared, run_ranks
 from test_config import composed
 
-from pipeline import checkpoints, checks
+from pipeline import checkpoints
+from pipeline.checks_train import check_train
 from pipeline.dataset import collate
 from pipeline.files import RunPaths
 from pipeline.gates import Gate
@@ -130,4 +131,4 @@ def test_stopped_and_resumed_bit_by_bit(student: Path, data: Path, cache: Path, 
 def test_what_muon_cannot_do_is_refused(arguments: list[str], message: str) -> None:
     config = composed("train", "experiment=combined", "cache=c", "optimizer.name=muon", *arguments)
     with pytest.raises(InputError, match=message):
-        checks.check_train(config)
+        check_train(config)

@@ -122,7 +122,7 @@ def test_gates_keep_the_fraction_they_are_asked_for(student: Path, data: Path, c
         changes = {"loss.kd.gate.keep_fraction": 0.3, "loss.kd.gate.by": by}
         config = composed("train", *arguments_of(student, data, cache, changes))
         reader = ShardReader(cache)
-        gate = open_gate(config.loss.kd, reader)
+        gate = open_gate(config.loss.kd, [reader])
         rows = [reader.row(b, r)[1] for b, size in enumerate(reader.blocks) for r in range(size)]
         if by == "confidence":
             kept_N = torch.cat([confidence(row.top) for row in rows]) >= gate.min_confidence

@@ -1,11 +1,18 @@
 """The order is pure, complete and the same for every number of ranks."""
 
+import math
 from collections import Counter
+from fractions import Fraction
+from typing import Any
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.order import POOL_BLOCKS, global_batch_slots, gold_before, stream_at
+from pipeline.curriculum import by_entropy
+from pipeline.order import POOL_BLOCKS, Corpus, Order, curriculum_at, fraction_of_sequences, meant, stream_at
+from pipeline.types import InputError
 
 BLOCKS = st.lists(st.integers(1, 7), min_size=1, max_size=30).map(tuple)
 
@@ -30,25 +37,40 @@ def test_reading_stays_inside_one_pool_at_a_time(blocks: tuple[int, ...], seed: 
     assert sum(len(pool) for pool in pools) == len(blocks)  # no block is opened twice
 
 
-@given(
-    fraction=st.floats(0, 1),
-    global_batch=st.integers(1, 32),
-    steps=st.integers(1, 50),
-)
-def test_gold_fraction_holds_over_any_stretch(fraction: float, global_batch: int, steps: int) -> None:
-    gold = gold_before(steps, global_batch=global_batch, gold_fraction=fraction)
-    resolution = steps * global_batch * 1e-6  # a fraction is taken to the nearest with a denominator up to a million
-    assert -resolution <= steps * global_batch * fraction - gold < 1 + resolution
+FRACTIONS = st.fractions(0, 1, max_denominator=1000)
+
+
+def order_of(**changes: Any) -> Order:
+    corpora = (Corpus(weight=Fraction(1), parts=((4, 3, 9),)),)
+    known: dict[str, Any] = {"seed": 3, "global_batch": 6, "gold_fraction": Fraction(3, 10), "num_gold": 5}
+    return Order(**known | {"corpora": corpora} | changes)
+
+
+@given(fraction=FRACTIONS, global_batch=st.integers(1, 32), steps=st.integers(1, 50))
+def test_gold_fraction_holds_over_any_stretch(fraction: Fraction, global_batch: int, steps: int) -> None:
+    gold = order_of(global_batch=global_batch, gold_fraction=fraction).gold_before(steps)
+    assert 0 <= steps * global_batch * fraction - gold < 1
 
 
 def test_a_tenth_is_a_tenth() -> None:
-    assert [gold_before(s, global_batch=10, gold_fraction=0.1) for s in (1, 2, 3, 1000)] == [1, 2, 3, 1000]
+    order = order_of(global_batch=10, gold_fraction=meant(0.1))
+    assert [order.gold_before(s) for s in (1, 2, 3, 1000)] == [1, 2, 3, 1000]
+
+
+@given(
+    of_targets=st.fractions(Fraction(1, 100), Fraction(99, 100), max_denominator=100),
+    gold=st.integers(1, 500),
+    corpus=st.integers(1, 500),
+)
+def test_a_fraction_of_targets(of_targets: Fraction, gold: int, corpus: int) -> None:
+    f = fraction_of_sequences(of_targets, gold=Fraction(gold), corpus=Fraction(corpus))
+    assert f * gold / (f * gold + (1 - f) * corpus) == of_targets
 
 
 def test_a_step_has_exactly_the_global_batch_and_streams_run_on() -> None:
     seen: dict[str, list[tuple[int, int]]] = {"gold": [], "corpus": []}
     for step in range(40):
-        slots = global_batch_slots(step, seed=3, global_batch=6, gold_fraction=0.3, num_gold=5, corpus_blocks=(4, 3, 9))
+        slots = order_of().slots(step)
         assert len(slots) == 6
         for slot in slots:
             seen[slot.source].append((slot.block, slot.row))
@@ -57,6 +79,72 @@ def test_a_step_has_exactly_the_global_batch_and_streams_run_on() -> None:
         assert len(set(seen["gold"][epoch * 5 : epoch * 5 + 5])) == 5
     for epoch in range(len(seen["corpus"]) // 16):
         assert len(set(seen["corpus"][epoch * 16 : epoch * 16 + 16])) == 16
+
+
+def test_gold_ends_after_its_epochs_and_the_corpus_goes_on_without_a_gap() -> None:
+    free, capped = order_of(), order_of(most_gold=13)  # of five: two passes and a half
+    slots = [slot for step in range(40) for slot in capped.slots(step)]
+    assert len(slots) == 240
+    gold = [slot.row for slot in slots if slot.source == "gold"]
+    assert gold == [slot.row for step in range(40) for slot in free.slots(step) if slot.source == "gold"][:13]
+    assert {slot.source for slot in slots[-6 * 30 :]} == {"corpus"}
+    corpus = [(slot.block, slot.row) for slot in slots if slot.source == "corpus"]
+    assert len(corpus) == 227
+    for epoch in range(227 // 16):
+        assert len(set(corpus[epoch * 16 : epoch * 16 + 16])) == 16
+
+
+@given(
+    weights=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    sizes=st.lists(st.integers(1, 7), min_size=5, max_size=5),
+    start=st.integers(0, 500),
+    length=st.integers(1, 300),
+)
+def test_caches_have_their_turns_by_weight(weights: list[int], sizes: list[int], start: int, length: int) -> None:
+    """Over any stretch, to within one sequence a cache; each visits all its rows before any again."""
+    shares = [Fraction(weight, sum(weights)) for weight in weights]
+    corpora = tuple(Corpus(weight=s, parts=((size, 2),)) for s, size in zip(shares, sizes[: len(weights)], strict=True))
+    order = order_of(corpora=corpora)
+    slots = [order.corpus_at(i) for i in range(start + length)]
+    turns = Counter(slot.cache for slot in slots[start:])
+    for number, share in enumerate(shares):
+        assert abs(turns[number] - length * share) <= len(weights)
+        own = [(slot.block, slot.row) for slot in slots if slot.cache == number]
+        rows = sizes[number] + 2
+        for epoch in range(len(own) // rows):
+            assert len(set(own[epoch * rows : (epoch + 1) * rows])) == rows
+
+
+def test_caches_of_one_order_do_not_move_together() -> None:
+    corpora = tuple(Corpus(weight=Fraction(1, 2), parts=((50,),)) for _ in range(2))
+    slots = [order_of(corpora=corpora).corpus_at(i) for i in range(100)]
+    assert [slot.row for slot in slots if slot.cache == 0] != [slot.row for slot in slots if slot.cache == 1]
+
+
+@given(
+    blocks=st.lists(st.lists(st.floats(0, 5, width=32), min_size=1, max_size=9), min_size=1, max_size=12),
+    num_parts=st.integers(1, 6),
+)
+def test_a_curriculum_takes_the_surest_first_and_every_row_once(blocks: list[list[float]], num_parts: int) -> None:
+    curriculum = by_entropy([torch.tensor(values) for values in blocks], num_parts)
+    total = sum(map(len, blocks))
+    for epoch in range(2):
+        indices = range(epoch * total, (epoch + 1) * total)
+        slots = [curriculum_at(i, stream="corpus", seed=1, parts=curriculum.sizes) for i in indices]
+        places = [(slot.block, curriculum.row(slot.part, slot.block, slot.row)) for slot in slots]
+        assert sorted(places) == [(b, r) for b, values in enumerate(blocks) for r in range(len(values))]
+        entropies = [(slot.part, blocks[b][r]) for slot, (b, r) in zip(slots, places, strict=True)]
+        for part in range(num_parts):
+            own = [entropy for p, entropy in entropies if p == part]
+            after = [entropy for p, entropy in entropies if p > part]
+            assert not own or not after or max(own) <= min(after)
+            assert abs(len(own) - total / num_parts) < 1
+        assert [part for part, _ in entropies] == sorted(part for part, _ in entropies)
+
+
+def test_a_curriculum_refuses_a_cache_that_does_not_know_entropy() -> None:
+    with pytest.raises(InputError, match="found a cache that does not know it"):
+        by_entropy([torch.tensor([1.0, math.nan])], 2)
 
 
 def test_seed_and_epoch_change_the_order() -> None:

@@ -156,14 +156,14 @@ def expected_sequences(run: Path, steps: int) -> list[str]:
     config = load_config(run / "config.yaml", TrainConfig)
     tokenizer = models.open_tokenizer(config.student)[1]
     mixture = open_mixture(config, tokenizer)
-    assert mixture.reader is not None
+    (reader,) = mixture.readers
     visited, sums = [], []
     for step in range(steps):
         slots = mixture.slots(step)
         visited += [(slot.block, slot.row) for slot in slots if slot.source == "corpus"]
         keys = [int.from_bytes(mixture.read(slot)[0].key[:8], "little") for slot in slots]
         sums.append(f"{sum(keys) % 2**64:016x}")
-    rows = [(block, row) for block, size in enumerate(mixture.reader.blocks) for row in range(size)]
+    rows = [(block, row) for block, size in enumerate(reader.blocks) for row in range(size)]
     assert len(visited) > 2 * len(rows)
     for epoch in range(len(visited) // len(rows)):
         assert sorted(visited[epoch * len(rows) : (epoch + 1) * len(rows)]) == rows
