@@ -27,8 +27,8 @@ from pipeline.config import Source, Take, TrainConfig
 from pipeline.corpus import survey, text_hash
 from pipeline.dataset import fitting_micro_batch
 from pipeline.divergences import NEEDS_TAIL
-from pipeline.evaluate import teacher_choices, teacher_score
-from pipeline.exam import open_exam
+from pipeline.evaluate import decisive, teacher_choices, teacher_score
+from pipeline.exam import check_questions, open_exam
 from pipeline.files import RunPaths, content_hash, write_json
 from pipeline.options import result_options, save_config
 from pipeline.progress import log, start_logging
@@ -36,7 +36,7 @@ from pipeline.recipe import class_ids
 from pipeline.store import one_place
 from pipeline.text import open_text
 from pipeline.topk import temperature_index
-from pipeline.types import InputError, RunFailed
+from pipeline.types import InputError, RunFailed, Scores
 
 STARTED = time.time()  # of this command, whose time may be limited
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on
@@ -60,7 +60,7 @@ class Stopped(SystemExit):
 
 
 def train(config: TrainConfig) -> float | None:
-    """Bring one run to its result, from nothing or from where it stands; returns dev (else test) accuracy."""
+    """Bring one run to its result, from nothing or from where it stands; returns its score on dev (else test)."""
     start_logging()
     check_train(config)
     config = dataclasses.replace(config, student=models.settled(config.student))
@@ -124,16 +124,19 @@ def identify(config: TrainConfig) -> dict[str, Any]:
     if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
         gold = open_text(config.gold, "gold")
         identity["gold"] = survey(gold, tokenizer, window=config.window, require_targets=True).sha256
+    longest, exams = models.longest_sequence(folder), []
     for split, held_out in (("dev", config.dev), ("test", config.test)):
         if held_out is not None:
             text = open_text(held_out, split)
-            exam = open_exam(text, tokenizer, longest=models.longest_sequence(folder))
+            exam = open_exam(text, tokenizer, longest=longest, max_new_tokens=config.scoring.max_new_tokens)
+            exams.append(exam)
             identity[split] = text_hash(text)
             if split == "dev" and follows.every_steps > 0 and follows.teacher_predictions is not None:
                 identity["dev_goal"] = teacher_score(exam, follows.teacher_predictions)
             if split == "test" and config.scoring.teacher_predictions is not None:
                 chosen = teacher_choices(exam, config.scoring.teacher_predictions)
                 identity["teacher_predictions"] = content_hash(chosen.to_list())
+    check_questions(exams)
     return identity
 
 
@@ -243,7 +246,7 @@ def alone(paths: RunPaths) -> Iterator[int]:
 
 
 def objective(paths: RunPaths) -> float | None:
-    """What a sweep maximises: accuracy on dev, else on test, else nothing."""
+    """What a sweep maximises: what decides on dev, else on test, else nothing."""
     result = json.loads(paths.result.read_text())
     split = result.get("dev") or result.get("test")
-    return split["accuracy"] if split else None
+    return decisive(Scores(**split)) if split else None
