@@ -36,7 +36,7 @@ def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
         "",
         "## Scores",
         "",
-        *_table(["split", "records", "accuracy", "nll a target"], _scores(result)),
+        *_table(["split", "records", "accuracy", "exact match", "nll a target"], _scores(result)),
         "",
         "## Made of",
         "",
@@ -70,19 +70,23 @@ def _story(base: str, adapter: dict[str, Any] | None) -> str:
 
 def _training(options: dict[str, Any], result: dict[str, Any]) -> str:
     told = f"The weights of step {result['exported_step']}, {EXPORTED[options['export']['what']]}. "
-    told += (
-        f"{result['steps']} steps of {options['global_batch']} sequences, gold fraction {options['gold_fraction']}, "
-    )
-    told += f"peak learning rate {options['optimizer']['learning_rate']}, window {options['window']}; "
+    told += f"{result['steps']} steps of {options['global_batch']} sequences, "
+    told += f"gold fraction {options['gold_fraction']}, peak learning rate {options['optimizer']['learning_rate']}, "
+    told += f"window {options['window']}; "
     return told + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 def _scores(result: dict[str, Any]) -> Iterator[list[str]]:
     for split in ("dev", "test"):
         if scores := result.get(split):
-            accuracy, count, nll = scores["accuracy"], scores["num_choice_records"], scores["nll"]
-            told = "" if accuracy is None else f"{accuracy:.4f} ± {math.sqrt(accuracy * (1 - accuracy) / count):.4f}"
-            yield [split, str(scores["num_records"]), told, "" if nll is None else f"{nll:.4f}"]
+            accuracy = _fraction(scores["accuracy"], scores["num_choice_records"])
+            exact_match = _fraction(scores["exact_match"], scores["num_free_records"])
+            nll = "" if scores["nll"] is None else f"{scores['nll']:.4f}"
+            yield [split, str(scores["num_records"]), accuracy, exact_match, nll]
+
+
+def _fraction(value: float | None, count: int) -> str:
+    return "" if value is None else f"{value:.4f} ± {math.sqrt(value * (1 - value) / count):.4f}"
 
 
 def _inputs(identity: dict[str, Any]) -> Iterator[list[str]]:

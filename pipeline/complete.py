@@ -9,8 +9,7 @@ from torch import Tensor
 
 from pipeline import models
 from pipeline.corpus import completed, pack
-from pipeline.generation import read_next, read_prompts
-from pipeline.logits import logits
+from pipeline.generation import say
 from pipeline.teacher import Flight, Spoken, depart, joined, mark, speak
 from pipeline.topk import sampled, select, uniforms
 from pipeline.types import UNKNOWN_TARGET, Manifest, TokenSequence
@@ -40,25 +39,19 @@ def _say(
     `spoken[t]` has a row for every prompt of the batch; those past a prompt's own end are not to be read.
     """
     options, device = manifest.made_of["complete"], next(teacher.parameters()).device
-    room = [manifest.window - len(prompt.input_ids_S) for prompt in batch]
-    num_steps = min(options["max_new_tokens"], max(room))
-    draws_BTD = torch.stack([uniforms(p.key, num_steps, draws=manifest.draws, seed=manifest.draw_seed) for p in batch])
-    chances_BT1 = torch.stack([uniforms(p.key, num_steps, draws=1, seed=~options["seed"]) for p in batch])
+    room = [min(options["max_new_tokens"], manifest.window - len(prompt.input_ids_S)) for prompt in batch]
+    draws_BTD = torch.stack([uniforms(p.key, max(room), draws=manifest.draws, seed=manifest.draw_seed) for p in batch])
+    chances_BT1 = torch.stack([uniforms(p.key, max(room), draws=1, seed=~options["seed"]) for p in batch])
     unknown_B = torch.full((len(batch),), UNKNOWN_TARGET, device=device)
-    end_id = manifest.made_of["end_token_id"]
-    said: list[list[int]] = [[] for _ in batch]
     spoken: list[Spoken] = []
-    state = read_prompts(teacher, [prompt.input_ids_S for prompt in batch])
-    for t in range(num_steps):
-        logits_BV = logits(teacher, state.hidden_BH, manifest.vocabulary_size)
+
+    def choose(t: int, logits_BV: Tensor) -> Tensor:
         spoken.append(speak(logits_BV, unknown_B, draws_BTD[:, t], manifest))
-        next_B = _choose(logits_BV, options, chances_BT1[:, t])
-        for b, token in enumerate(next_B.tolist()):
-            if len(said[b]) == t and t < room[b] and not (t and said[b][-1] == end_id):
-                said[b].append(token)
-        if all(len(words) <= t for words in said) or t + 1 == num_steps:
-            break
-        state = read_next(teacher, state, next_B)
+        return _choose(logits_BV, options, chances_BT1[:, t])
+
+    ends = [{manifest.made_of["end_token_id"]}] * len(batch)
+    prompts = [prompt.input_ids_S for prompt in batch]
+    said = say(teacher, prompts, choose, room=room, ends=ends, vocabulary_size=manifest.vocabulary_size)
     return said, spoken
 
 

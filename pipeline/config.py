@@ -193,7 +193,7 @@ class OvertakenConfig:
     teacher_predictions: str | None = option(
         None, "the teacher's predictions-dev.parquet (or a glob matching one): the score to overtake", content=True
     )
-    margin: float = option(0.01, "of score (accuracy, or -nll without choices): closer than this, nothing changes")
+    margin: float = option(0.01, "of score (accuracy, exact match or -nll): closer than this, nothing changes")
     factor: float = option(0.5, "the weight is multiplied by it when ahead of the teacher, divided when behind")
     least: float = option(0.0, "the weight's factor never falls below this")
 
@@ -299,6 +299,9 @@ class CheckpointConfig:
 @dataclass
 class ScoringConfig:
     batch_tokens: int = option(4096, "tokens in one forward while scoring", result=False)
+    max_new_tokens: int = option(
+        0, "exact match: a record without choices is completed, in so many tokens at most, and compared; 0: not asked"
+    )
     teacher_predictions: str | None = option(
         None,
         "the teacher's predictions-test.parquet (or a glob matching one), for agreement with it",
@@ -309,7 +312,7 @@ class ScoringConfig:
 @dataclass
 class EarlyStoppingConfig:
     patience: int = option(0, "the run ends after so many evaluations on dev without a better one; 0: never")
-    min_delta: float = option(0.0, "of score (accuracy, or -nll without choices): better means better by more than it")
+    min_delta: float = option(0.0, "of score (accuracy, exact match or -nll): better means better by more than it")
 
 
 @dataclass

@@ -14,11 +14,12 @@ import torch
 from pipeline import models
 from pipeline.config import EvaluateConfig
 from pipeline.corpus import Segment, collate_inputs, pack
-from pipeline.exam import Exam, Item, open_exam, record_key
+from pipeline.exam import Exam, Item, check_questions, open_exam, record_key, said
 from pipeline.files import one_path, write_json
+from pipeline.generation import batches_of_like_length, say
 from pipeline.logits import logits
 from pipeline.progress import Progress, log, start_logging
-from pipeline.runtime import compute_device
+from pipeline.runtime import Ranks, compute_device
 from pipeline.text import open_text
 from pipeline.types import InputError, Scores
 
@@ -30,14 +31,15 @@ def run(config: EvaluateConfig) -> Scores:
     """Score a model folder; print, and write scores.json and predictions.parquet if asked."""
     start_logging()
     folder, tokenizer = models.open_tokenizer(config.model)
-    exam = open_exam(open_text(config.text, "text"), tokenizer, longest=models.longest_sequence(folder))
+    longest, max_new_tokens = models.longest_sequence(folder), config.scoring.max_new_tokens
+    exam = open_exam(open_text(config.text, "text"), tokenizer, longest=longest, max_new_tokens=max_new_tokens)
+    check_questions([exam])
     if config.scoring.teacher_predictions is not None:
         teacher_choices(exam, config.scoring.teacher_predictions)
     model = models.open_model(config.model, compute_device())
     scores, predictions = score(
         model,
         exam,
-        vocabulary_size=models.vocabulary_size(tokenizer),
         batch_tokens=config.scoring.batch_tokens,
         teacher_predictions=config.scoring.teacher_predictions,
         log_every_seconds=config.log_every_seconds,
@@ -57,15 +59,19 @@ def score(
     model: models.Model,
     exam: Exam,
     *,
-    vocabulary_size: int,
     batch_tokens: int,
     teacher_predictions: str | None,
     log_every_seconds: float,
+    ranks: Ranks | None = None,
 ) -> tuple[Scores, pl.DataFrame]:
-    """Scores over all records, and one row a record: what was predicted and how likely everything was."""
+    """Scores over all records, and one row a record: what was predicted and how likely everything was.
+
+    With `ranks` all of them are here with one student, whose words are the first one's on every rank.
+    """
     model.eval()
-    log_probs = _log_probs(model, exam.items, vocabulary_size, batch_tokens, log_every_seconds)
-    predictions = _predictions(exam, log_probs)
+    log_probs = _log_probs(model, exam.items, models.vocabulary_size(exam.tokenizer), batch_tokens, log_every_seconds)
+    answers = _answers(model, exam, batch_tokens, log_every_seconds, ranks)
+    predictions = _predictions(exam, log_probs, answers)
     if teacher_predictions is not None:
         predictions = predictions.with_columns(teacher_predicted=teacher_choices(exam, teacher_predictions))
     return _scores(predictions), predictions
@@ -141,10 +147,42 @@ def _pair_log_probs(
     return values_N.tolist()
 
 
+@torch.inference_mode()
+def _answers(
+    model: models.Model, exam: Exam, batch_tokens: int, log_every_seconds: float, ranks: Ranks | None
+) -> dict[int, tuple[str, bool]]:
+    """Of each record with a question: what the model said, greedily, and whether that is what was wanted."""
+    questions, found = exam.questions, {}
+    progress = Progress("answer", total=len(questions), unit=" records", log_every_seconds=log_every_seconds)
+    lengths = [len(question.ids) for question in questions]
+
+    def choose(_: int, logits_BV: torch.Tensor) -> torch.Tensor:
+        likeliest_B = logits_BV.argmax(dim=1)
+        # at ZeRO 3 a rank that ends earlier, by a tie that it breaks otherwise, would leave the others waiting
+        return likeliest_B if ranks is None else ranks.first(likeliest_B)
+
+    for rows in batches_of_like_length(lengths, batch_tokens=batch_tokens, max_new_tokens=exam.max_new_tokens):
+        asked = [questions[row] for row in rows]
+        words = say(
+            model,
+            [torch.tensor(question.ids) for question in asked],
+            choose,
+            room=[exam.max_new_tokens] * len(asked),
+            ends=[question.ends for question in asked],
+            vocabulary_size=models.vocabulary_size(exam.tokenizer),
+        )
+        for question, ids in zip(asked, words, strict=True):
+            answer = said(exam.tokenizer, ids)
+            found[question.record_id] = (answer, answer == question.wanted)
+        progress.advance(len(asked))
+    progress.close()
+    return found
+
+
 # ----------------------------------------------------------------------------------- what came of it
 
 
-def _predictions(exam: Exam, log_probs: list[list[float]]) -> pl.DataFrame:
+def _predictions(exam: Exam, log_probs: list[list[float]], answers: dict[int, tuple[str, bool]]) -> pl.DataFrame:
     own: dict[int, list[float]] = {record.record_id: [] for record in exam.records}
     choices: dict[int, list[float]] = {record.record_id: [] for record in exam.records}
     for item, values in zip(exam.items, log_probs, strict=True):
@@ -157,6 +195,7 @@ def _predictions(exam: Exam, log_probs: list[list[float]]) -> pl.DataFrame:
         likelihoods = choices[record.record_id]
         predicted = likelihoods.index(max(likelihoods)) if likelihoods else None
         scored = predicted is not None and record.answer is not None
+        spoken, exact = answers.get(record.record_id, (None, None))
         rows.append(
             {
                 "record_id": record.record_id,
@@ -167,6 +206,8 @@ def _predictions(exam: Exam, log_probs: list[list[float]]) -> pl.DataFrame:
                 "choice_log_probs": likelihoods,
                 "num_targets": len(own[record.record_id]),
                 "nll_sum": -sum(own[record.record_id]),
+                "said": spoken,
+                "exact": exact,
             }
         )
     schema: dict[str, Any] = {
@@ -178,6 +219,8 @@ def _predictions(exam: Exam, log_probs: list[list[float]]) -> pl.DataFrame:
         "choice_log_probs": pl.List(pl.Float32),
         "num_targets": pl.Int64,
         "nll_sum": pl.Float64,
+        "said": pl.String,
+        "exact": pl.Boolean,
     }
     return pl.DataFrame(rows, schema=schema)
 
@@ -203,19 +246,23 @@ def teacher_score(exam: Exam, predictions: str) -> float:
     path = one_path(predictions, "loss.kd.overtaken.teacher_predictions")
     mine = pl.DataFrame({"record_key": [record_key(record) for record in exam.records]})
     rows = mine.join(pl.read_parquet(path).unique("record_key"), on="record_key", how="left")
-    unknown = int(rows["num_targets"].is_null().sum())
+    questions = {question.record_id for question in exam.questions}
+    asked = pl.Series([record.record_id in questions for record in exam.records])
+    unknown = int((rows["num_targets"].is_null() | (asked & rows["exact"].is_null())).sum())
     if unknown:
         raise InputError(
             f"{path}: expected the teacher's prediction for each of {len(mine)} records of dev, found none for "
-            f"{unknown}; score the teacher on the same text"
+            f"{unknown}; score the teacher on the same text, with scoring.max_new_tokens={exam.max_new_tokens}"
         )
+    rows = rows.with_columns(exact=pl.when(asked).then(pl.col("exact")))  # what is not asked here decides nothing
     return decisive(_scores(rows))
 
 
 def decisive(scores: Scores) -> float:
-    """One number, more is better: accuracy where there are choices, else minus the nll."""
-    if scores.accuracy is not None:
-        return scores.accuracy
+    """One number, more is better: accuracy over choices, else exact match if measured, else minus the nll."""
+    for fraction in (scores.accuracy, scores.exact_match):
+        if fraction is not None:
+            return fraction
     assert scores.nll is not None
     return -scores.nll
 
@@ -235,6 +282,8 @@ def _scores(predictions: pl.DataFrame) -> Scores:
         perplexity=math.exp(min(nll, 700.0)) if nll is not None else None,
         num_choice_records=with_choices.height,
         accuracy=_mean(with_choices["correct"]),
+        num_free_records=int(predictions["exact"].is_not_null().sum()),
+        exact_match=_mean(predictions["exact"].drop_nulls()),
         agreement=agreement,
     )
 

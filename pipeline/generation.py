@@ -1,15 +1,18 @@
-"""A model reads texts of its own making: prompts of different lengths, then a token at a time, with a KV cache."""
+"""A model says what follows prompts of different lengths: it reads them, then a token at a time, with a KV cache."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.logits import logits
 from pipeline.models import Model
+
+MOST_TEXTS = 512  # completed together: bounds the [B, V] matrix of their next tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,3 +61,41 @@ def read_next(model: Model, reading: Reading, next_B: Tensor) -> Reading:
         mask_BS=mask_BS,
         lengths_B=reading.lengths_B + 1,
     )
+
+
+def say(
+    model: Model,
+    prompts: Sequence[Tensor],
+    choose: Callable[[int, Tensor], Tensor],
+    *,
+    room: Sequence[int],
+    ends: Sequence[Container[int]],
+    vocabulary_size: int,
+) -> list[list[int]]:
+    """What a model says after each prompt: up to one of its `ends`, which is said too, or as long as there is `room`.
+
+    `choose(t, logits_BV)` names the token at step t of each, also of those that are at their end already.
+    """
+    said: list[list[int]] = [[] for _ in prompts]
+    speaking = set(range(len(prompts)))
+    state = read_prompts(model, prompts)
+    for t in range(max(room)):
+        next_B = choose(t, logits(model, state.hidden_BH, vocabulary_size))
+        for b, token in enumerate(next_B.tolist()):
+            if b in speaking:
+                said[b].append(token)
+                if token in ends[b] or len(said[b]) == room[b]:
+                    speaking.remove(b)
+        if not speaking:
+            break
+        state = read_next(model, state, next_B)
+    return said
+
+
+def batches_of_like_length(lengths: Sequence[int], *, batch_tokens: int, max_new_tokens: int) -> Iterator[list[int]]:
+    """Texts to be completed together: the longest first, so many that their KV caches hold `batch_tokens` at most."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        size = min(max(batch_tokens // (lengths[order[0]] + max_new_tokens), 1), MOST_TEXTS)
+        yield order[:size]
+        order = order[size:]

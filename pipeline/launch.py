@@ -27,8 +27,8 @@ from pipeline.config import Source, Take, TrainConfig
 from pipeline.corpus import survey, text_hash
 from pipeline.dataset import fitting_micro_batch
 from pipeline.divergences import NEEDS_TAIL
-from pipeline.evaluate import teacher_choices, teacher_score
-from pipeline.exam import open_exam
+from pipeline.evaluate import decisive, teacher_choices, teacher_score
+from pipeline.exam import check_questions, open_exam
 from pipeline.files import RunPaths, content_hash, write_json
 from pipeline.options import result_options, save_config
 from pipeline.progress import log, start_logging
@@ -36,7 +36,7 @@ from pipeline.recipe import class_ids
 from pipeline.store import one_place
 from pipeline.text import open_text
 from pipeline.topk import temperature_index
-from pipeline.types import InputError, RunFailed
+from pipeline.types import InputError, RunFailed, Scores
 
 STARTED = time.time()  # of this command, whose time may be limited
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on
@@ -60,7 +60,7 @@ class Stopped(SystemExit):
 
 
 def train(config: TrainConfig) -> float | None:
-    """Bring one run to its result, from nothing or from where it stands; returns dev (else test) accuracy."""
+    """Bring one run to its result, from nothing or from where it stands; returns its score on dev (else test)."""
     start_logging()
     check_train(config)
     batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
@@ -121,22 +121,26 @@ def identify(config: TrainConfig) -> dict[str, Any]:
         identity["cache"] = check_cache(config, config.cache, "cache", folder, tokenizer)
         further = [check_cache(config, address, "more_caches", folder, tokenizer) for address in config.more_caches]
         identity |= {"more_caches": further} if further else {}
+        check_alike([config.cache, *config.more_caches, *([config.gold_cache] if config.gold_cache else [])])
     if config.gold_cache is not None and config.gold_fraction > 0:
         identity["gold_cache"] = check_cache(config, config.gold_cache, "gold_cache", folder, tokenizer)
     follows = config.loss.kd.overtaken
     if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
         gold = open_text(config.gold, "gold")
         identity["gold"] = survey(gold, tokenizer, window=config.window, require_targets=True).sha256
+    longest, exams = models.longest_sequence(folder), []
     for split, held_out in (("dev", config.dev), ("test", config.test)):
         if held_out is not None:
             text = open_text(held_out, split)
-            exam = open_exam(text, tokenizer, longest=models.longest_sequence(folder))
+            exam = open_exam(text, tokenizer, longest=longest, max_new_tokens=config.scoring.max_new_tokens)
+            exams.append(exam)
             identity[split] = text_hash(text)
             if split == "dev" and follows.every_steps > 0 and follows.teacher_predictions is not None:
                 identity["dev_goal"] = teacher_score(exam, follows.teacher_predictions)
             if split == "test" and config.scoring.teacher_predictions is not None:
                 chosen = teacher_choices(exam, config.scoring.teacher_predictions)
                 identity["teacher_predictions"] = content_hash(chosen.to_list())
+    check_questions(exams)
     return identity
 
 
@@ -170,6 +174,11 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
             f"divergence={kd.divergence.name}: expected a topk cache with an exact tail, because it is not "
             f"linear in what the teacher says, found {manifest.kind}, tail {manifest.tail} ({cache}); use forward_kl"
         )
+    if config.curriculum_parts > 1 and what != "gold_cache" and manifest.tail != "exact":
+        raise InputError(
+            f"curriculum_parts: expected caches that know the teacher's entropy, found one with tail {manifest.tail} "
+            f"({cache}), which was imported; capture with this project, or use curriculum_parts=1"
+        )
     if hard.weight == 0 or (Source.gold if what == "gold_cache" else Source.corpus) not in hard.on:
         return manifest.fingerprint
     if hard.take is Take.likeliest and manifest.kind == "sampled":
@@ -183,6 +192,16 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
             "capture with complete.how, or use loss.hard.take=likeliest"
         )
     return manifest.fingerprint
+
+
+def check_alike(addresses: list[str]) -> None:
+    """Refuse caches of different temperatures: their distributions stand in one batch."""
+    found = {address: manifests.load(one_place(address, "cache")).temperatures for address in addresses}
+    if len(set(found.values())) > 1:
+        raise InputError(
+            f"cache: expected the same captured temperatures in all that are read together, found "
+            f"{ {address: list(temperatures) for address, temperatures in found.items()} }; capture them alike"
+        )
 
 
 def num_processes(config: TrainConfig) -> int:
@@ -246,7 +265,7 @@ def alone(paths: RunPaths) -> Iterator[int]:
 
 
 def objective(paths: RunPaths) -> float | None:
-    """What a sweep maximises: accuracy on dev, else on test, else nothing."""
+    """What a sweep maximises: what decides on dev, else on test, else nothing."""
     result = json.loads(paths.result.read_text())
     split = result.get("dev") or result.get("test")
-    return split["accuracy"] if split else None
+    return decisive(Scores(**split)) if split else None

@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline import ramps
+from pipeline import models, ramps
 from pipeline.config import EarlyStoppingConfig, Export, TrainConfig
 from pipeline.evaluate import decisive, score, teacher_score
 from pipeline.exam import Exam, open_exam
@@ -30,13 +31,14 @@ class Dev:
     """The teacher's score, where a weight follows it."""
 
 
-def open_dev(config: TrainConfig, tokenizer: Any) -> Dev | None:
+def open_dev(config: TrainConfig, folder: Path, tokenizer: Any) -> Dev | None:
     """Dev, and the teacher's score on it if a weight is made to follow it; None if this run never looks."""
     follows = config.loss.kd.overtaken
     if follows.every_steps == 0 and config.evaluate_every_steps == 0:
         return None
     assert config.dev is not None, "checked with the options"
-    exam = open_exam(open_text(config.dev, "dev"), tokenizer, longest=None)
+    longest, max_new_tokens = models.longest_sequence(folder), config.scoring.max_new_tokens
+    exam = open_exam(open_text(config.dev, "dev"), tokenizer, longest=longest, max_new_tokens=max_new_tokens)
     if follows.every_steps == 0:
         return Dev(exam=exam, goal=None)
     assert follows.teacher_predictions is not None, "checked with the options"
@@ -86,17 +88,17 @@ def _scored(config: TrainConfig, ranks: Ranks, engine: Any, exam: Exam) -> tuple
     scores, _ = score(
         student,
         exam,
-        vocabulary_size=engine.module.objective.vocabulary_size,
         batch_tokens=config.scoring.batch_tokens,
         teacher_predictions=None,
         log_every_seconds=1e9,
+        ranks=ranks,
     )
     student.train()
-    known = {"dev_accuracy": scores.accuracy, "dev_nll": scores.nll}
-    mine = [decisive(scores), *(value for value in known.values() if value is not None)]
-    values = torch.tensor(mine if ranks.rank == 0 else [0.0] * len(mine), dtype=torch.float64, device=ranks.device)
-    found, *others = ranks.sum(values).tolist()
-    return found, dict(zip((name for name, value in known.items() if value is not None), others, strict=True))
+    measured = {"dev_accuracy": scores.accuracy, "dev_exact_match": scores.exact_match, "dev_nll": scores.nll}
+    known = {name: value for name, value in measured.items() if value is not None}
+    mine = torch.tensor([decisive(scores), *known.values()], dtype=torch.float64, device=ranks.device)
+    found, *others = ranks.first(mine).tolist()
+    return found, dict(zip(known, others, strict=True))
 
 
 def remembered(state: TrainState, score: float, *, min_delta: float) -> TrainState:
@@ -125,6 +127,6 @@ def declared(rows: Sequence[dict[str, Any]], *, what: Export) -> dict[str, Any]:
     return {
         "exported_step": last["best_step"] if what is Export.best else len(rows),
         "best_step": last["best_step"],
-        "decided_by": "dev_accuracy" if "dev_accuracy" in last else "dev_nll",
+        "decided_by": next(name for name in ("dev_accuracy", "dev_exact_match", "dev_nll") if name in last),
         "stopped_early_at": last["step"] if last.get("stopped_early") else None,
     }

@@ -43,7 +43,6 @@ def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
     if config.cache is not None and config.gold_fraction < 1:
         addresses = [config.cache, *config.more_caches]
     readers = [open_reader(config, address, "cache") for address in addresses]
-    check_alike(readers)
     parts = config.curriculum_parts
     curriculum = [by_entropy(reader.mean_entropies(), parts) if parts > 1 else None for reader in readers]
     one = next(iter(readers), captured)
@@ -85,17 +84,6 @@ def open_order(
         corpora=corpora,
         most_gold=None if config.gold_epochs is None else math.ceil(meant(config.gold_epochs) * len(gold)),
     )
-
-
-def check_alike(readers: Sequence[ShardReader]) -> None:
-    """Refuse caches that cannot stand in one batch."""
-    for reader in readers:
-        temperatures = readers[0].manifest.temperatures
-        if reader.manifest.temperatures != temperatures:
-            raise InputError(
-                f"more_caches: expected the temperatures {list(temperatures)} of {readers[0].cache}, found "
-                f"{list(reader.manifest.temperatures)} ({reader.cache}); capture both with the same"
-            )
 
 
 def open_reader(config: TrainConfig, address: str, what: str) -> ShardReader:

@@ -26,6 +26,7 @@ SCHEMA = {
     "steps": pl.Int64,
     "num_records": pl.Int64,
     "accuracy": pl.Float64,
+    "exact_match": pl.Float64,
     "standard_error": pl.Float64,
     "nll": pl.Float64,
     "agreement": pl.Float64,
@@ -80,7 +81,8 @@ def read_runs(folders: list[Path], patterns: list[str]) -> pl.DataFrame:
 
 def _row(config: TrainConfig, result: dict[str, Any], identity: dict[str, Any], folder: Path) -> dict[str, Any]:
     test = result.get("test") or {}
-    accuracy, count = test.get("accuracy"), test.get("num_choice_records") or 0
+    measured = ((test.get("accuracy"), "num_choice_records"), (test.get("exact_match"), "num_free_records"))
+    score, count = next(((score, test[count]) for score, count in measured if score is not None), (None, 0))
     return {
         "experiment": config.name,
         "seed": config.seed,
@@ -90,8 +92,9 @@ def _row(config: TrainConfig, result: dict[str, Any], identity: dict[str, Any], 
         "gold_fraction": config.gold_fraction,
         "steps": result["steps"],
         "num_records": test.get("num_records"),
-        "accuracy": accuracy,
-        "standard_error": (accuracy * (1 - accuracy) / count) ** 0.5 if accuracy is not None and count else None,
+        "accuracy": test.get("accuracy"),
+        "exact_match": test.get("exact_match"),
+        "standard_error": (score * (1 - score) / count) ** 0.5 if score is not None else None,
         "nll": test.get("nll"),
         "agreement": test.get("agreement"),
         "pgr": None,
@@ -100,27 +103,33 @@ def _row(config: TrainConfig, result: dict[str, Any], identity: dict[str, Any], 
     }
 
 
-def mean_accuracy(table: pl.DataFrame, experiment: str) -> float | None:
-    """Mean accuracy over the seeds of an experiment, or None if it has no run; refuses to mix settings."""
-    runs = table.filter(pl.col("experiment") == experiment).drop_nulls("accuracy")
+def deciding(table: pl.DataFrame) -> str:
+    """The column by which experiments are compared: accuracy where the test has choices, else exact match."""
+    return "exact_match" if table["accuracy"].is_null().all() else "accuracy"
+
+
+def mean_score(table: pl.DataFrame, experiment: str) -> float | None:
+    """Mean score over the seeds of an experiment, or None if it has no run; refuses to mix settings."""
+    column = deciding(table)
+    runs = table.filter(pl.col("experiment") == experiment).drop_nulls(column)
     if runs["settings"].n_unique() > 1:
         raise InputError(
             f"runs: expected one setting of {experiment} to measure the gap by, found {runs['settings'].n_unique()}: "
             f"{', '.join(runs['run_dir'])}; name the right ones in runs="
         )
-    return float(runs["accuracy"].mean()) if len(runs) else None  # type: ignore[arg-type]
+    return float(runs[column].mean()) if len(runs) else None  # type: ignore[arg-type]
 
 
 def with_pgr(table: pl.DataFrame) -> pl.DataFrame:
     """Fill in the PGR of every student, where there are a teacher and a ceiling to measure the gap."""
-    weak, ceiling = mean_accuracy(table, "teacher"), mean_accuracy(table, "ceiling")
+    weak, ceiling = mean_score(table, "teacher"), mean_score(table, "ceiling")
     if weak is None or ceiling is None:
         return table
     values = [
         None
-        if accuracy is None or experiment == "teacher"
-        else performance_gap_recovered(accuracy, weak=weak, ceiling=ceiling)
-        for experiment, accuracy in table.select("experiment", "accuracy").iter_rows()
+        if score is None or experiment == "teacher"
+        else performance_gap_recovered(score, weak=weak, ceiling=ceiling)
+        for experiment, score in table.select("experiment", deciding(table)).iter_rows()
     ]
     return table.with_columns(pgr=pl.Series(values, dtype=pl.Float64))
 
@@ -128,18 +137,19 @@ def with_pgr(table: pl.DataFrame) -> pl.DataFrame:
 def conclusions(table: pl.DataFrame) -> list[str]:
     """The numbers that a weak-to-strong result stands on, in words: one line a setting, averaged over its seeds."""
     names = {"teacher": "weak score", "gold_only": "floor", "ceiling": "ceiling"}
-    weak, floor, ceiling = (mean_accuracy(table, experiment) for experiment in names)
+    weak, floor, ceiling = (mean_score(table, experiment) for experiment in names)
     means = zip(names.values(), (weak, floor, ceiling), strict=True)
     lines = [f"{name:<12} {value:.4f}" for name, value in means if value is not None]
-    students = table.filter(~pl.col("experiment").is_in(list(names))).drop_nulls("accuracy")
+    column = deciding(table)
+    students = table.filter(~pl.col("experiment").is_in(list(names))).drop_nulls(column)
     for (experiment, _), runs in students.group_by("experiment", "settings", maintain_order=True):
-        accuracy = float(runs["accuracy"].mean())  # type: ignore[arg-type]
-        line = f"{experiment:<12} {accuracy:.4f}  lm {runs['lm_weight'][0]:g}, kd {runs['kd_weight'][0]:g}"
+        score = float(runs[column].mean())  # type: ignore[arg-type]
+        line = f"{experiment:<12} {score:.4f}  lm {runs['lm_weight'][0]:g}, kd {runs['kd_weight'][0]:g}"
         line += f", {len(runs)} seed{'s' * (len(runs) > 1)}"
         if floor is not None:
-            line += f"; over the floor {accuracy - floor:+.4f}"
+            line += f"; over the floor {score - floor:+.4f}"
         if weak is not None and ceiling is not None:
-            pgr = performance_gap_recovered(accuracy, weak=weak, ceiling=ceiling)
+            pgr = performance_gap_recovered(score, weak=weak, ceiling=ceiling)
             line += "; PGR undefined: the ceiling is not above the weak score" if pgr is None else f"; PGR {pgr:.3f}"
         lines.append(line)
     return lines

@@ -34,6 +34,12 @@ class Ranks:
             torch.distributed.all_reduce(values)
         return values
 
+    def first(self, values: torch.Tensor) -> torch.Tensor:
+        """The first rank's values, on every rank: what is decided by them is decided alike."""
+        if self.world_size > 1:
+            torch.distributed.broadcast(values, src=0)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all ranks agree on the answer."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())

@@ -61,7 +61,7 @@ def run(folder: Path) -> None:
 
 def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest) -> bool:
     """Train to the last step and export; False if asked to stop before (a checkpoint is saved then)."""
-    _, tokenizer = models.open_tokenizer(config.student)
+    folder, tokenizer = models.open_tokenizer(config.student)
     mixture = open_mixture(config, tokenizer)
     num_steps = steps_of(config, mixture)
     looks.check(config, num_steps)
@@ -83,7 +83,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
         terms=terms,
         fused=config.loss.head is HeadPath.fused,
     )
-    size, dev = health.size_of(student), looks.open_dev(config, tokenizer)
+    size, dev = health.size_of(student), looks.open_dev(config, folder, tokenizer)
     size_bytes = checkpoints.checkpoint_bytes(student.parameters(), zero_stage=zero_stage)
     checkpoints.check_room(paths, size_bytes, config)
     engine = engines.build(
@@ -288,13 +288,13 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
     _, tokenizer = models.open_tokenizer(exported)
     model = models.open_model(exported, compute_device())
     result: dict[str, Any] = {"name": config.name, "seed": config.seed}
+    longest, max_new_tokens = models.longest_sequence(paths.model), config.scoring.max_new_tokens
     for split, text in (("dev", config.dev), ("test", config.test)):
         if text is None:
             continue
         scores, predictions = score(
             model,
-            open_exam(open_text(text, split), tokenizer, longest=models.longest_sequence(paths.model)),
-            vocabulary_size=models.vocabulary_size(tokenizer),
+            open_exam(open_text(text, split), tokenizer, longest=longest, max_new_tokens=max_new_tokens),
             batch_tokens=config.scoring.batch_tokens,
             teacher_predictions=config.scoring.teacher_predictions if split == "test" else None,
             log_every_seconds=config.launcher.log_every_seconds,

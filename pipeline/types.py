@@ -230,5 +230,9 @@ class Scores:
     num_choice_records: int
     accuracy: float | None
     """Fraction of the records with choices whose most likely choice is the answer."""
+    num_free_records: int
+    """Records whose completion the model was asked to say."""
+    exact_match: float | None
+    """Fraction of these that it said, letter by letter but for the spaces around it."""
     agreement: float | None
     """Fraction of the records with choices on which the teacher's most likely choice is the same."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, script, train_arguments
+from conftest import ROOT, prompts, script, train_arguments, write_lines
 from test_config import composed
 from test_train import start, steps_done, wait_for
 
@@ -50,7 +50,8 @@ def test_the_best_steps_weights_leave_at_every_stage_and_on_other_ranks(
 ) -> None:
     """Two ranks: seven steps of which the third is best export, bit by bit, what three steps export.
 
-    And a run of which the first step is best, stopped after it on two ranks at ZeRO 1, that one rank ends at ZeRO 3.
+    So does one of which each look is better than the one before, for six steps; and LoRA. A run of which the first step
+    is best, stopped after it on two ranks at ZeRO 1, is brought to its end by one rank at ZeRO 3.
     """
 
     def prepare(name: str, **changes: Any) -> Path:
@@ -60,21 +61,31 @@ def test_the_best_steps_weights_leave_at_every_stage_and_on_other_ranks(
         save_config(composed("train", *arguments), folder / "config.yaml")
         return folder
 
+    told = [{"prompt": row["prompt"], "completion": row["completion"]} for row in prompts(12, labeled=True, first=60)]
     kinds = [("float32", stage) for stage in range(4)] + [("bfloat16", 0), ("bfloat16", 2)]
     pairs = []
     for dtype, stage in kinds:
         how = {"student__dtype": dtype, "deepspeed__zero_stage": stage}
         best = prepare(f"best-{dtype}-{stage}", steps=7, **how)
         pairs.append((best, prepare(f"last-{dtype}-{stage}", steps=3, **how | {"export__what": "last"})))
+    lora = {"adapter": "lora", "deepspeed__zero_stage": 2}
+    pairs.append(
+        (prepare("best-lora", steps=7, **lora), prepare("last-lora", steps=3, **lora | {"export__what": "last"}))
+    )
+    free = {"dev__files": f"[{write_lines(tmp_path / 'free.jsonl', told)}]", "early_stopping__min_delta": 0}
+    later = prepare("best-later", steps=7, **free), prepare("last-later", steps=6, **free | {"export__what": "last"})
     moved = prepare("moved", steps=6, evaluate_every_steps=1)
     first = prepare("first", steps=1, evaluate_every_steps=1)
     (moved / "stop-requested").touch()
-    train_in([folder for pair in pairs for folder in pair] + [moved, first], num_ranks=2)
+    train_in([folder for pair in [*pairs, later] for folder in pair] + [moved, first], num_ranks=2)
     for best, last in pairs:
         assert weights_of(best) == weights_of(last), best.name
         # the last checkpoint and the best one were kept beside each other, and nothing else
         assert {path.name for path in (best / "checkpoints").glob("step-*")} == {"step-00000003", "step-00000006"}
     assert len({weights_of(last) for _, last in pairs}) > 2
+    # a better one came, and the best before it went
+    assert weights_of(later[0]) == weights_of(later[1])
+    assert {path.name for path in (later[0] / "checkpoints").glob("step-*")} == {"step-00000006"}
 
     (moved / "stop-requested").unlink()
     assert len(list((moved / "checkpoints").glob("step-*"))) == 1

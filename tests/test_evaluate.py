@@ -20,23 +20,30 @@ from pipeline.exam import Exam, open_exam
 from pipeline.types import InputError, Scores
 
 
-def scored(folder: Path, path: Path, *, teacher: str | None = None, **settings: Any) -> tuple[Scores, pl.DataFrame]:
-    exam = exam_of(folder, path, **settings)
+def scored(
+    folder: Path,
+    path: Path,
+    *,
+    teacher: str | None = None,
+    max_new_tokens: int = 0,
+    batch_tokens: int = 300,
+    **settings: Any,
+) -> tuple[Scores, pl.DataFrame]:
+    exam = exam_of(folder, path, max_new_tokens=max_new_tokens, **settings)
     model = models.load_model(folder, dtype="float32", device=torch.device("cpu"))
-    vocabulary_size = len(models.load_tokenizer(folder))
     return score(
         model,
         exam,
-        vocabulary_size=vocabulary_size,
-        batch_tokens=300,
+        batch_tokens=batch_tokens,
         teacher_predictions=teacher,
         log_every_seconds=60,
     )
 
 
-def exam_of(folder: Path, path: Path, **settings: Any) -> Exam:
+def exam_of(folder: Path, path: Path, *, max_new_tokens: int = 0, **settings: Any) -> Exam:
     text = text_of(path, "test", **{"targets": Targets.completion, **settings})
-    return open_exam(text, models.load_tokenizer(folder), longest=models.longest_sequence(folder))
+    longest = models.longest_sequence(folder)
+    return open_exam(text, models.load_tokenizer(folder), longest=longest, max_new_tokens=max_new_tokens)
 
 
 def alone(model: Any, tokenizer: Any, prompt: str, completion: str) -> list[float]:

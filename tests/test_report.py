@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -16,7 +17,15 @@ from pipeline.statistics import performance_gap_recovered
 from pipeline.types import InputError
 
 
-def make_run(folder: Path, name: str, accuracy: float | None, *, seed: int = 1, kd_weight: float = 1.0) -> None:
+def make_run(
+    folder: Path,
+    name: str,
+    accuracy: float | None,
+    *,
+    seed: int = 1,
+    kd_weight: float = 1.0,
+    exact_match: float | None = None,
+) -> None:
     run_folder = folder / f"{name}-{seed}-{kd_weight}"
     run_folder.mkdir(parents=True)
     config = TrainConfig(
@@ -28,8 +37,10 @@ def make_run(folder: Path, name: str, accuracy: float | None, *, seed: int = 1, 
         loss=LossConfig(kd=KdConfig(weight=kd_weight)),
     )
     save_config(config, run_folder / "config.yaml")
-    if accuracy is not None:
-        test = {"num_records": 1000, "num_choice_records": 1000, "accuracy": accuracy, "nll": 0.5, "agreement": None}
+    if accuracy is not None or exact_match is not None:
+        test: dict[str, Any] = {"num_records": 1000, "nll": 0.5, "agreement": None}
+        test |= {"num_choice_records": 1000, "accuracy": accuracy}
+        test |= {"num_free_records": 400, "exact_match": exact_match}
         identity = {"options": result_options(config), "test": "same"}
         (run_folder / "identity.json").write_text(json.dumps(identity))
         (run_folder / "result.json").write_text(json.dumps({"steps": 3, "train_seconds": 1.5, "test": test}))
@@ -74,6 +85,17 @@ def test_settings_are_never_averaged_into_one_number(tmp_path: Path, capsys: pyt
     make_run(tmp_path, "teacher", 0.7, kd_weight=0.5)
     with pytest.raises(InputError, match="expected one setting of teacher to measure the gap by, found 2"):
         run(ReportConfig(runs=[f"{tmp_path}/*"]))
+
+
+def test_without_choices_exact_match_measures_the_gap(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, exact_match in {"teacher": 0.2, "ceiling": 0.6, "combined": 0.5}.items():
+        make_run(tmp_path, name, None, exact_match=exact_match)
+    table = run(ReportConfig(runs=[f"{tmp_path}/*"]))
+    assert table["accuracy"].to_list() == [None] * 3
+    assert table["exact_match"].to_list() == [0.2, 0.5, 0.6]
+    assert table["standard_error"][1] == pytest.approx(0.025)
+    assert table["pgr"].to_list() == [None, pytest.approx(0.75), pytest.approx(1.0)]
+    assert "combined     0.5000  lm 1, kd 1, 1 seed; PGR 0.750" in capsys.readouterr().out
 
 
 def test_runs_scored_on_different_texts_are_not_compared(tmp_path: Path) -> None:
