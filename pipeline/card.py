@@ -92,10 +92,10 @@ def _fraction(value: float | None, count: int) -> str:
 def _inputs(identity: dict[str, Any]) -> Iterator[list[str]]:
     yield ["student's weights, before", identity["student"][0]]
     yield ["tokenizer", identity["student"][1]]
-    known = {"cache": "cache of the teacher's logits", "gold_cache": "cache of gold", "gold": "gold", "dev": "dev"}
-    for name, what in (known | {"test": "test"}).items():
-        if name in identity:
-            yield [what, identity[name]]
+    known = {"cache": "cache of the teacher's logits", "more_caches": "mixed with it", "gold_cache": "cache of gold"}
+    for name, what in (known | {"gold": "gold", "dev": "dev", "test": "test"}).items():
+        hashes = identity.get(name, [])
+        yield from ([what, sha256] for sha256 in (hashes if isinstance(hashes, list) else [hashes]))
 
 
 def _terms(loss: dict[str, Any]) -> Iterator[list[str]]:

@@ -171,6 +171,7 @@ def test_a_mixed_run_stopped_and_gone_on_with_is_the_same_to_the_last_bit(
     told = [json.loads((place / "manifest.json").read_text())["fingerprint"] for place in (cache, other)]
     assert [identity["cache"], *identity["more_caches"]] == told
     assert identity["options"]["cache_weights"] == [2.0, 1.0]
+    assert f"| mixed with it | {told[1]} |" in (run / "model" / "README.md").read_text()
     config = composed("train", *arguments)
     mixture = open_mixture(config, open_tokenizer(config.student)[1])
     keys = [[int.from_bytes(mixture.read(s)[0].key[:8], "little") for s in mixture.slots(step)] for step in range(120)]

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_one_update_however_it_is_split(dtype: str, tmp_path: Path) -> None:
     """Accumulation 1, 2, 4 x ranks 1, 2 x ZeRO 0 to 3 x two ways to deal the sequences; ragged, some without targets.
 

@@ -54,6 +54,7 @@ def stop_at(step: int, arguments: list[str], cwd: Path) -> None:
 # --------------------------------------------------------------------------- other ranks, other stages
 
 
+@pytest.mark.slow
 def test_ranks_and_stages_change_in_the_middle(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     """2 ranks at ZeRO 1, then 1 at ZeRO 3, then 2 at ZeRO 2: the same sequences, losses to 1e-4 of an undisturbed run.
 
