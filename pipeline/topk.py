@@ -44,20 +44,20 @@ def top_k_and_entropy(logits_NV: Tensor, *, k: int, temperatures: tuple[float, .
 def _read_off(logits_NV: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, ...]:
     """ids, logits relative to the largest, log tails, log z and entropy of some positions.
 
-    softmax is the one kernel that takes exp and sum in a single fast pass on every device; a log-sum-exp is read off
-    it as max l - log max softmax(l). With P the tail's mass and <l> its mean logit:
-    entropy = log z - sum_K p (l - max) - P (<l> - max).
+    softmax is the one kernel that takes exp and sum in a single fast pass on every device; the tail's log-sum-exp is
+    read off it as t - log softmax(tail)[t] where t, its largest logit, is the k+1st of all. With P the tail's mass and
+    <l> its mean logit: entropy = log z - sum_K p (l - max) - P (<l> - max).
     """
     work_NV = logits_NV.to(torch.float32, copy=True)
-    values_NK, ids_NK = largest(work_NV, k)
-    relative_NK = values_NK - values_NK[:, :1]
+    found_NK, found_ids_NK = largest(work_NV, min(k + 1, logits_NV.shape[1]))
+    ids_NK, relative_NK = found_ids_NK[:, :k], found_NK[:, :k] - found_NK[:, :1]
+    tail_max_N, tail_max_ids_N1 = found_NK[:, -1], found_ids_NK[:, -1:]
     lowest = torch.finfo(torch.float32).min  # not -inf: 0 * -inf would be NaN
+    has_tail_N = (tail_max_N > lowest) & (found_NK.shape[1] > k)
     work_NV.clamp_(min=lowest).scatter_(1, ids_NK, lowest)
-    tail_max_N = work_NV.amax(dim=1)
-    has_tail_N = tail_max_N > lowest
 
     def log_tail(p_NV: Tensor, T: float) -> Tensor:
-        log_sum_N = (tail_max_N - values_NK[:, 0]) / T - p_NV.amax(dim=1).log()
+        log_sum_N = (tail_max_N - found_NK[:, 0]) / T - p_NV.gather(1, tail_max_ids_N1)[:, 0].log()
         return torch.where(has_tail_N, log_sum_N, -torch.inf)
 
     tails = {T: log_tail(torch.softmax(work_NV / T, dim=1), T) for T in temperatures if T != 1.0}
@@ -65,7 +65,7 @@ def _read_off(logits_NV: Tensor, k: int, temperatures: tuple[float, ...]) -> tup
     tails[1.0] = log_tail(p_NV, 1.0)
     log_z_N = torch.logaddexp(torch.logsumexp(relative_NK, dim=1), tails[1.0])
     head_N = ((relative_NK - log_z_N[:, None]).exp() * relative_NK.clamp(min=lowest)).sum(dim=1)
-    tail_mean_N = torch.where(has_tail_N, p_NV.mul_(work_NV).sum(dim=1) - values_NK[:, 0], 0.0)
+    tail_mean_N = torch.where(has_tail_N, p_NV.mul_(work_NV).sum(dim=1) - found_NK[:, 0], 0.0)
     entropy_N = log_z_N - head_N - (tails[1.0] - log_z_N).exp() * tail_mean_N
     return ids_NK, relative_NK, torch.stack([tails[T] for T in temperatures], dim=1), log_z_N, entropy_N
 
