@@ -83,9 +83,12 @@ def _make(config: CaptureConfig, folder: Path, tokenizer: Any, request: Request)
     spool.mkdir()
     try:
         with ThreadPoolExecutor(2) as beside:
-            hashes = [beside.submit(text_hash, text), beside.submit(models.weights_hash, folder)]
+            corpus_sha256 = beside.submit(text_hash, text)
+            weights_sha256 = beside.submit(models.weights_hash, folder)
             num_records = tokenize(config, text, folder, spool)
-        manifest = promise(config, tokenizer, num_records, *(sha256.result() for sha256 in hashes))
+            tokenizer_sha256 = models.tokenizer_hash(tokenizer)
+        hashes = {"corpus": corpus_sha256.result(), "teacher_weights": weights_sha256.result()}
+        manifest = promise(config, tokenizer, num_records, {**hashes, "tokenizer": tokenizer_sha256})
         if state_of([*text.files, folder]) != before:
             raise InputError("corpus: expected files that stay as they are, found one changed while it was read; retry")
         sync_files(spool)
@@ -108,19 +111,15 @@ def corpus_of(config: CaptureConfig) -> Text:
     return dataclasses.replace(open_text(config.corpus, "corpus"), completes=completes)
 
 
-def promise(
-    config: CaptureConfig, tokenizer: Any, num_records: int, corpus_sha256: str, weights_sha256: str
-) -> Manifest:
-    """The promise of a cache: all that changes its content, and which records each shard holds."""
+def promise(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dict[str, str]) -> Manifest:
+    """The promise of a cache: all that changes its content (`hashes` of what it is read from), and its shards' size."""
     complete = config.complete
     made_of = {
+        **hashes,
         "schema_version": SCHEMA_VERSION,
-        "teacher_weights": weights_sha256,
         "teacher_num_layers": config.teacher.num_layers,
         "teacher_dtype": config.teacher.dtype.name,
-        "tokenizer": models.tokenizer_hash(tokenizer),
         **models.text_rules(tokenizer),
-        "corpus": corpus_sha256,
         "columns": dataclasses.asdict(config.corpus.columns),
         "targets": config.corpus.targets.name,
         "malformed": config.corpus.malformed.name,

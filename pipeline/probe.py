@@ -132,8 +132,8 @@ def probe(config: CaptureConfig, text: Text) -> Probe:
         write_sequences(path, group, text, folder, teacher.trust_remote_code, config.window, 0)
         shard = planned(Path(name), 0)
         num_records = sum(len(piece.numbers) for piece in group)
-        manifest = promise(config, tokenizer, num_records, corpus_sha256="probe", weights_sha256="probe")
-        model = models.open_model(teacher, compute_device())
+        manifest = promise(config, tokenizer, num_records, hashes={})
+        model = laid_out(models.open_model(teacher, compute_device()))
         next(iter(flights(model, shard, manifest, config)))  # the first forward pays for what is set up once
         return _captured(config, model, shard, manifest, Path(name) / "cache")
 
