@@ -18,6 +18,7 @@ from pipeline import manifest as manifests
 from pipeline import models
 from pipeline.config import CaptureConfig, ModelConfig, Targets, TextConfig
 from pipeline.corpus import collate_inputs
+from pipeline.layout import laid_out
 from pipeline.logits import logits
 from pipeline.measure import Figure, Findings, figure, in_turn, ratios, seconds, shown, table
 from pipeline.plan import make, planned
@@ -41,13 +42,15 @@ def run(quick: bool) -> Findings:
     keep_memory()
     teacher = models.settled(ModelConfig(path=str(MODEL), attention="eager"))
     model = models.open_model(teacher, compute_device())
+    prepared = laid_out(models.open_model(teacher, compute_device()))  # as a capture opens it
     tokenizer = models.load_tokenizer(MODEL)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = folder / "corpus.jsonl"
         lines = CORPUS.read_text().splitlines(keepends=True)
-        corpus.write_text("".join(lines[:150] if quick else lines))
+        corpus.write_text("".join(lines[:450] if quick else lines))
         config = options(teacher, corpus, folder / "caches", Targets.all)
+        one_target = options(teacher, corpus, folder / "caches", Targets.next)
         request = request_of(config)
         make(config, request)
         sequences = list(planned(request.sequences, 0))
@@ -55,10 +58,8 @@ def run(quick: bool) -> Findings:
         prompts = [json.loads(line)["prompt"] for line in corpus.read_text().splitlines()]
         things = {
             "forward": lambda: num_tokens / seconds(lambda: forward(model, sequences)),
-            "capture": lambda: num_tokens / seconds(lambda: capture(model, config)),
-            "capture, one target a record": lambda: (
-                num_tokens / seconds(lambda: capture(model, options(teacher, corpus, folder / "caches", Targets.next)))
-            ),
+            "capture": lambda: num_tokens / seconds(lambda: capture(prepared, config)),
+            "capture, one target a record": lambda: num_tokens / seconds(lambda: capture(prepared, one_target)),
             "plain script": lambda: num_tokens / seconds(lambda: plain_script(model, tokenizer, prompts, folder)),
         }
         found = in_turn(things, runs=3 if quick else 5)

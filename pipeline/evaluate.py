@@ -17,6 +17,7 @@ from pipeline.corpus import Segment, collate_inputs, pack
 from pipeline.exam import Exam, Item, check_questions, open_exam, record_key, said
 from pipeline.files import one_path, write_json
 from pipeline.generation import batches_of_like_length, say
+from pipeline.layout import laid_out
 from pipeline.logits import logits
 from pipeline.progress import Progress, log, start_logging
 from pipeline.runtime import Ranks, compute_device
@@ -36,7 +37,7 @@ def run(config: EvaluateConfig) -> Scores:
     check_questions([exam])
     if config.scoring.teacher_predictions is not None:
         teacher_choices(exam, config.scoring.teacher_predictions)
-    model = models.open_model(config.model, compute_device())
+    model = laid_out(models.open_model(config.model, compute_device()))
     scores, predictions = score(
         model,
         exam,

@@ -17,6 +17,7 @@ from pipeline import manifest as manifests
 from pipeline import models
 from pipeline.checks import check_capture
 from pipeline.config import CaptureConfig, Kind
+from pipeline.layout import laid_out
 from pipeline.pictures import readable
 from pipeline.plan import Planned, corpus_of, planned, promise, shard_name, tokenizer_of, write_sequences
 from pipeline.progress import start_logging

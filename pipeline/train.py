@@ -29,6 +29,7 @@ from pipeline.exam import open_exam
 from pipeline.files import Metrics, RunPaths, appears_whole, content_hash, write_atomically, write_json
 from pipeline.gates import Gate
 from pipeline.head import sum_names
+from pipeline.layout import laid_out
 from pipeline.ledger import Ledger
 from pipeline.losses import TermOptions, classes_of, count_positions
 from pipeline.options import load_config
@@ -286,7 +287,7 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
     """Score the exported folder on dev and test, write the result, drop the checkpoints."""
     exported = dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None, adapter=None)
     _, tokenizer = models.open_tokenizer(exported)
-    model = models.open_model(exported, compute_device())
+    model = laid_out(models.open_model(exported, compute_device()))
     result: dict[str, Any] = {"name": config.name, "seed": config.seed}
     longest, max_new_tokens = models.longest_sequence(paths.model), config.scoring.max_new_tokens
     for split, text in (("dev", config.dev), ("test", config.test)):

@@ -19,6 +19,7 @@ from pipeline import models
 from pipeline.claims import claim
 from pipeline.complete import completed_batches
 from pipeline.config import CaptureConfig, Dtype
+from pipeline.layout import laid_out
 from pipeline.plan import Planned, planned
 from pipeline.progress import Progress, log, start_logging
 from pipeline.runtime import compute_device, keep_memory
@@ -56,7 +57,7 @@ def work(
                     continue
                 # as planned, which may have been on a machine with another idea of `auto`
                 options = dataclasses.replace(config.teacher, dtype=Dtype[manifest.made_of["teacher_dtype"]])
-                teacher = teacher or models.open_model(options, compute_device(worker))
+                teacher = teacher or laid_out(models.open_model(options, compute_device(worker)))
                 try:
                     capture_shard(teacher, planned(sequences, index), cache, manifest, index, config, progress)
                 except (InputError, FileNotFoundError):

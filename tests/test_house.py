@@ -32,6 +32,7 @@ FLOORS = [
         "mirrors",
         "card",
         "curriculum",
+        "layout",
     },
     {"checks_train", "divergences", "gates", "manifest", "claims", "downloads", "text", "models", "columns"},
     {"adapters", "generation", "losses", "shards", "corpus", "ledger", "recall", "sources", "content", "samples"},

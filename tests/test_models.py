@@ -15,7 +15,9 @@ from conftest import LINES, make_model, make_tokenizer
 from pipeline import models
 from pipeline.corpus import Segment, collate_inputs, sequence
 from pipeline.hub import model_folder
+from pipeline.layout import LaidOutLinear, laid_out
 from pipeline.logits import logits
+from pipeline.runtime import multiplies_fast
 from pipeline.types import InputError
 
 CPU = torch.device("cpu")
@@ -180,3 +182,22 @@ def test_model_path_that_is_nowhere() -> None:
         model_folder("/no/where")
     with pytest.raises(InputError, match="expected 'nobody/nothing' to be a folder or a model on the hub"):
         model_folder("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "GPT2"])
+def test_weights_laid_out_for_a_cpu_give_the_same_bits(name: str) -> None:
+    """With and without biases, tied and untied heads; one token and many. GPT-2's own layers stay as they are."""
+    if not multiplies_fast(torch.bfloat16, CPU):
+        pytest.skip("this CPU has no bfloat16 instructions: nothing is laid out")
+    model = tiny(name, tie_word_embeddings=name == "Llama").to(torch.bfloat16)
+    prepared = laid_out(copy.deepcopy(model))
+    assert any(isinstance(module, LaidOutLinear) for module in prepared.modules())
+    assert not any(type(module) is torch.nn.Linear for module in prepared.modules())
+    for size in (1, 7, 40):
+        ids_BS = torch.arange(2 * size).reshape(2, size) % 60
+        with torch.inference_mode():
+            assert torch.equal(model(input_ids=ids_BS).logits, prepared(input_ids=ids_BS).logits)
+
+
+def test_float32_stays_as_it_is() -> None:
+    assert not any(isinstance(module, LaidOutLinear) for module in laid_out(tiny("Llama")).modules())
