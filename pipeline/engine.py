@@ -84,7 +84,7 @@ def build(
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=options)
     if stage == 3:
         module.objective.borrow_head()
-    if is_plain(config) and engine.dp_world_size == 1:  # else all gradients are copied twice for the sum with nobody
+    if stage == 0 and engine.dp_world_size == 1:  # else all gradients are copied twice for the sum with nobody
         engine.enable_backward_allreduce = False
     if is_plain(config):
         engine.clip_fp32_gradients = functools.partial(_clip, engine)
