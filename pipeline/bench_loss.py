@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.head import speak
+from pipeline.launch import CPU_MEMORY
 from pipeline.losses import TermOptions
 from pipeline.measure import Findings, figure, in_turn, ratios, seconds, shown, table
-from pipeline.runtime import compute_device, keep_memory, multiplies_fast
+from pipeline.runtime import compute_device, multiplies_fast
 from pipeline.topk import join, top_k
 from pipeline.types import UNKNOWN_TARGET, Batch, TopK
 
@@ -93,11 +95,11 @@ def cross_entropy(case: Case, hidden_NH: Tensor) -> Tensor:
     return functional.cross_entropy(case.head.lm_head(hidden_NH), case.batch.target_ids_N)
 
 
-def linear_cross_entropy(case: Case, hidden_NH: Tensor) -> Tensor:
-    """PyTorch's own chunked pass, with its default options."""
-    options = torch.nn.LinearCrossEntropyOptions()
+def linear_cross_entropy(case: Case, hidden_NH: Tensor, **options: Any) -> Tensor:
+    """PyTorch's own chunked pass, with its default options if none are given."""
     weight_VH, target_N = case.head.lm_head.weight, case.batch.target_ids_N
-    return functional.linear_cross_entropy(hidden_NH, weight_VH, target_N, options=options)
+    found = torch.nn.LinearCrossEntropyOptions(**options)
+    return functional.linear_cross_entropy(hidden_NH, weight_VH, target_N, options=found)
 
 
 def plain_kd(case: Case, hidden_NH: Tensor) -> Tensor:
@@ -114,7 +116,17 @@ WAYS: dict[str, Callable[[Case, Tensor], Tensor]] = {
     "ours": ours,
     "cross entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
+    "the same in chunks of 1,024": functools.partial(
+        linear_cross_entropy, batch_chunk_size=1024, chunking_method=None, acc_policy="balanced"
+    ),
     "KD + CE": plain_kd,
+}
+KEPT = "_with_kept_memory"
+KEYS = {  # of the ratios to ours
+    "cross entropy": "cross_entropy",
+    "linear_cross_entropy": "linear_cross_entropy",
+    "the same in chunks of 1,024": "chunked_linear_cross_entropy",
+    "KD + CE": "plain_kd",
 }
 
 
@@ -131,36 +143,44 @@ def once(name: str, case: Case) -> float:
     return seconds(run)
 
 
-def timed(case: Case, names: Sequence[str], runs: int) -> dict[str, list[float]]:
-    """Seconds of each way, in turn."""
-    return in_turn({name: lambda name=name: once(name, case) for name in names}, runs=runs)  # type: ignore[misc]
-
-
 # ----------------------------------------------------------------------------------------- the part
 
 
 def run(quick: bool) -> Findings:
-    """The four ways at 2,048 and 8,192 positions; memory; a tenth of the targets; larger vocabularies and K."""
-    keep_memory()  # as training's ranks do
+    """All ways at 2,048 and 8,192 positions; memory; a tenth of the targets; larger vocabularies and K."""
     fast = multiplies_fast(torch.bfloat16, compute_device())
     dtype = torch.bfloat16 if fast else torch.float32
     sizes, runs = ([256], 2) if quick else ([2048, 8192], 5)
+    shape = f"{dtype}, H {HIDDEN}, V {VOCABULARY}, K {K}"
+    print(f"loss: forward and backward of the head in seconds, {shape}")
+    findings = side_by_side(sizes, dtype, runs)
+    return findings | precision(dtype) | proportion(sizes[0], dtype, runs) | growth(sizes[0], dtype, runs, quick)
+
+
+def side_by_side(sizes: Sequence[int], dtype: torch.dtype, runs: int) -> Findings:
+    """Every way in one process that runs nothing else, once as PyTorch comes and once as our ranks keep their memory.
+
+    On a CPU that decides as much as arithmetic does: left to itself, glibc maps a matrix of logits anew each time and
+    has it faulted in page by page.
+    """
     findings: Findings = {}
-    rows = [["positions", *WAYS, "over CE", "over linear CE", "over KD + CE", "memory over KD + CE"]]
+    settings: dict[str, tuple[dict[str, str], Sequence[int]]] = {"": ({}, sizes), KEPT: (CPU_MEMORY, sizes[:1])}
+    for title, (environment, nums) in settings.items():
+        rows = [["positions", *WAYS]]
+        for num in nums:
+            found = in_child(environment, "time", str(num), name_of(dtype), str(runs))
+            over = {name: ratios(found["ours"], found[name]) for name in KEYS}
+            told = [shown(figure(found[name])) for name in WAYS]
+            rows.append([str(num), *told])
+            rows.append(["  ours over it", "", *(shown(ratio) for ratio in over.values())])
+            if num == sizes[0]:
+                findings |= {f"loss.time_ratio_to_{KEYS[name]}{title}": ratio for name, ratio in over.items()}
+        print(table("  with memory kept, as ranks have it" if title else "  as PyTorch comes", rows))
     for num in sizes:
-        found = timed(make_case(num, dtype=dtype), list(WAYS), runs if num <= 2048 else 3)
-        over = {name: ratios(found["ours"], found[name]) for name in WAYS}
-        extra = {name: extra_bytes(name, num, dtype) for name in ("ours", "KD + CE")}
-        memory = figure([extra["ours"] / extra["KD + CE"]])
+        extra = {name: in_child({}, "memory", str(num), name_of(dtype), name)["bytes"] for name in ("ours", "KD + CE")}
         if num == sizes[0]:
-            findings["loss.time_ratio_to_cross_entropy"] = over["cross entropy"]
-            findings["loss.time_ratio_to_linear_cross_entropy"] = over["linear_cross_entropy"]
-            findings["loss.time_ratio_to_plain_kd"] = over["KD + CE"]
-            findings["loss.memory_ratio"] = memory
-        told = [shown(figure(found[name])) for name in WAYS] + [shown(over[name]) for name in list(WAYS)[1:]]
-        rows.append([str(num), *told, f"{extra['ours'] / 1e6:.0f} of {extra['KD + CE'] / 1e6:.0f} MB"])
-    print(table(f"loss: forward and backward of the head in seconds, {dtype}, H {HIDDEN}, V {VOCABULARY}, K {K}", rows))
-    findings |= precision(dtype) | proportion(sizes[0], dtype, runs) | growth(sizes[0], dtype, runs, quick)
+            findings["loss.memory_ratio"] = figure([extra["ours"] / extra["KD + CE"]])
+        print(f"  memory, {num} positions: {extra['ours'] / 1e6:.0f} MB, KD + CE {extra['KD + CE'] / 1e6:.0f} MB")
     return findings
 
 
@@ -212,7 +232,7 @@ def growth(num: int, dtype: torch.dtype, runs: int, quick: bool) -> Findings:
     rows: list[dict[str, str | float]] = []
     for vocabulary, k in [*((v, K) for v in vocabularies), *((VOCABULARY, k) for k in kept)]:
         case = make_case(num // 2, vocabulary=vocabulary, k=k, dtype=dtype)
-        median = figure(timed(case, ["ours"], min(runs, 3))["ours"]).median
+        median = figure(in_turn({"": lambda case=case: once("ours", case)}, runs=min(runs, 3))[""]).median  # type: ignore[misc]
         rows.append({"vocabulary": vocabulary, "k": k, "positions": num // 2, "seconds": median})
     told = [["V", "K", "seconds", "ns a logit"]]
     told += [[f"{r['vocabulary']:,}", str(r["k"]), f"{r['seconds']:.3g}", f"{per_logit(r):.1f}"] for r in rows]
@@ -225,18 +245,32 @@ def per_logit(row: dict[str, Any]) -> float:
     return row["seconds"] / row["positions"] / row["vocabulary"] * 1e9
 
 
-# --------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------- in processes of their own
 
 
-def extra_bytes(name: str, num: int, dtype: torch.dtype) -> float:
-    """Most memory that a way took beside its inputs, gradients included; in a process of its own."""
-    command = [sys.executable, "-m", "pipeline.bench_loss", name, str(num), str(dtype).removeprefix("torch.")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+def in_child(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
+    """What `python -m pipeline.bench_loss` prints, with these variables where the user's environment has none."""
+    command = [sys.executable, "-m", "pipeline.bench_loss", *arguments]
+    done = subprocess.run(command, env=environment | os.environ, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def as_child(what: str, num: str, dtype: str, which: str) -> dict[str, Any]:
+    """`time` N DTYPE RUNS: the seconds of every way in turn; `memory` N DTYPE WAY: the bytes that one takes."""
+    if what == "memory":
+        return {"bytes": measure_memory(which, int(num), getattr(torch, dtype))}
+    case = make_case(int(num), dtype=getattr(torch, dtype))
+    return in_turn({name: functools.partial(once, name, case) for name in WAYS}, runs=int(which))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As torch has it among its names."""
+    return str(dtype).removeprefix("torch.")
 
 
 def measure_memory(name: str, num: int, dtype: torch.dtype) -> float:
-    """The peak over what the inputs take, in this process, of the second run: the first loads libraries."""
+    """The most over what the inputs take, gradients included, of the second run: the first loads libraries."""
     once(name, make_case(64, dtype=dtype))
     case = make_case(num, dtype=dtype)
     if torch.cuda.is_available():
@@ -256,4 +290,4 @@ def _status(name: str) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_memory(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]))))
+    print(json.dumps(as_child(*sys.argv[1:])))
