@@ -30,7 +30,8 @@ from pipeline.types import Batch
 
 CHUNK_BYTES = 100_000_000  # logits of one matmul: large enough that the weight's gradient is not added to often
 LEAST_CHUNK = 256  # positions: with a large vocabulary, memory gives way to speed here
-SLICE = 8192  # rows of a weight's gradient made at once in a narrower type than it is added up in
+SLICE = 4096  # rows of a weight's gradient made at once in a narrower type than it is added up in
+LOG2_E = math.log2(math.e)
 BLOCK = 64  # positions whose logits a CPU's cache holds while they are read and written
 
 
@@ -195,7 +196,7 @@ def _one_pass(
             bias_grad[:vocabulary] += logits_CV.sum(dim=0, dtype=torch.float32)
         for i, w_VH in enumerate(weights):
             if (feature_grad := feature_grads[i]) is not None:
-                torch.mm(logits_CV, w_VH, out=feature_grad[rows])
+                feature_grad[rows] = torch.mm(w_VH.T, logits_CV.T).T  # on a CPU faster than the product as one writes it
             if (weight_grad := weight_grads[i]) is not None:
                 _add_product(weight_grad[:vocabulary], logits_CV.T, features[i][rows])
     del buffer_CV, logits_CV  # before the gradients are copied to the weights' type
@@ -284,7 +285,7 @@ def _look(z_NV: Tensor, group: Group, work: Work) -> tuple[NamedLogits, dict[flo
     spread = {}
     for T in temperatures:
         e_NV = z_NV if temperatures[-1] == T else torch.empty_like(z_NV)
-        torch.exp(z_NV if T == 1.0 else torch.div(z_NV, T, out=e_NV), out=e_NV)
+        torch.exp2(torch.mul(z_NV, LOG2_E / T, out=e_NV), out=e_NV)  # a quarter of the time of `exp` on some CPUs
         spread[T] = (e_NV, e_NV.sum(dim=1))
     overlap = {}
     if work.diagnose:
