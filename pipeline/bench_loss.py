@@ -21,7 +21,7 @@ from pipeline.head import speak
 from pipeline.launch import CPU_MEMORY
 from pipeline.losses import TermOptions
 from pipeline.measure import Findings, figure, in_turn, ratios, seconds, shown, table
-from pipeline.runtime import compute_device, multiplies_fast
+from pipeline.runtime import compute_device, keep_memory, multiplies_fast
 from pipeline.topk import join, top_k
 from pipeline.types import UNKNOWN_TARGET, Batch, TopK
 
@@ -121,6 +121,7 @@ WAYS: dict[str, Callable[[Case, Tensor], Tensor]] = {
     ),
     "KD + CE": plain_kd,
 }
+MEMORY = ("ours", "KD + CE")
 KEPT = "_with_kept_memory"
 KEYS = {  # of the ratios to ours
     "cross entropy": "cross_entropy",
@@ -154,6 +155,7 @@ def run(quick: bool) -> Findings:
     shape = f"{dtype}, H {HIDDEN}, V {VOCABULARY}, K {K}"
     print(f"loss: forward and backward of the head in seconds, {shape}")
     findings = side_by_side(sizes, dtype, runs)
+    keep_memory()  # as training's ranks do
     return findings | precision(dtype) | proportion(sizes[0], dtype, runs) | growth(sizes[0], dtype, runs, quick)
 
 
@@ -170,17 +172,17 @@ def side_by_side(sizes: Sequence[int], dtype: torch.dtype, runs: int) -> Finding
         for num in nums:
             found = in_child(environment, "time", str(num), name_of(dtype), str(runs))
             over = {name: ratios(found["ours"], found[name]) for name in KEYS}
-            told = [shown(figure(found[name])) for name in WAYS]
-            rows.append([str(num), *told])
+            rows.append([str(num), *(shown(figure(found[name])) for name in WAYS)])
             rows.append(["  ours over it", "", *(shown(ratio) for ratio in over.values())])
             if num == sizes[0]:
                 findings |= {f"loss.time_ratio_to_{KEYS[name]}{title}": ratio for name, ratio in over.items()}
         print(table("  with memory kept, as ranks have it" if title else "  as PyTorch comes", rows))
     for num in sizes:
-        extra = {name: in_child({}, "memory", str(num), name_of(dtype), name)["bytes"] for name in ("ours", "KD + CE")}
+        found = in_turn({name: functools.partial(child_bytes, name, num, dtype) for name in MEMORY}, runs=3)
+        mine, theirs = (figure([count / 1e6 for count in found[name]]) for name in MEMORY)
         if num == sizes[0]:
-            findings["loss.memory_ratio"] = figure([extra["ours"] / extra["KD + CE"]])
-        print(f"  memory, {num} positions: {extra['ours'] / 1e6:.0f} MB, KD + CE {extra['KD + CE'] / 1e6:.0f} MB")
+            findings["loss.memory_ratio"] = ratios(*(found[name] for name in MEMORY))
+        print(f"  MB of memory, {num} positions: {shown(mine)}; KD + CE {shown(theirs)}")
     return findings
 
 
@@ -254,6 +256,11 @@ def in_child(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
     done = subprocess.run(command, env=environment | os.environ, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def child_bytes(name: str, num: int, dtype: torch.dtype) -> float:
+    """The memory that a way takes."""
+    return float(in_child({}, "memory", str(num), name_of(dtype), name)["bytes"])
 
 
 def as_child(what: str, num: str, dtype: str, which: str) -> dict[str, Any]:

@@ -31,8 +31,7 @@ from pipeline.types import Batch
 CHUNK_BYTES = 100_000_000  # logits of one matmul: large enough that the weight's gradient is not added to often
 LEAST_CHUNK = 256  # positions: with a large vocabulary, memory gives way to speed here
 SLICE = 4096  # rows of a weight's gradient made at once in a narrower type than it is added up in
-LOG2_E = math.log2(math.e)
-BLOCK = 64  # positions whose logits a CPU's cache holds while they are read and written
+BLOCK = 32  # positions whose logits a CPU's cache holds while they are read and written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -196,7 +195,7 @@ def _one_pass(
             bias_grad[:vocabulary] += logits_CV.sum(dim=0, dtype=torch.float32)
         for i, w_VH in enumerate(weights):
             if (feature_grad := feature_grads[i]) is not None:
-                feature_grad[rows] = torch.mm(w_VH.T, logits_CV.T).T  # on a CPU faster than the product as one writes it
+                feature_grad[rows] = torch.mm(w_VH.T, logits_CV.T).T  # on a CPU faster than logits @ weight
             if (weight_grad := weight_grads[i]) is not None:
                 _add_product(weight_grad[:vocabulary], logits_CV.T, features[i][rows])
     del buffer_CV, logits_CV  # before the gradients are copied to the weights' type
@@ -254,7 +253,7 @@ def _block(logits_NV: Tensor, group: Group, work: Work) -> tuple[Tensor, Tensor]
         loss, sums = _value(student, group, work)
         gradients = torch.autograd.grad(loss * work.loss_scale, leaves, allow_unused=True)
     rests = dict(zip(student.log_rest, gradients[1:], strict=True))
-    last, *others = reversed(list(spread))
+    last, *others = reversed(spread)
     z_NV.mul_(_factor(rests[last], last, spread[last][1]))
     for T in others:
         z_NV.addcmul_(spread[T][0], _factor(rests[T], T, spread[T][1]))
@@ -285,7 +284,7 @@ def _look(z_NV: Tensor, group: Group, work: Work) -> tuple[NamedLogits, dict[flo
     spread = {}
     for T in temperatures:
         e_NV = z_NV if temperatures[-1] == T else torch.empty_like(z_NV)
-        torch.exp2(torch.mul(z_NV, LOG2_E / T, out=e_NV), out=e_NV)  # a quarter of the time of `exp` on some CPUs
+        torch.exp2(torch.mul(z_NV, math.log2(math.e) / T, out=e_NV), out=e_NV)  # 4 times as fast as `exp` on some CPUs
         spread[T] = (e_NV, e_NV.sum(dim=1))
     overlap = {}
     if work.diagnose:

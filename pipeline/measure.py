@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +34,14 @@ def ratios(ones: Sequence[float], others: Sequence[float]) -> Figure:
 
 
 def in_turn(things: Mapping[str, Callable[[], float]], *, runs: int, warm_up: bool = True) -> dict[str, list[float]]:
-    """What each thing returns, `runs` times, A B C A B C ...; a first round is not counted."""
+    """What each thing returns, `runs` times, each round in another order; a first round is not counted.
+
+    What a thing leaves behind (pages to be returned, a hot CPU) would otherwise always burden the same one.
+    """
     found: dict[str, list[float]] = {name: [] for name in things}
     for turn in range(runs + warm_up):
-        for name, thing in things.items():
-            value = thing()
+        for name in random.Random(turn).sample(list(things), len(things)):
+            value = things[name]()
             if turn >= warm_up:
                 found[name].append(value)
     return found

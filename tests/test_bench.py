@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -26,10 +27,12 @@ def test_things_take_turns_and_the_first_round_is_not_counted() -> None:
         seen.append(name)
         return float(len(seen))
 
-    found = in_turn({"a": lambda: thing("a"), "b": lambda: thing("b")}, runs=2)
-    assert seen == ["a", "b"] * 3
-    assert found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
-    assert ratios(found["a"], found["b"]) == figure([0.75, 5 / 6])
+    found = in_turn({name: partial(thing, name) for name in "abc"}, runs=5)
+    rounds = [seen[first : first + 3] for first in range(0, len(seen), 3)]
+    assert [sorted(one) for one in rounds] == [["a", "b", "c"]] * 6
+    assert len({one[0] for one in rounds}) > 1  # nobody always follows the same one
+    assert found["b"] == [1.0 + 3 * turn + one.index("b") for turn, one in enumerate(rounds)][1:]
+    assert ratios([3.0, 5.0], [4.0, 6.0]) == figure([0.75, 5 / 6])
     assert figure([3.0, 1.0, 2.0]) == Figure(median=2.0, min=1.0, max=3.0, runs=3)
 
 
