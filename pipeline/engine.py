@@ -86,6 +86,8 @@ def build(
         module.objective.borrow_head()
     if stage == 0 and engine.dp_world_size == 1:  # else all gradients are copied twice for the sum with nobody
         engine.enable_backward_allreduce = False
+    if stage == 0 and not is_plain(config):  # it also looks at every gradient for inf and NaN, which the norm shows
+        engine.optimizer.overflow_checker.check = lambda: False
     if is_plain(config):
         engine.clip_fp32_gradients = functools.partial(_clip, engine)
     # DeepSpeed has stepped once on zeros to allocate the state; at ZeRO 0 in bf16 AdamW's step count stays at 1, and

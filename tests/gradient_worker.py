@@ -113,6 +113,29 @@ def engine_after(
     return engine, config
 
 
+def check_that_steps_of_no_number_are_skipped(ranks, stage: int) -> None:
+    """An infinite gradient in one weight: no weight moves, and the step counts as skipped."""
+    engine, config = engine_after(ranks, "striped", stage, 1, "bfloat16")
+    before = {name: weight.clone() for name, weight in engines.student_weights(engine, stage).items()}
+    part, terms = mine(0, "striped", ranks.rank, ranks.world_size), term_options(config.loss, Gate())
+    batches = [collate(part, [captured is None for _, captured in part])]
+
+    def step_and_see() -> tuple[dict[str, Any], bool]:
+        figures = take_step(config, ranks, engine, batches, terms, TrainState(step=0), 10)
+        after = engines.student_weights(engine, stage)
+        return figures, all(torch.equal(after[name], weight) for name, weight in before.items())
+
+    hook = next(iter(engine.module.parameters())).register_hook(lambda gradient: gradient * torch.inf)
+    for skipped in (1, 2):
+        figures, stayed = step_and_see()
+        assert stayed, figures
+        assert figures["skipped_steps"] == skipped, figures
+    hook.remove()
+    figures, stayed = step_and_see()
+    assert not stayed, figures
+    assert figures["skipped_steps"] == 2, figures
+
+
 if __name__ == "__main__":
     start_logging()
     out, dtype = Path(sys.argv[1]), sys.argv[2]
@@ -128,6 +151,9 @@ if __name__ == "__main__":
                         name = f"{ranks.world_size}-{layout}-zero{stage}-accumulation{accumulation}.pt"
                         torch.save(weights, out / name)
                     ranks.wait()
+            if dtype == "bfloat16" and layout == "striped" and ranks.world_size == 1:
+                for stage in (0, 1, 2):
+                    check_that_steps_of_no_number_are_skipped(ranks, stage)
             if dtype == "float16":
                 torch.save(weights_after(ranks, layout, 1, 2, "float32"), out / f"{layout}.reference")
     leave()
