@@ -19,8 +19,8 @@ read at all or an option is wrong.
 
 import sys
 
-from pipeline.command import hydra_main, take_action
-from pipeline.config import AuditConfig, CaptureConfig
+from pipeline.config.cli import hydra_main, take_action
+from pipeline.config.schema import AuditConfig, CaptureConfig
 
 ACTIONS = {
     line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1]
@@ -30,7 +30,8 @@ ACTIONS = {
 
 
 def main(config: AuditConfig | CaptureConfig) -> None:
-    from pipeline import audit, probe  # here, so that a wrong option is refused before torch has loaded
+    from pipeline.audit import commands as audit
+    from pipeline.capture import estimate as probe  # here, so that a wrong option is refused before torch has loaded
 
     codes.append(probe.run(config) if isinstance(config, CaptureConfig) else audit.run(action, config))
 

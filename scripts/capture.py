@@ -7,12 +7,12 @@
 Prints the cache folder; the same command again goes on where it stopped, or does nothing.
 """
 
-from pipeline.command import hydra_main
-from pipeline.config import CaptureConfig
+from pipeline.config.cli import hydra_main
+from pipeline.config.schema import CaptureConfig
 
 
 def main(config: CaptureConfig) -> None:
-    from pipeline.capture import run  # here, so that a wrong option is refused before torch has loaded
+    from pipeline.capture.driver import run  # here, so that a wrong option is refused before torch has loaded
 
     print(run(config))
 

@@ -4,12 +4,12 @@
 python scripts/evaluate.py model.path=runs/demo/RUN/model out=scores/RUN
 """
 
-from pipeline.command import hydra_main
-from pipeline.config import EvaluateConfig
+from pipeline.config.cli import hydra_main
+from pipeline.config.schema import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
-    from pipeline.evaluate import run  # here, so that a wrong option is refused before torch has loaded
+    from pipeline.evaluation.scoring import run  # here, so that a wrong option is refused before torch has loaded
 
     run(config)
 

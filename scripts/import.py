@@ -8,12 +8,12 @@
 Prints the cache folder; the same command again goes on where it stopped, or does nothing.
 """
 
-from pipeline.command import hydra_main
-from pipeline.config import ImportConfig
+from pipeline.config.cli import hydra_main
+from pipeline.config.schema import ImportConfig
 
 
 def main(config: ImportConfig) -> None:
-    from pipeline.imports import run  # here, so that a wrong option is refused before torch has loaded
+    from pipeline.importers.convert import run  # here, so that a wrong option is refused before torch has loaded
 
     print(run(config))
 

@@ -4,12 +4,12 @@
 python scripts/report.py runs=[runs/demo/*] out=runs/demo
 """
 
-from pipeline.command import hydra_main
-from pipeline.config import ReportConfig
+from pipeline.config.cli import hydra_main
+from pipeline.config.schema import ReportConfig
 
 
 def main(config: ReportConfig) -> None:
-    from pipeline.report import run  # here, so that a wrong option is refused before torch has loaded
+    from pipeline.evaluation.report import run  # here, so that a wrong option is refused before torch has loaded
 
     run(config)
 

@@ -8,12 +8,12 @@ Each run has a folder named by what decides its result. The same command again s
 on with what is not. Ctrl-C saves a checkpoint and leaves with exit code 75.
 """
 
-from pipeline.command import hydra_main
-from pipeline.config import TrainConfig
+from pipeline.config.cli import hydra_main
+from pipeline.config.schema import TrainConfig
 
 
 def main(config: TrainConfig) -> float | None:
-    from pipeline.launch import train  # here, so that a wrong option is refused before torch has loaded
+    from pipeline.training.driver import train  # here, so that a wrong option is refused before torch has loaded
 
     return train(config)
 

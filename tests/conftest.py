@@ -17,8 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers looks at it
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.config import TextConfig
-from pipeline.text import Text, open_text
+from pipeline.config.schema import TextConfig
+from pipeline.data.records import Text, open_text
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)

@@ -18,17 +18,17 @@ from deepspeed.accelerator import get_accelerator
 from test_config import composed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import engine as engines
-from pipeline.config import TrainConfig
-from pipeline.corpus import Segment, sequence
-from pipeline.dataset import collate
-from pipeline.gates import Gate
-from pipeline.progress import start_logging
-from pipeline.recipe import term_options
-from pipeline.runtime import leave, ranks_from_environment
-from pipeline.topk import top_k
-from pipeline.train import take_step
-from pipeline.types import Captured, TokenSequence, TrainState
+from pipeline.config.schema import TrainConfig
+from pipeline.core.progress import start_logging
+from pipeline.core.runtime import leave, ranks_from_environment
+from pipeline.core.topk import top_k
+from pipeline.core.types import Captured, TokenSequence, TrainState
+from pipeline.data.mixture import collate
+from pipeline.data.tokenize import Segment, sequence
+from pipeline.objective.gates import Gate
+from pipeline.training import engine as engines
+from pipeline.training.builders import term_options
+from pipeline.training.worker import take_step
 
 VOCABULARY, GLOBAL_BATCH, STEPS = 50, 8, 2
 Row = tuple[TokenSequence, Captured | None]

@@ -12,9 +12,9 @@ from pathlib import Path
 import gradient_worker
 import torch
 
-from pipeline.config import Optimizer, TrainConfig
-from pipeline.progress import start_logging
-from pipeline.runtime import leave, ranks_from_environment
+from pipeline.config.schema import Optimizer, TrainConfig
+from pipeline.core.progress import start_logging
+from pipeline.core.runtime import leave, ranks_from_environment
 
 # a large epsilon makes AdamW's update proportional to the gradient
 OPTIONS = {"learning_rate": 1.0, "epsilon": 1.0, "warmup_fraction": 0.0, "max_grad_norm": 0.0}

@@ -21,13 +21,15 @@ from test_train import losses_of
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import adapters, checkpoints, models
-from pipeline.checks_train import check_train
-from pipeline.config import AdapterConfig, Dtype, StudentConfig, TrainConfig
-from pipeline.files import RunPaths
-from pipeline.health import model_flops, size_of
-from pipeline.options import load_config, save_config
-from pipeline.types import InputError
+from pipeline.config.options import load_config, save_config
+from pipeline.config.schema import AdapterConfig, Dtype, StudentConfig, TrainConfig
+from pipeline.config.validate_train import check_train
+from pipeline.core.files import RunPaths
+from pipeline.core.types import InputError
+from pipeline.models import loading as models
+from pipeline.models import lora as adapters
+from pipeline.monitoring.health import model_flops, size_of
+from pipeline.training import checkpoints
 
 CPU = torch.device("cpu")
 
@@ -300,6 +302,6 @@ def test_options_of_an_adapter_that_was_not_chosen(tmp_path: Path) -> None:
 
 
 def test_nothing_imports_peft_unasked() -> None:
-    code = "import sys, pipeline.launch, pipeline.train; print('peft' in sys.modules)"
+    code = "import sys, pipeline.training.driver, pipeline.training.worker; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

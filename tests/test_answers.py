@@ -19,13 +19,13 @@ from conftest import LINES, ROOT, make_model, make_tokenizer, script, text_of, t
 from test_config import composed
 from test_evaluate import exam_of, scored
 
-from pipeline import models
-from pipeline.config import Targets
-from pipeline.evaluate import score, teacher_score
-from pipeline.exam import check_questions, open_exam
-from pipeline.generation import batches_of_like_length
-from pipeline.options import save_config
-from pipeline.types import InputError
+from pipeline.config.options import save_config
+from pipeline.config.schema import Targets
+from pipeline.core.types import InputError
+from pipeline.evaluation.requests import check_questions, open_exam
+from pipeline.evaluation.scoring import score, teacher_score
+from pipeline.models import loading as models
+from pipeline.models.generation import batches_of_like_length
 
 PROMPTS = ["the weak", "a shard exists only if", "gold", "position s has read", *LINES, "speaks", "zero to s and"]
 

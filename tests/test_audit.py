@@ -20,19 +20,20 @@ from conftest import TOPICS, prompts, script, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import audit, capture
-from pipeline import manifest as manifests
-from pipeline.columns import sequence_keys
-from pipeline.config import AuditConfig, CaptureConfig, Dtype, Kind, ModelConfig, TextConfig
-from pipeline.corpus import sequence_key
-from pipeline.files import write_json
-from pipeline.manifest import describe
-from pipeline.pictures import readable
-from pipeline.shards import ShardReader
-from pipeline.summary import Counts, summarize
-from pipeline.topk import log_probabilities
-from pipeline.types import InputError
-from pipeline.verify import findings, load_manifest
+from pipeline.audit import commands as audit
+from pipeline.audit.charts import readable
+from pipeline.audit.row_groups import sequence_keys
+from pipeline.audit.summary import Counts, summarize
+from pipeline.audit.verify import findings, load_manifest
+from pipeline.cache import manifest as manifests
+from pipeline.cache.manifest import describe
+from pipeline.cache.shards import ShardReader
+from pipeline.capture import driver as capture
+from pipeline.config.schema import AuditConfig, CaptureConfig, Dtype, Kind, ModelConfig, TextConfig
+from pipeline.core.files import write_json
+from pipeline.core.topk import log_probabilities
+from pipeline.core.types import InputError
+from pipeline.data.tokenize import sequence_key
 
 
 @pytest.fixture(scope="module", autouse=True)

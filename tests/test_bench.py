@@ -14,10 +14,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from pipeline import bench, bench_fidelity, bench_read, shards
-from pipeline.bench_fidelity import Scene, Way, bytes_a_token, gradient, renormalised, row_of
-from pipeline.corpus import Segment, sequence
-from pipeline.measure import Figure, figure, in_turn, ratios, table
+from pipeline.bench import cli as bench
+from pipeline.bench import fidelity as bench_fidelity
+from pipeline.bench import read as bench_read
+from pipeline.bench.fidelity import Scene, Way, bytes_a_token, gradient, renormalised, row_of
+from pipeline.bench.timing import Figure, figure, in_turn, ratios, table
+from pipeline.cache import shards
+from pipeline.data.tokenize import Segment, sequence
 
 
 def test_things_take_turns_and_the_first_round_is_not_counted() -> None:
@@ -115,7 +118,7 @@ def test_parts_and_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def test_an_unknown_part_is_refused() -> None:
-    command = [sys.executable, "-m", "pipeline.bench", "reed"]
+    command = [sys.executable, "-m", "pipeline.bench.cli", "reed"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "expected some of capture, read, fidelity, rerun, loss, step, train, found reed" in done.stderr

@@ -15,11 +15,12 @@ from conftest import ROOT, prompts, script, train_arguments, write_lines
 from test_config import composed
 from test_train import start, steps_done, wait_for
 
-from pipeline import launch, looks
-from pipeline.config import Export, TrainConfig
-from pipeline.files import RunPaths
-from pipeline.options import load_config, save_config
-from pipeline.types import InputError
+from pipeline.config.options import load_config, save_config
+from pipeline.config.schema import Export, TrainConfig
+from pipeline.core.files import RunPaths
+from pipeline.core.types import InputError
+from pipeline.training import dev_evaluation as looks
+from pipeline.training import driver as launch
 
 # the first look is the best for ever, and a step does not know how many are to come
 FIRST: dict[str, Any] = {

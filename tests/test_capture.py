@@ -13,14 +13,14 @@ import torch
 import transformers
 from conftest import capture_arguments, make_model, script, write_lines
 
-from pipeline import manifest as manifests
-from pipeline import models
-from pipeline.capture import run
-from pipeline.config import CaptureConfig, Dtype, Kind, Malformed, ModelConfig, Targets, TextConfig
-from pipeline.corpus import position_ids
-from pipeline.shards import ShardReader, shard_writer
-from pipeline.topk import log_probabilities
-from pipeline.types import InputError
+from pipeline.cache import manifest as manifests
+from pipeline.cache.shards import ShardReader, shard_writer
+from pipeline.capture.driver import run
+from pipeline.config.schema import CaptureConfig, Dtype, Kind, Malformed, ModelConfig, Targets, TextConfig
+from pipeline.core.topk import log_probabilities
+from pipeline.core.types import InputError
+from pipeline.data.tokenize import position_ids
+from pipeline.models import loading as models
 
 
 def config_of(teacher: Path, files: Path, folder: Path, **changes: Any) -> CaptureConfig:

@@ -12,11 +12,12 @@ import transformers
 from conftest import script, train_arguments, write_lines
 from test_capture import config_of
 
-from pipeline import audit, models
-from pipeline.capture import run
-from pipeline.config import AuditConfig, Complete, CompleteConfig, Kind, ModelConfig, Targets, TextConfig
-from pipeline.types import UNKNOWN_TARGET, InputError
-from pipeline.verify import findings
+from pipeline.audit import commands as audit
+from pipeline.audit.verify import findings
+from pipeline.capture.driver import run
+from pipeline.config.schema import AuditConfig, Complete, CompleteConfig, Kind, ModelConfig, Targets, TextConfig
+from pipeline.core.types import UNKNOWN_TARGET, InputError
+from pipeline.models import loading as models
 
 PROMPTS = [
     "the weak",

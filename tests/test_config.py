@@ -11,12 +11,12 @@ import pytest
 from conftest import script
 from hydra import compose, initialize_config_dir
 
-from pipeline.checks import check_capture
-from pipeline.checks_train import check_train
-from pipeline.command import CONF_DIR, help_text, register
-from pipeline.config import ROOTS, TrainConfig
-from pipeline.options import load_config, options, result_options, save_config, typed
-from pipeline.types import InputError
+from pipeline.config.cli import CONF_DIR, help_text, register
+from pipeline.config.options import load_config, options, result_options, save_config, typed
+from pipeline.config.schema import ROOTS, TrainConfig
+from pipeline.config.validate import check_capture
+from pipeline.config.validate_train import check_train
+from pipeline.core.types import InputError
 
 
 def composed(root: str, *overrides: str) -> Any:

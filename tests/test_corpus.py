@@ -15,10 +15,10 @@ from conftest import text_of, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import ColumnsConfig, Malformed, Targets, TextConfig
-from pipeline.corpus import Segment, collate_inputs, known_sequences, pack, sequence, sequences, survey
-from pipeline.text import Rejections, all_records, open_text, read_records
-from pipeline.types import UNKNOWN_TARGET, InputError
+from pipeline.config.schema import ColumnsConfig, Malformed, Targets, TextConfig
+from pipeline.core.types import UNKNOWN_TARGET, InputError
+from pipeline.data.records import Rejections, all_records, open_text, read_records
+from pipeline.data.tokenize import Segment, collate_inputs, known_sequences, pack, sequence, sequences, survey
 
 
 class Letters:

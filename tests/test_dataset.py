@@ -17,12 +17,12 @@ from test_config import composed
 from test_resume import BIT_BY_BIT, only, stop_at
 from test_train import losses_of
 
-from pipeline import launch
-from pipeline.dataset import Mixture
-from pipeline.models import open_tokenizer
-from pipeline.recipe import open_mixture, steps_of
-from pipeline.shards import ShardReader
-from pipeline.types import InputError
+from pipeline.cache.shards import ShardReader
+from pipeline.core.types import InputError
+from pipeline.data.mixture import Mixture
+from pipeline.models.loading import open_tokenizer
+from pipeline.training import driver as launch
+from pipeline.training.builders import open_mixture, steps_of
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.distillkit import (
+from pipeline.core.types import InputError
+from pipeline.importers.distillkit import (
     DTYPES,
     decode_ids,
     decode_log_probs,
@@ -20,7 +21,6 @@ from pipeline.distillkit import (
     packing_of,
     unpack_bits,
 )
-from pipeline.types import InputError
 
 FORMATS = {"float16": "e", "float32": "f", "float64": "d"}
 

@@ -13,11 +13,11 @@ import torch
 import transformers
 from conftest import prompts, script, text_of, write_lines
 
-from pipeline import models
-from pipeline.config import Malformed, Targets
-from pipeline.evaluate import score
-from pipeline.exam import Exam, open_exam
-from pipeline.types import InputError, Scores
+from pipeline.config.schema import Malformed, Targets
+from pipeline.core.types import InputError, Scores
+from pipeline.evaluation.requests import Exam, open_exam
+from pipeline.evaluation.scoring import score
+from pipeline.models import loading as models
 
 
 def scored(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import Metrics, content_hash, file_hash, one_path, write_atomically, write_json
-from pipeline.types import InputError
+from pipeline.core.files import Metrics, content_hash, file_hash, one_path, write_atomically, write_json
+from pipeline.core.types import InputError
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from twin import make_batch
 
-from pipeline import head
-from pipeline.head import speak, sum_names
-from pipeline.logits import logit_rules
-from pipeline.losses import TermOptions
-from pipeline.models import hidden_states
-from pipeline.types import Batch, InputError
+from pipeline.core.types import Batch, InputError
+from pipeline.models.forward import logit_rules
+from pipeline.models.loading import hidden_states
+from pipeline.objective import fused_head as head
+from pipeline.objective.fused_head import speak, sum_names
+from pipeline.objective.terms import TermOptions
 
 VOCABULARY, ROWS, HIDDEN = 30, 37, 16  # the head has more rows than there are tokens
 TERMS = {

@@ -20,14 +20,15 @@ from test_config import composed
 from test_train import start, steps_done, wait_for
 from transformers import AutoModelForCausalLM
 
-from pipeline import health, looks
-from pipeline.checks_train import check_train
-from pipeline.config import EarlyStoppingConfig, Export, ExportConfig, Mirror
-from pipeline.files import RunPaths
-from pipeline.health import Size, Watch, model_flops, rates, size_of
-from pipeline.mirrors import OPEN, Mirrors
-from pipeline.options import save_config
-from pipeline.types import InputError, TrainState
+from pipeline.config.options import save_config
+from pipeline.config.schema import EarlyStoppingConfig, Export, ExportConfig, Mirror
+from pipeline.config.validate_train import check_train
+from pipeline.core.files import RunPaths
+from pipeline.core.types import InputError, TrainState
+from pipeline.monitoring import health
+from pipeline.monitoring.health import Size, Watch, model_flops, rates, size_of
+from pipeline.monitoring.trackers import OPEN, Mirrors
+from pipeline.training import dev_evaluation as looks
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

@@ -16,13 +16,13 @@ import torch
 from conftest import LINES, script, train_arguments, write_lines
 from test_distillkit import bit_bytes, floats
 
-from pipeline import manifest as manifests
-from pipeline.config import Alignment, Format, ImportConfig
-from pipeline.imports import run
-from pipeline.shards import ShardReader
-from pipeline.topk import log_probabilities
-from pipeline.types import UNKNOWN_TARGET, InputError, TokenSequence, TopK
-from pipeline.verify import findings
+from pipeline.audit.verify import findings
+from pipeline.cache import manifest as manifests
+from pipeline.cache.shards import ShardReader
+from pipeline.config.schema import Alignment, Format, ImportConfig
+from pipeline.core.topk import log_probabilities
+from pipeline.core.types import UNKNOWN_TARGET, InputError, TokenSequence, TopK
+from pipeline.importers.convert import run
 
 K, BITS = 6, 9  # 300 tokens need 9 bits
 

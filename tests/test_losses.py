@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from twin import make_batch, twin
 
-from pipeline.classes import hardened, moved
-from pipeline.divergences import DIVERGENCES, NEEDS_TAIL, forward_kl, jsd, reverse_kl
-from pipeline.gates import Gate
-from pipeline.groups import kd_of_logits
-from pipeline.head import speak, sum_names
-from pipeline.losses import TERMS, TermOptions, count_positions, read_positions
-from pipeline.topk import hybrid, sampled, smoothed, top_k
-from pipeline.types import Batch, InputError
+from pipeline.core.topk import hybrid, sampled, smoothed, top_k
+from pipeline.core.types import Batch, InputError
+from pipeline.objective.class_prior import hardened, moved
+from pipeline.objective.divergences import DIVERGENCES, NEEDS_TAIL, forward_kl, jsd, reverse_kl
+from pipeline.objective.fused_head import speak, sum_names
+from pipeline.objective.gates import Gate
+from pipeline.objective.position_groups import kd_of_logits
+from pipeline.objective.terms import TERMS, TermOptions, count_positions, read_positions
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 ALL = ("gold", "corpus")

@@ -12,13 +12,13 @@ import torch
 import transformers
 from conftest import LINES, make_model, make_tokenizer
 
-from pipeline import models
-from pipeline.corpus import Segment, collate_inputs, sequence
-from pipeline.hub import model_folder
-from pipeline.layout import LaidOutLinear, laid_out
-from pipeline.logits import logits
-from pipeline.runtime import multiplies_fast
-from pipeline.types import InputError
+from pipeline.core.runtime import multiplies_fast
+from pipeline.core.types import InputError
+from pipeline.data.tokenize import Segment, collate_inputs, sequence
+from pipeline.models import loading as models
+from pipeline.models.forward import logits
+from pipeline.models.paths import model_folder
+from pipeline.models.prepack import LaidOutLinear, laid_out
 
 CPU = torch.device("cpu")
 

@@ -15,16 +15,16 @@ from muon_worker import changed
 from test_adapters import losses_of, prepared, run_ranks
 from test_config import composed
 
-from pipeline import checkpoints
-from pipeline.checks_train import check_train
-from pipeline.dataset import collate
-from pipeline.files import RunPaths
-from pipeline.gates import Gate
-from pipeline.head import speak
-from pipeline.losses import count_positions
-from pipeline.models import hidden_states
-from pipeline.recipe import learning_rate_at, term_options, weights_at
-from pipeline.types import InputError
+from pipeline.config.validate_train import check_train
+from pipeline.core.files import RunPaths
+from pipeline.core.types import InputError
+from pipeline.data.mixture import collate
+from pipeline.models.loading import hidden_states
+from pipeline.objective.fused_head import speak
+from pipeline.objective.gates import Gate
+from pipeline.objective.terms import count_positions
+from pipeline.training import checkpoints
+from pipeline.training.builders import learning_rate_at, term_options, weights_at
 
 Weights = dict[str, torch.Tensor]
 

@@ -15,11 +15,11 @@ from conftest import capture_arguments, script, train_arguments
 from test_config import composed
 from test_train import start, steps_done, wait_for
 
-from pipeline import launch
-from pipeline.gates import confidence, threshold
-from pipeline.recipe import open_gate, open_mixture
-from pipeline.shards import ShardReader
-from pipeline.types import InputError
+from pipeline.cache.shards import ShardReader
+from pipeline.core.types import InputError
+from pipeline.objective.gates import confidence, threshold
+from pipeline.training import driver as launch
+from pipeline.training.builders import open_gate, open_mixture
 
 
 def captured(folder: Path, teacher: Path, data: Path, **changes: Any) -> Path:

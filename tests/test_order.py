@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.curriculum import by_entropy
-from pipeline.order import POOL_BLOCKS, Corpus, Order, curriculum_at, fraction_of_sequences, meant, stream_at
-from pipeline.types import InputError
+from pipeline.core.types import InputError
+from pipeline.data.curriculum import by_entropy
+from pipeline.data.sampler import POOL_BLOCKS, Corpus, Order, curriculum_at, fraction_of_sequences, meant, stream_at
 
 BLOCKS = st.lists(st.integers(1, 7), min_size=1, max_size=30).map(tuple)
 

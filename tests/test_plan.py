@@ -19,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_capture import config_of
 
-from pipeline import manifest as manifests
-from pipeline import plan, probe
-from pipeline.capture import run
-from pipeline.config import Targets, TextConfig
-from pipeline.recall import request_of
-from pipeline.text import all_records, pieces, raw_records
-from pipeline.types import InputError
+from pipeline.cache import manifest as manifests
+from pipeline.capture import estimate as probe
+from pipeline.capture import plan
+from pipeline.capture.driver import run
+from pipeline.capture.plan_lookup import request_of
+from pipeline.config.schema import Targets, TextConfig
+from pipeline.core.types import InputError
+from pipeline.data.records import all_records, pieces, raw_records
 
 
 @pytest.fixture(scope="module")

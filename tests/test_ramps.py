@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pipeline.ramps import SHAPES, learning_rate, overtaken, ramp
+from pipeline.training.schedules import SHAPES, learning_rate, overtaken, ramp
 
 
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - {"constant"}))

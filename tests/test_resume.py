@@ -23,13 +23,14 @@ from conftest import script, train_arguments
 from test_train import losses_of, start, steps_done, wait_for
 from test_workers import mounted, needs_root
 
-from pipeline import checkpoints, models
-from pipeline.config import CheckpointConfig, Export, ExportConfig, TrainConfig
-from pipeline.files import RunPaths
-from pipeline.options import load_config
-from pipeline.recipe import open_mixture
-from pipeline.shards import ShardReader
-from pipeline.types import InputError
+from pipeline.cache.shards import ShardReader
+from pipeline.config.options import load_config
+from pipeline.config.schema import CheckpointConfig, Export, ExportConfig, TrainConfig
+from pipeline.core.files import RunPaths
+from pipeline.core.types import InputError
+from pipeline.models import loading as models
+from pipeline.training import checkpoints
+from pipeline.training.builders import open_mixture
 
 BIT_BY_BIT = ("model.safetensors", "config.json")
 
@@ -94,7 +95,7 @@ def ranks_of(run: Path) -> dict[int, int]:
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        if "pipeline.train" in line and run.name in line[-1] and "torch.distributed.run" not in line:
+        if "pipeline.training.worker" in line and run.name in line[-1] and "torch.distributed.run" not in line:
             with contextlib.suppress(psutil.Error, KeyError):
                 found[int(process.environ()["RANK"])] = process.pid
     return found

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 SHOW = """
 import time
-from pipeline.progress import Progress, start_logging
+from pipeline.core.progress import Progress, start_logging
 start_logging()
 progress = Progress("train", total=4, unit=" steps", log_every_seconds=0.15)
 for step in range(4):
@@ -51,7 +51,7 @@ def test_every_way_to_ask_for_a_stop(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-from pipeline.runtime import StopRequest
+from pipeline.core.runtime import StopRequest
 stop = StopRequest(Path(sys.argv[1]))
 assert not stop
 if sys.argv[2] == "file":

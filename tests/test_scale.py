@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import LINES, script
 
-from pipeline import manifest as manifests
-from pipeline.config import CaptureConfig, Dtype, ModelConfig, TextConfig
-from pipeline.plan import shard_name
-from pipeline.recall import request_of
-from pipeline.schema import ENCODING, arrow_schema
-from pipeline.types import Manifest
+from pipeline.cache import manifest as manifests
+from pipeline.cache.schema import ENCODING, arrow_schema
+from pipeline.capture.plan import shard_name
+from pipeline.capture.plan_lookup import request_of
+from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig, TextConfig
+from pipeline.core.types import Manifest
 
 K, WINDOW, RECORDS_PER_SHARD = 4, 20, 5000
 MEASURED = """
@@ -122,8 +122,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_scale import settings
-from pipeline.plan import make
-from pipeline.recall import request_of
+from pipeline.capture.plan import make
+from pipeline.capture.plan_lookup import request_of
 if __name__ == "__main__":
     config, _ = settings(Path({teacher!r}), Path({folder!r}))
     make(config, request_of(config))

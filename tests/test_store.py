@@ -22,16 +22,17 @@ import pytest
 from conftest import ROOT, capture_arguments, prompts, script, train_arguments, write_lines
 from moto.server import ThreadedMotoServer
 
-from pipeline import downloads, store
-from pipeline import manifest as manifests
-from pipeline.capture import run
-from pipeline.claims import claim
-from pipeline.config import CaptureConfig, Dtype, ModelConfig, Targets, TextConfig
-from pipeline.downloads import Downloads
-from pipeline.files import Metrics, file_hash
-from pipeline.shards import ShardReader, shard_writer
-from pipeline.store import Place, Remote, open_place
-from pipeline.types import InputError
+from pipeline.cache import downloads
+from pipeline.cache import manifest as manifests
+from pipeline.cache.downloads import Downloads
+from pipeline.cache.leases import claim
+from pipeline.cache.shards import ShardReader, shard_writer
+from pipeline.capture.driver import run
+from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig, Targets, TextConfig
+from pipeline.core import object_store as store
+from pipeline.core.files import Metrics, file_hash
+from pipeline.core.object_store import Place, Remote, open_place
+from pipeline.core.types import InputError
 
 SECRET = "s3cr3t-of-the-bucket"
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.topk import (
+from pipeline.core.topk import (
     hybrid,
     largest,
     log_probabilities,
@@ -16,7 +16,7 @@ from pipeline.topk import (
     uniforms,
     widen,
 )
-from pipeline.types import InputError, TopK
+from pipeline.core.types import InputError, TopK
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(2, 40), st.integers(0, 1000), st.floats(0.1, 30))
 

@@ -20,9 +20,9 @@ from conftest import ROOT, make_model, make_tokenizer, script, train_arguments, 
 from huggingface_hub import ModelCard
 from test_config import composed
 
-from pipeline import launch
-from pipeline.options import save_config
-from pipeline.types import InputError
+from pipeline.config.options import save_config
+from pipeline.core.types import InputError
+from pipeline.training import driver as launch
 
 
 def result_of(runs: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
 
 
 def test_the_driver_never_loads_deepspeed(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
-    code = "import sys, pipeline.launch, pipeline.command; print('deepspeed' in sys.modules)"
+    code = "import sys, pipeline.training.driver, pipeline.config.cli; print('deepspeed' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -19,9 +19,9 @@ import psutil
 import pytest
 from conftest import ROOT, capture_arguments, prompts, script, train_arguments, write_lines
 
-from pipeline.claims import claim
-from pipeline.config import CaptureConfig
-from pipeline.types import InputError
+from pipeline.cache.leases import claim
+from pipeline.config.schema import CaptureConfig
+from pipeline.core.types import InputError
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ def test_a_stale_claim_is_taken_over_and_not_released_by_its_old_holder(tmp_path
 
 
 def test_share_must_be_within() -> None:
-    from pipeline.capture import share_of
+    from pipeline.capture.driver import share_of
 
     config = CaptureConfig(name="x", share="1/3")
     assert share_of(config, 8) == [1, 4, 7]

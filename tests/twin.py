@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.losses import TermOptions
-from pipeline.topk import top_k
-from pipeline.types import UNKNOWN_TARGET, Batch, TopK
+from pipeline.core.topk import top_k
+from pipeline.core.types import UNKNOWN_TARGET, Batch, TopK
+from pipeline.objective.terms import TermOptions
 
 
 def teacher_at(top: TopK, n: int, temperature: float) -> tuple[dict[int, float], float]:

@@ -6,12 +6,12 @@ A run that is asked to stop does so after its first step; it goes on at once whe
 import sys
 from pathlib import Path
 
-from pipeline.config import TrainConfig
-from pipeline.files import RunPaths
-from pipeline.options import load_config
-from pipeline.progress import start_logging
-from pipeline.runtime import StopRequest, leave, ranks_from_environment
-from pipeline.train import train
+from pipeline.config.options import load_config
+from pipeline.config.schema import TrainConfig
+from pipeline.core.files import RunPaths
+from pipeline.core.progress import start_logging
+from pipeline.core.runtime import StopRequest, leave, ranks_from_environment
+from pipeline.training.worker import train
 
 if __name__ == "__main__":
     start_logging()

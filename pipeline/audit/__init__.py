@@ -1,0 +1,1 @@
+"""Inspection of a cache: verify, summary, replay, show."""

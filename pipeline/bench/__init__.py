@@ -1,0 +1,1 @@
+"""What this costs beside what one would otherwise run."""

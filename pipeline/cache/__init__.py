@@ -1,0 +1,1 @@
+"""The contract between the two stages: shard schema, manifest, shards, leases, downloads."""

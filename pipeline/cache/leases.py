@@ -1,0 +1,96 @@
+"""Claims: who is at work on which shard. They only save work; correctness never depends on them.
+
+A claim is a small file or object that its holder renews; one that was not renewed for a lease may be taken over. Ages
+are taken against one written just now in the same folder, so the clocks of two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.core.object_store import Place, Remote, age_seconds, beside
+from pipeline.core.types import InputError
+
+BEATS_PER_LEASE = 4
+
+
+@contextlib.contextmanager
+def claim(place: Place, *, lease_seconds: float) -> Iterator[bool]:
+    """Hold `place` while the body runs and keep it fresh from a thread; yields False if somebody else holds it."""
+    owner = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
+    if not _create(place, owner) and not (_is_stale(place, lease_seconds) and _take_over(place, owner)):
+        yield False
+        return
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(lease_seconds / BEATS_PER_LEASE):
+            with contextlib.suppress(OSError, InputError):  # a store that does not answer may do so at the next beat
+                if place.read_text() != owner:
+                    return
+                _renew(place, owner)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield True
+    finally:
+        done.set()
+        thread.join()
+        with contextlib.suppress(OSError, InputError):  # what cannot be released goes stale
+            if place.read_text() == owner:  # a holder frozen past its lease leaves its successor's claim alone
+                place.unlink(missing_ok=True)
+
+
+def _is_stale(place: Place, lease_seconds: float) -> bool:
+    try:
+        return age_seconds(place) > lease_seconds
+    except FileNotFoundError:  # released meanwhile
+        return False
+
+
+def _create(place: Place, owner: str) -> bool:
+    if isinstance(place, Remote):
+        return not place.exists() and _put(place, owner)
+    try:
+        descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w") as file:
+        file.write(owner)
+    return True
+
+
+def _put(place: Remote, owner: str) -> bool:
+    """Of two that put at once the last one holds the claim; the first may miss that, and then both do the work."""
+    place.write_text(owner)
+    try:
+        return place.read_text() == owner
+    except FileNotFoundError:  # that other one has released it already
+        return False
+
+
+def _renew(place: Place, owner: str) -> None:
+    if isinstance(place, Remote):
+        place.write_text(owner)
+    else:
+        os.utime(place)
+
+
+def _take_over(place: Place, owner: str) -> bool:
+    """Two that try at once may both succeed; then both do the work, and the second commit finds it done."""
+    if isinstance(place, Remote):
+        return _put(place, owner)
+    stale = Path(str(beside(place, "stale")))
+    try:
+        place.rename(stale)
+    except FileNotFoundError:
+        return False
+    stale.unlink(missing_ok=True)
+    return _create(place, owner)

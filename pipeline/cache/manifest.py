@@ -1,0 +1,249 @@
+"""What a cache promises and how it is kept: fingerprint, plan, the commit and the check of shards.
+
+A local commit links a finished file to its name, which no second one can take. A store has no link: there the name
+holds the content's hash, so that the ShardInfo, put last, can only ever vouch for the bytes that it describes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.core.files import content_hash, file_hash, sync_folder
+from pipeline.core.object_store import Place, Remote, age_seconds, names, open_place, upload, write_json
+from pipeline.core.types import InputError, Manifest, ShardInfo
+
+REQUESTS_AT_ONCE = 16
+
+
+def fingerprint(made_of: dict[str, Any]) -> str:
+    """sha256 of all that changes the content of a cache."""
+    return content_hash(made_of)
+
+
+def shard_range(manifest: Manifest, index: int) -> range:
+    """The records of a shard: a pure function of corpus and configuration, never of who does the work."""
+    first = index * manifest.records_per_shard
+    return range(first, min(first + manifest.records_per_shard, manifest.num_records))
+
+
+def cache_place(manifest: Manifest, *, cache: str | None, caches_dir: str, name: str) -> Place:
+    """Where a cache lies: exactly at `cache`, or in `caches_dir` under its name and fingerprint."""
+    return open_place(caches_dir) / f"{name}-{manifest.fingerprint[:12]}" if cache is None else open_place(cache)
+
+
+def manifest_path(cache: Place) -> Place:
+    """Where a cache's promise is written."""
+    return cache / "manifest.json"
+
+
+def shard_file(cache: Place, info: ShardInfo) -> Place:
+    """The Parquet file of a committed shard."""
+    return cache / "shards" / info.file
+
+
+def shard_path(cache: Path, index: int) -> Path:
+    """The Parquet file of a shard of a local cache, committed or not."""
+    return cache / "shards" / f"{index:05d}.parquet"
+
+
+def info_path(cache: Place, index: int) -> Place:
+    """The ShardInfo of a shard; it exists only if the shard is whole."""
+    return cache / "shards" / f"{index:05d}.json"
+
+
+def claim_path(cache: Place, index: int) -> Place:
+    """Who is at work on a shard."""
+    return cache / "shards" / f".{index:05d}.claim"
+
+
+def start(cache: Place, manifest: Manifest) -> None:
+    """Create a cache folder, or accept the one that is there if it makes the same promise."""
+    if manifest_path(cache).exists():
+        check_same(load(cache), manifest.made_of, cache)
+        return
+    try:
+        if isinstance(cache, Path):
+            (cache / "shards").mkdir(parents=True, exist_ok=True)
+        write_json(manifest_path(cache), dataclasses.asdict(manifest))
+    except OSError as error:
+        raise InputError(f"{cache}: expected a folder to write into, found {error.strerror}; choose another") from error
+    check_same(load(cache), manifest.made_of, cache)  # somebody may have begun another cache here just now
+
+
+def load(cache: Place) -> Manifest:
+    """Read a manifest."""
+    try:
+        plain = json.loads(manifest_path(cache).read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"cache: expected {manifest_path(cache)}, found no such file; capture with scripts/capture.py"
+        ) from None
+    return Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
+
+
+def check_same(found: Manifest, made_of: dict[str, Any], cache: Place) -> None:
+    """Refuse a cache made of something else, naming the fields that differ."""
+    differing = sorted(
+        key for key in made_of.keys() | found.made_of.keys() if made_of.get(key) != found.made_of.get(key)
+    )
+    if differing:
+        lines = [f"  {key}: expected {made_of.get(key)!r}, found {found.made_of.get(key)!r}" for key in differing]
+        raise InputError(
+            f"{cache} was made of something else; capture into another folder or delete it:\n" + "\n".join(lines)
+        )
+
+
+def committed(cache: Place, index: int) -> ShardInfo | None:
+    """The ShardInfo of a committed shard, or None."""
+    try:
+        plain = json.loads(info_path(cache, index).read_text())
+    except FileNotFoundError:
+        return None
+    for name in ("row_groups", "retained_mass_histogram"):
+        plain[name] = tuple(plain[name])
+    return ShardInfo(**{"file": f"{index:05d}.parquet", **plain})  # older caches do not name it
+
+
+def uncommitted(cache: Place, indices: Iterable[int]) -> list[int]:
+    """Those shards that are not committed; one listing, however many they are."""
+    present = set(names(cache / "shards"))
+    return [index for index in indices if info_path(cache, index).name not in present]
+
+
+def commit(cache: Place, temporary: Path, index: int) -> None:
+    """Publish a finished temporary file as a shard: whole and durable, or not at all; never over another.
+
+    The data is there before its name is, and its name before the ShardInfo that vouches for both. A shard that
+    somebody else has published meanwhile stays as it is.
+    """
+    if isinstance(cache, Remote):
+        _commit_remote(cache, temporary, index)
+        return
+    try:
+        info = describe(temporary, index)
+        os.link(temporary, shard_path(cache, index))
+    except FileExistsError:
+        adopt(cache, index)
+    except FileNotFoundError:  # taken for a dead worker's and swept away
+        if committed(cache, index) is None:
+            raise
+    else:
+        sync_folder(cache / "shards")
+        write_json(info_path(cache, index), dataclasses.asdict(info))
+    temporary.unlink(missing_ok=True)
+
+
+def _commit_remote(cache: Remote, temporary: Path, index: int) -> None:
+    """Two that commit at once, even different bits, leave two objects and a ShardInfo that is right about one.
+
+    The other object stays: whoever put it may be about to vouch for it.
+    """
+    info = describe(temporary, index)
+    info = dataclasses.replace(info, file=f"{index:05d}-{info.sha256[:12]}.parquet")
+    if not info_path(cache, index).exists():
+        upload(temporary, cache / "shards" / info.file)
+        if not info_path(cache, index).exists():
+            write_json(info_path(cache, index), dataclasses.asdict(info))
+    temporary.unlink(missing_ok=True)
+
+
+def totals(*, targets: int, num_skipped: int, histogram: Sequence[int]) -> dict[str, str]:
+    """What a writer adds to a shard's own metadata, so that the file can vouch for itself."""
+    return {"totals": json.dumps({"targets": targets, "num_skipped": num_skipped, "histogram": list(histogram)})}
+
+
+def describe(path: Path, index: int) -> ShardInfo:
+    """The ShardInfo of a whole file, under the name that it has in a local cache; ValueError if it is not whole."""
+    metadata = pq.read_metadata(path)
+    written = json.loads((metadata.metadata or {}).get(b"totals", b"null"))
+    if written is None:
+        raise ValueError("no totals in its footer")
+    groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return ShardInfo(
+        index=index,
+        file=f"{index:05d}.parquet",
+        rows=metadata.num_rows,
+        row_groups=groups,
+        targets=written["targets"],
+        bytes=path.stat().st_size,
+        sha256=file_hash(path),
+        num_skipped=written["num_skipped"],
+        retained_mass_histogram=tuple(written["histogram"]),
+    )
+
+
+def adopt(cache: Place, index: int) -> bool:
+    """Vouch for a shard that has its name but, by a crash just then, no ShardInfo; False if there is none."""
+    if isinstance(cache, Remote):  # a name there is no promise that the upload went to its end
+        return False
+    path = shard_path(cache, index)
+    if not path.exists():
+        return False
+    if committed(cache, index) is None:
+        try:
+            info = describe(path, index)
+        except ValueError as error:
+            raise InputError(f"{path}: expected a whole shard, found it damaged ({error}); delete it") from None
+        write_json(info_path(cache, index), dataclasses.asdict(info))
+    return True
+
+
+def finish(cache: Place, manifest: Manifest, *, stale_seconds: float) -> Manifest:
+    """Write the totals into the manifest once every shard is committed, and sweep out what dead workers left."""
+    infos = whole(cache, manifest)
+    finished = dataclasses.replace(manifest, num_skipped=sum(info.num_skipped for info in infos))
+    if load(cache) != finished:
+        write_json(manifest_path(cache), dataclasses.asdict(finished))
+    _sweep(cache / "shards", stale_seconds)
+    return finished
+
+
+def _sweep(shards: Place, stale_seconds: float) -> None:
+    if isinstance(shards, Remote):
+        for left in [shards / name for name in names(shards) if name.startswith(".")]:
+            with contextlib.suppress(FileNotFoundError):
+                if age_seconds(left) > stale_seconds:
+                    left.unlink()
+        return
+    for path in shards.glob(".*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > stale_seconds:
+                path.unlink()
+
+
+def whole(cache: Place, manifest: Manifest) -> list[ShardInfo]:
+    """The ShardInfo of every shard of the plan; refuses a cache that is not finished."""
+    with ThreadPoolExecutor(1 if isinstance(cache, Path) else REQUESTS_AT_ONCE) as pool:
+        infos = list(pool.map(partial(committed, cache), range(manifest.num_shards)))
+    present = [info for info in infos if info is not None]
+    if len(present) != manifest.num_shards:
+        maker = "scripts/capture.py" if manifest.tail == "exact" else "scripts/import.py"
+        raise InputError(
+            f"{cache}: expected {manifest.num_shards} committed shards, found {len(present)}; "
+            f"run the same {maker} again, it goes on where it stopped"
+        )
+    return present
+
+
+def check_shard(cache: Place, info: ShardInfo, path: Path | None = None) -> None:
+    """Refuse a shard whose bytes are not those that were committed; `path` is where a download of it lies."""
+    if path is None:
+        assert isinstance(cache, Path)
+        path = cache / "shards" / info.file
+    found = file_hash(path) if path.exists() else "no file"
+    if found != info.sha256:
+        raise InputError(
+            f"{shard_file(cache, info)}: expected sha256 {info.sha256[:12]}, found {found[:12]}; the shard is damaged: "
+            f"delete it and {info_path(cache, info.index).name} beside it, then make it again (only it is redone)"
+        )

@@ -1,0 +1,1 @@
+"""Stage one: the teacher runs over the corpus and writes shards."""

@@ -1,0 +1,248 @@
+"""The plan of a capture: one pass over the corpus, which leaves it tokenized and packed, shard by shard.
+
+Every record is read, parsed and tokenized once, here; what cannot be used stops here, before a teacher loads. The
+sequences wait in a local folder (a few bytes a token, a few hundredths of what the cache will take) until they are
+captured; the plan itself is remembered, so that the same command knows its cache without reading the corpus again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import secrets
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from pyarrow import ArrowException
+
+from pipeline.cache import manifest as manifests
+from pipeline.cache.leases import claim
+from pipeline.cache.schema import SCHEMA_VERSION, decode_sequences, encode_sequences, sequence_schema
+from pipeline.capture.plan_lookup import Request, state_of
+from pipeline.config.schema import CaptureConfig, Complete, Kind
+from pipeline.core.files import sync_files
+from pipeline.core.object_store import write_json
+from pipeline.core.progress import log
+from pipeline.core.types import InputError, Manifest, TokenSequence
+from pipeline.data.records import Piece, Rejections, Text, open_text, pieces, raw_records
+from pipeline.data.tokenize import sequences, text_hash
+from pipeline.models import loading as models
+
+ROWS_A_GROUP = 2048  # sequences written, and later read, at once: bounds the memory of a shard of any size
+CORPUS_A_PROCESS_BYTES = 4 << 20  # starting a process takes longer than tokenizing this much
+
+
+def make(config: CaptureConfig, request: Request, *, with_sequences: bool = True) -> Manifest:
+    """Plan a capture, or wait for a process that is planning the same; the result is remembered.
+
+    Without `with_sequences` a plan is enough whose sequences are captured and gone.
+    """
+    teacher = models.settled(config.teacher)
+    folder = models.model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
+    tokenizer = tokenizer_of(folder, teacher.trust_remote_code)
+    models.check_window(folder, config.window)
+    if config.k > models.vocabulary_size(tokenizer):
+        raise InputError(
+            f"k: expected at most {models.vocabulary_size(tokenizer)} (the vocabulary of {folder}), found {config.k}"
+        )
+    if config.corpus.end_token and tokenizer.eos_token_id is None:
+        raise InputError("corpus: expected a tokenizer with an end token, found none; set corpus.end_token=false")
+    try:
+        request.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{request.folder}: expected a folder to write into, found {error.strerror}; choose another with plans_dir="
+        ) from error
+    while True:
+        with claim(request.folder / "claim", lease_seconds=config.lease_seconds) as held:
+            manifest = request.recall()
+            if manifest is not None and (request.sequences.exists() or not with_sequences):
+                return manifest
+            if held:
+                return _make(dataclasses.replace(config, teacher=teacher), folder, tokenizer, request)
+        log.info("%s: another process is planning this capture; waiting", request.folder)
+        time.sleep(min(1.0, config.lease_seconds / 4))
+
+
+def _make(config: CaptureConfig, folder: Path, tokenizer: Any, request: Request) -> Manifest:
+    text = corpus_of(config)
+    before = state_of([*text.files, folder])
+    for left in request.folder.glob(".*.tmp"):  # of planners that were killed
+        if time.time() - left.stat().st_mtime > config.lease_seconds:
+            shutil.rmtree(left, ignore_errors=True)
+    spool = request.folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    spool.mkdir()
+    try:
+        with ThreadPoolExecutor(2) as beside:
+            corpus_sha256 = beside.submit(text_hash, text)
+            weights_sha256 = beside.submit(models.weights_hash, folder)
+            num_records = tokenize(config, text, folder, spool)
+            tokenizer_sha256 = models.tokenizer_hash(tokenizer)
+        hashes = {"corpus": corpus_sha256.result(), "teacher_weights": weights_sha256.result()}
+        manifest = promise(config, tokenizer, num_records, {**hashes, "tokenizer": tokenizer_sha256})
+        if state_of([*text.files, folder]) != before:
+            raise InputError("corpus: expected files that stay as they are, found one changed while it was read; retry")
+        sync_files(spool)
+        shutil.rmtree(request.sequences, ignore_errors=True)
+        spool.rename(request.sequences)
+    except OSError as error:
+        raise InputError(
+            f"{spool}: expected to write the tokenized corpus, found {error.strerror or error}; make room, or choose "
+            "another folder with plans_dir="
+        ) from error
+    finally:
+        shutil.rmtree(spool, ignore_errors=True)
+    write_json(manifests.manifest_path(request.folder), dataclasses.asdict(manifest))
+    return manifest
+
+
+def corpus_of(config: CaptureConfig) -> Text:
+    """The corpus as it is to be read."""
+    completes = config.complete.how is not Complete.none
+    return dataclasses.replace(open_text(config.corpus, "corpus"), completes=completes)
+
+
+def promise(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dict[str, str]) -> Manifest:
+    """The promise of a cache: all that changes its content (`hashes` of what it is read from), and its shards' size."""
+    complete = config.complete
+    made_of = {
+        **hashes,
+        "schema_version": SCHEMA_VERSION,
+        "teacher_num_layers": config.teacher.num_layers,
+        "teacher_dtype": config.teacher.dtype.name,
+        **models.text_rules(tokenizer),
+        "columns": dataclasses.asdict(config.corpus.columns),
+        "targets": config.corpus.targets.name,
+        "malformed": config.corpus.malformed.name,
+        "end_token": config.corpus.end_token,
+        "window": config.window,
+        "records_per_shard": config.records_per_shard,
+        "kind": config.kind.name,
+        "k": 0 if config.kind is Kind.sampled else config.k,
+        "draws": 0 if config.kind is Kind.topk else config.draws,
+        "draw_seed": 0 if config.kind is Kind.topk else config.seed,
+        "temperatures": sorted(config.temperatures),
+    }
+    if complete.how is not Complete.none:
+        made_of["complete"] = {**dataclasses.asdict(complete), "how": complete.how.name}
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        fingerprint=manifests.fingerprint(made_of),
+        made_of=made_of,
+        kind=made_of["kind"],
+        k=made_of["k"],
+        draws=made_of["draws"],
+        draw_seed=made_of["draw_seed"],
+        temperatures=tuple(sorted(config.temperatures)),
+        vocabulary_size=models.vocabulary_size(tokenizer),
+        window=config.window,
+        num_records=num_records,
+        num_shards=-(-num_records // config.records_per_shard),
+        records_per_shard=config.records_per_shard,
+    )
+
+
+# --------------------------------------------------------------------------------------------- the pass
+
+
+def tokenize(config: CaptureConfig, text: Text, folder: Path, spool: Path) -> int:
+    """Tokenize and pack every record into a file a shard; returns the number of records.
+
+    One process reads, the others tokenize whole shards; at most a few shards are in memory at once.
+    """
+    started, num_records, num_rows, num_skipped = time.monotonic(), 0, 0, 0
+    size = sum(file.stat().st_size for file in text.files)
+    processes = min(len(os.sched_getaffinity(0)), -(-size // CORPUS_A_PROCESS_BYTES))
+    executor: Executor = (
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) if processes > 1 else ThreadPoolExecutor(1)
+    )
+    with executor:
+        waiting: deque[Future[tuple[int, int]]] = deque()
+
+        def gather(at_most: int) -> None:
+            nonlocal num_rows, num_skipped
+            while len(waiting) > at_most:
+                rows, skipped = waiting.popleft().result()
+                num_rows, num_skipped = num_rows + rows, num_skipped + skipped
+
+        try:
+            for index, group in enumerate(pieces(text.files, size=config.records_per_shard)):
+                num_records += sum(len(piece.numbers) for piece in group)
+                first_id = index * config.records_per_shard
+                arguments = (group, text, folder, config.teacher.trust_remote_code, config.window, first_id)
+                waiting.append(executor.submit(write_sequences, spool / shard_name(index), *arguments))
+                gather(2 * processes)
+            gather(0)
+        except BaseException:
+            executor.shutdown(cancel_futures=True)
+            raise
+    if num_rows == 0:
+        files = ", ".join(map(str, text.files))
+        raise InputError(f"corpus: expected usable records, found none in {files} ({num_skipped} malformed)")
+    if num_skipped:
+        log.warning("corpus: %d malformed records skipped", num_skipped)
+    log.info("planned %d records, %d sequences in %.1f s", num_records, num_rows, time.monotonic() - started)
+    return num_records
+
+
+@lru_cache(maxsize=1)
+def tokenizer_of(folder: Path, trust_remote_code: bool) -> Any:
+    """A folder's tokenizer, loaded once a process."""
+    return models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def write_sequences(
+    path: Path, group: Sequence[Piece], text: Text, folder: Path, trust_remote_code: bool, window: int, first_id: int
+) -> tuple[int, int]:
+    """The records of a shard, tokenized and packed, into one file; returns its rows and the records skipped."""
+    tokenizer = tokenizer_of(folder, trust_remote_code)
+    rejections = Rejections(skip=text.skip_malformed)
+    packed = sequences(raw_records(group), text, tokenizer, rejections, window=window, first_id=first_id)
+    num_rows = 0
+    with pq.ParquetWriter(path, sequence_schema(), compression="zstd", write_page_checksum=True) as file:
+        while some := list(itertools.islice(packed, ROWS_A_GROUP)):
+            file.write_table(encode_sequences(some))
+            num_rows += len(some)
+        file.add_key_value_metadata({"num_skipped": str(rejections.count)})
+    return num_rows, rejections.count
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """The sequences of one shard, waiting to be captured."""
+
+    path: Path
+    num_rows: int
+    num_skipped: int
+
+    def __iter__(self) -> Iterator[TokenSequence]:
+        try:
+            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+                for batch in file.iter_batches(ROWS_A_GROUP):
+                    yield from decode_sequences(batch)
+        except (OSError, ArrowException) as error:
+            raise InputError(
+                f"{self.path}: expected the tokenized corpus, found it damaged ({error}); delete {self.path.parent} "
+                "and run the same command again"
+            ) from error
+
+
+def planned(sequences_dir: Path, index: int) -> Planned:
+    """What the plan left for a shard."""
+    path = sequences_dir / shard_name(index)
+    metadata = pq.read_metadata(path)
+    return Planned(path=path, num_rows=metadata.num_rows, num_skipped=int(metadata.metadata[b"num_skipped"]))
+
+
+def shard_name(index: int) -> str:
+    """The file of a shard's sequences."""
+    return f"{index:05d}.parquet"

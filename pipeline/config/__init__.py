@@ -1,0 +1,1 @@
+"""Every option, its validation, and the command line."""

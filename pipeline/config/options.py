@@ -1,0 +1,85 @@
+"""What an option is: declared with its sentence, made typed, kept in a file, hashed where it decides a result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import field
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+
+from pipeline.core.types import InputError
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, *, result: bool = True, content: bool = False, address: bool = False) -> Any:
+    """A dataclass field that knows its sentence and whether it changes what a run produces."""
+    metadata = {"help": help, "result": result, "content": content, "address": address}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def typed(node: Any, schema: type[T]) -> T:
+    """The composed configuration as its dataclass; an option that must be said and was not is an InputError."""
+    missing = sorted(key for key in OmegaConf.missing_keys(node) if not key.startswith("hydra."))
+    if missing:
+        hints = "\n".join(f"  {key}: {_help_of(schema, key)}" for key in missing)
+        raise InputError(f"expected a value for each of these options, found none; give them as name=value:\n{hints}")
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, schema)
+    return config
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a typed configuration as YAML, every option with its resolved value."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def load_config(path: Path, schema: type[T]) -> T:
+    """Read what `save` wrote."""
+    return typed(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)), schema)
+
+
+def result_options(config: Any) -> dict[str, Any]:
+    """The options that decide what comes out, as plain data: files and what is marked `result=False` left out."""
+    chosen: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if not item.metadata["result"] or item.metadata["content"]:
+            continue
+        chosen[item.name] = result_options(value) if dataclasses.is_dataclass(value) else plain(value)
+    return chosen
+
+
+def plain(value: Any) -> Any:
+    """An option's value as JSON knows it: an enum by its name."""
+    if isinstance(value, Enum):
+        return value.name
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def options(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every leaf option below a dataclass as (dotted name, default, sentence)."""
+    hints = get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        inner = _dataclass_in(hints[item.name])
+        if inner is not None:
+            yield from options(inner, f"{prefix}{item.name}.")
+            continue
+        made = item.default_factory
+        default = made() if made is not dataclasses.MISSING else item.default
+        yield prefix + item.name, default, item.metadata["help"]
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    candidates = get_args(hint) if get_origin(hint) is Union or "|" in str(hint) else (hint,)
+    return next((c for c in candidates if dataclasses.is_dataclass(c) and isinstance(c, type)), None)
+
+
+def _help_of(schema: type, dotted: str) -> str:
+    return next((help for name, _, help in options(schema) if name == dotted), "a group of options; choose one")

@@ -1,0 +1,95 @@
+"""What cannot be meant is refused before anything is read: checks across options, and paths that match nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.config.schema import (
+    AuditConfig,
+    CaptureConfig,
+    Complete,
+    Kind,
+    ModelConfig,
+    Targets,
+)
+from pipeline.core.types import InputError
+
+
+def check_capture(config: CaptureConfig) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    at_least(2, window=config.window)
+    at_least(1, k=config.k, draws=config.draws, records_per_shard=config.records_per_shard)
+    at_least(1, batch_sequences=config.batch_sequences, num_workers=config.num_workers)
+    positive(
+        lease_seconds=config.lease_seconds,
+        temperatures=min(config.temperatures, default=1.0),
+        log_every_seconds=config.log_every_seconds,
+    )
+    if config.complete.how is not Complete.none and config.corpus.targets is not Targets.completion:
+        raise InputError(
+            f"complete.how={config.complete.how.name}: expected corpus.targets=completion, because what the teacher "
+            f"says is what it supervises, found {config.corpus.targets.name}"
+        )
+    at_least(1, complete_max_new_tokens=config.complete.max_new_tokens, complete_batch=config.complete.batch_records)
+    positive(complete_temperature=config.complete.temperature)
+    if config.kind is not Kind.topk and config.temperatures != [1.0]:
+        raise InputError(
+            f"temperatures: expected [1.0], because a {config.kind.name} cache is valid only there, found "
+            f"{config.temperatures}; use kind=topk for other temperatures"
+        )
+    if 1.0 not in config.temperatures:
+        raise InputError(f"temperatures: expected 1.0 among them, found {config.temperatures}; add it")
+
+
+def check_audit(config: AuditConfig) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    at_least(1, rows=config.rows, top=config.top, batch_sequences=config.batch_sequences)
+    at_least(0, record=0 if config.record is None else config.record)
+    positive(log_every_seconds=config.log_every_seconds)
+
+
+def at_least(least: int, **values: float) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise InputError(f"{name}: expected at least {least}, found {value}")
+
+
+def fraction(**values: float) -> None:
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise InputError(f"{name}: expected 0 to 1, found {value}")
+
+
+def positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise InputError(f"{name}: expected more than 0, found {value}")
+
+
+def check_files(config: Any, prefix: str = "") -> None:
+    """Refuse paths and globs that match nothing, in the first second; hub names and addresses are asked for later."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            check_files(value, f"{prefix}{item.name}.")
+        elif item.metadata["content"] and value is not None:
+            for pattern in [value] if isinstance(value, str) else value:
+                is_hub_name = isinstance(config, ModelConfig) and re.fullmatch(r"[\w.-]+/[\w.-]+", pattern)
+                is_address = item.metadata["address"] and "://" in pattern
+                if not (is_hub_name or is_address or glob.glob(pattern, recursive=True)):
+                    raise InputError(
+                        f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; check the path"
+                    )
+
+
+def addresses(config: Any) -> Iterator[tuple[str, str]]:
+    """The options of a root that name a place in an object store, with their values."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        values = value if isinstance(value, list) else [value]
+        if item.metadata["address"]:
+            yield from ((item.name, one) for one in values if one is not None and "://" in one)

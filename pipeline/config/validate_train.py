@@ -1,0 +1,226 @@
+"""What cannot be meant by the options of training, refused before anything is read."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from pipeline.config.schema import (
+    Dtype,
+    Export,
+    Mirror,
+    Offload,
+    Optimizer,
+    Source,
+    TrainConfig,
+)
+from pipeline.config.validate import at_least, fraction, positive
+from pipeline.core.types import InputError
+
+MIRROR_PACKAGES = {  # what is imported, what pip calls it
+    Mirror.tensorboard: ("tensorboard", "tensorboard"),
+    Mirror.wandb: ("wandb", "wandb"),
+    Mirror.mlflow: ("mlflow", "mlflow-skinny"),
+}
+
+
+def check_train(config: TrainConfig) -> None:
+    """Refuse what cannot be meant, before anything is read."""
+    kd, terms = config.loss.kd, {name: getattr(config.loss, name) for name in ("lm", "kd", "hard", "confidence")}
+    at_least(2, window=config.window)
+    at_least(1, global_batch=config.global_batch, micro_batch=config.micro_batch)
+    at_least(1, steps=1 if config.steps is None else config.steps)
+    at_least(1, num_processes=1 if config.launcher.num_processes is None else config.launcher.num_processes)
+    at_least(0, max_grad_norm=config.optimizer.max_grad_norm)
+    if config.epochs is not None:
+        positive(epochs=config.epochs)
+    at_least(0, checkpoint_every_steps=config.checkpoint.every_steps)
+    at_least(1, checkpoint_keep=config.checkpoint.keep, downloads_bytes=config.downloads.bytes)
+    at_least(1, shard_bytes=config.export.shard_bytes, batch_tokens=config.scoring.batch_tokens)
+    at_least(0, max_new_tokens=config.scoring.max_new_tokens)
+    at_least(0, keep_every_steps=config.checkpoint.keep_every_steps, leave_seconds=config.launcher.leave_seconds)
+    positive(hang_seconds=config.launcher.hang_seconds, time_limit=config.launcher.time_limit or 1.0)
+    positive(kd_temperature=kd.temperature, learning_rate=config.optimizer.learning_rate)
+    fraction(gold_fraction=config.gold_fraction, warmup_fraction=config.optimizer.warmup_fraction)
+    fraction(decay_fraction=config.optimizer.decay_fraction)
+    _check_objective(config, terms)
+    _check_looks(config)
+    check_mirrors(config.mirrors)
+    if (config.steps is None) == (config.epochs is None):
+        raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
+    if config.gold_fraction > 0 and config.gold is None and config.gold_cache is None:
+        raise InputError(
+            f"gold_fraction is {config.gold_fraction} but gold is null; give a gold set or gold_fraction=0"
+        )
+    if config.gold_fraction < 1 and config.cache is None:
+        raise InputError(f"gold_fraction is {config.gold_fraction} but cache is null; give a cache or gold_fraction=1")
+    _check_mixing(config)
+    _check_engine(config)
+    weights = {name: term.weight for name, term in terms.items()}
+    if min(weights.values()) < 0:
+        raise InputError(f"loss weights: expected 0 or more, found {weights}")
+    read = {source for name, term in terms.items() if weights[name] > 0 for source in term.on}
+    if not (Source.gold in read and config.gold_fraction > 0) and not (
+        Source.corpus in read and config.gold_fraction < 1
+    ):
+        raise InputError("no term with a weight above 0 reads any text of this run; check loss.*.weight, loss.*.on")
+
+
+def _check_mixing(config: TrainConfig) -> None:
+    at_least(1, curriculum_parts=config.curriculum_parts)
+    num_caches = 1 + len(config.more_caches)
+    if config.more_caches and config.cache is None:
+        raise InputError(f"more_caches: expected them beside a cache, found cache=null and {config.more_caches}")
+    if config.cache_weights is not None:
+        positive(cache_weights=min(config.cache_weights, default=0.0))
+        if len(config.cache_weights) != num_caches:
+            raise InputError(
+                f"cache_weights: expected {num_caches}, one for cache and one for each of more_caches, found "
+                f"{config.cache_weights}"
+            )
+    if config.more_caches and config.loss.kd.gate.keep_fraction < 1:
+        raise InputError(
+            "loss.kd.gate.keep_fraction: expected 1 with more_caches, because a threshold is read off one cache, found "
+            f"{config.loss.kd.gate.keep_fraction}; use min_confidence or max_entropy"
+        )
+    if config.gold_epochs is not None:
+        positive(gold_epochs=config.gold_epochs)
+        if config.gold_fraction == 1:
+            raise InputError(
+                f"gold_epochs: expected null with gold_fraction=1, where nothing else could fill a batch, found "
+                f"{config.gold_epochs}; use epochs={config.gold_epochs}"
+            )
+    tokens = config.global_batch_tokens
+    if tokens is not None and (tokens < config.window or tokens % config.window != 0):
+        raise InputError(
+            f"global_batch_tokens: expected a multiple of window {config.window}, found {tokens}; for example "
+            f"{max(tokens // config.window, 1) * config.window}"
+        )
+
+
+def _check_engine(config: TrainConfig) -> None:
+    deepspeed, checkpoint = config.deepspeed, config.checkpoint
+    if not 0 <= deepspeed.zero_stage <= 3:
+        raise InputError(f"deepspeed.zero_stage: expected 0 to 3, found {deepspeed.zero_stage}")
+    if config.student.dtype is Dtype.float16 and deepspeed.zero_stage == 0:
+        raise InputError(
+            "student.dtype=float16: expected deepspeed.zero_stage 1 to 3, because DeepSpeed does not scale the loss at "
+            "ZeRO 0, found 0; use zero_stage=1, or bfloat16"
+        )
+    if deepspeed.offload is not Offload.none and deepspeed.zero_stage == 0:
+        raise InputError(
+            f"deepspeed.offload={deepspeed.offload.name}: expected zero_stage 1 to 3, because ZeRO moves what it "
+            "partitions, found 0; use deepspeed=zero2_offload"
+        )
+    if (deepspeed.offload is Offload.nvme) != (deepspeed.nvme_path is not None):
+        raise InputError(
+            f"deepspeed.nvme_path: expected a folder with offload=nvme and null without, found {deepspeed.nvme_path} "
+            f"with offload={deepspeed.offload.name}"
+        )
+    _check_adapter(config)
+    _check_muon(config)
+    every = checkpoint.every_steps
+    if checkpoint.keep_every_steps and (every == 0 or checkpoint.keep_every_steps % every != 0):
+        raise InputError(
+            f"checkpoint.keep_every_steps: expected a multiple of checkpoint.every_steps {every}, found "
+            f"{checkpoint.keep_every_steps}"
+        )
+
+
+def _check_muon(config: TrainConfig) -> None:
+    if config.optimizer.name is not Optimizer.muon:
+        return
+    positive(muon_learning_rate=config.optimizer.muon_learning_rate)
+    if config.optimizer.max_grad_norm > 0:
+        raise InputError(
+            "optimizer.name=muon: expected optimizer.max_grad_norm=0, because DeepSpeed would clip Muon's orthogonal "
+            f"updates, whose size says nothing, at some ZeRO stages, found {config.optimizer.max_grad_norm}"
+        )
+    if config.student.dtype is Dtype.float16 or config.deepspeed.offload is not Offload.none:
+        raise InputError(
+            "optimizer.name=muon: expected float32 or bfloat16 without offload, found "
+            f"{config.student.dtype.name} with offload={config.deepspeed.offload.name}; use those, or adamw"
+        )
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    adapter = config.student.adapter
+    if adapter is None:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise InputError('student.adapter: expected the package peft, found none; pip install ".[lora]"')
+    at_least(1, adapter_rank=adapter.rank, adapter_alpha=adapter.alpha)
+    fraction(adapter_dropout=adapter.dropout)
+    if adapter.dora and config.deepspeed.zero_stage == 3:
+        raise InputError(
+            "student.adapter.dora: expected deepspeed.zero_stage 0 to 2, because DoRA begins with the size of each "
+            "whole weight, found 3; use deepspeed=zero2 or dora=false"
+        )
+    if adapter.targets == []:
+        raise InputError("student.adapter.targets: expected names of linear layers or null for all, found []")
+
+
+def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
+    loss, gate, follows = config.loss, config.loss.kd.gate, config.loss.kd.overtaken
+    for name, term in terms.items():
+        if name != "lm" and Source.gold in term.on and term.weight > 0 and config.gold_cache is None:
+            raise InputError(
+                f"loss.{name}.on: expected [corpus], because gold carries nothing of the teacher's, found gold in it; "
+                "capture the gold set as well and give its cache as gold_cache"
+            )
+        fraction(**{f"loss.{name}.ramp.{end}": getattr(term.ramp, end) for end in ("start_fraction", "end_fraction")})
+        if term.ramp.end_fraction < term.ramp.start_fraction:
+            raise InputError(
+                f"loss.{name}.ramp.end_fraction: expected at least start_fraction {term.ramp.start_fraction}, found "
+                f"{term.ramp.end_fraction}"
+            )
+    fraction(beta=loss.kd.beta, min_confidence=gate.min_confidence, keep_fraction=gate.keep_fraction)
+    positive(keep_fraction=gate.keep_fraction)
+    if gate.keep_fraction < 1 and (config.cache is None or config.gold_fraction == 1):
+        raise InputError(
+            f"loss.kd.gate.keep_fraction: expected 1, because the surest positions are chosen in the corpus and "
+            f"this run reads none, found {gate.keep_fraction}; use gate.min_confidence or gate.max_entropy"
+        )
+    at_least(0, diagnostics_every_steps=loss.diagnostics_every_steps, overtaken_every_steps=follows.every_steps)
+    if follows.every_steps > 0:
+        fraction(overtaken_margin=follows.margin, overtaken_least=follows.least)
+        if not 0.0 < follows.factor < 1.0:
+            raise InputError(f"loss.kd.overtaken.factor: expected more than 0 and less than 1, found {follows.factor}")
+        if config.dev is None or follows.teacher_predictions is None:
+            raise InputError(
+                "loss.kd.overtaken: expected dev and overtaken.teacher_predictions, because two scores are compared, "
+                "found null; score the teacher on dev with scripts/evaluate.py"
+            )
+
+
+def _check_looks(config: TrainConfig) -> None:
+    early = config.early_stopping
+    at_least(0, evaluate_every_steps=config.evaluate_every_steps, early_stopping_patience=early.patience)
+    at_least(0, early_stopping_min_delta=early.min_delta)
+    at_least(1, health_max_skipped_steps=config.health.max_skipped_steps)
+    at_least(1, health_warn_grad_norm=config.health.warn_grad_norm)
+    if config.evaluate_every_steps > 0 and config.dev is None:
+        raise InputError(
+            f"evaluate_every_steps={config.evaluate_every_steps}: expected dev, the text to evaluate on, found null; "
+            "give dev or evaluate_every_steps=0"
+        )
+    if early.patience > 0 and config.evaluate_every_steps == 0:
+        raise InputError(
+            f"early_stopping.patience={early.patience}: expected evaluate_every_steps of 1 or more, found 0; say how "
+            "often dev decides, or use early_stopping.patience=0"
+        )
+    if config.export.what is Export.best and config.evaluate_every_steps == 0:
+        raise InputError(
+            "export.what=best: expected dev and evaluate_every_steps of 1 or more, found 0; say how often dev decides, "
+            "or use export.what=last"
+        )
+
+
+def check_mirrors(mirrors: list[Mirror]) -> None:
+    """Refuse a mirror whose package is not there, before any rank starts."""
+    for mirror in mirrors:
+        module, package = MIRROR_PACKAGES[mirror]
+        if importlib.util.find_spec(module) is None:
+            raise InputError(
+                f"mirrors: expected the package {module} for {mirror.name}, found none; pip install {package}"
+            )

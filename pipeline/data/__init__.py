@@ -1,0 +1,1 @@
+"""Text files in, packed sequences and training batches out."""

@@ -1,0 +1,112 @@
+"""Order + gold set + cache -> the micro-batches of one step of one rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.cache.shards import ShardReader
+from pipeline.core.topk import join, smoothed
+from pipeline.core.types import UNKNOWN_TARGET, Batch, Captured, InputError, TokenSequence
+from pipeline.data.curriculum import Curriculum
+from pipeline.data.sampler import Order, Slot
+from pipeline.data.tokenize import collate_inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """What a run reads and how it is mixed."""
+
+    order: Order
+    gold: Sequence[tuple[TokenSequence, Captured | None]]
+    """With the teacher's distributions where gold was captured too."""
+    readers: Sequence[ShardReader]
+    """The caches; none where gold_fraction is 1."""
+    curriculum: Sequence[Curriculum | None] = ()
+    """Of each cache, or nothing."""
+    smooth_over: int | None = None
+    """The vocabulary's size where label smoothing of equal entropy stands in for the teacher, a control."""
+
+    def slots(self, step: int) -> list[Slot]:
+        """The global batch of a step."""
+        return self.order.slots(step)
+
+    def read(self, slot: Slot) -> tuple[TokenSequence, Captured | None]:
+        """The sequence of a slot, with the captured distributions if it is from the corpus."""
+        if slot.source == "gold":
+            return self.gold[slot.row]
+        curriculum = self.curriculum[slot.cache] if self.curriculum else None
+        row = slot.row if curriculum is None else curriculum.row(slot.part, slot.block, slot.row)
+        return self.readers[slot.cache].row(slot.block, row)
+
+    def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> list[Batch]:
+        """What one rank forwards in a step."""
+        mine = self.slots(step)[rank::world_size]
+        groups = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+        batches = [
+            collate([self.read(slot) for slot in group], [slot.source == "gold" for slot in group]) for group in groups
+        ]
+        return [self._smoothed(batch) for batch in batches] if self.smooth_over else batches
+
+    def _smoothed(self, batch: Batch) -> Batch:
+        if batch.teacher is None:
+            return batch
+        assert self.smooth_over is not None
+        assert batch.entropy_M is not None
+        top = smoothed(batch.teacher, batch.entropy_M, vocabulary_size=self.smooth_over)
+        return dataclasses.replace(batch, teacher=top)
+
+
+def fitting_micro_batch(global_batch: int, *, world_size: int, at_most: int) -> int:
+    """The largest micro-batch up to `at_most` that divides a rank's part of the global batch."""
+    if global_batch % world_size != 0:
+        raise InputError(
+            f"global_batch: expected a multiple of the {world_size} ranks, found {global_batch}; "
+            "change global_batch or launcher.num_processes"
+        )
+    part = global_batch // world_size
+    return next(size for size in range(min(at_most, part), 0, -1) if part % size == 0)
+
+
+def collate(rows: Sequence[tuple[TokenSequence, Captured | None]], from_gold: Sequence[bool]) -> Batch:
+    """One micro-batch out of sequences."""
+    sequences = [sequence for sequence, _ in rows]
+    input_ids_BS, position_ids_BS, flat_positions_N = collate_inputs(sequences)
+    counts = torch.tensor([len(sequence.target_positions_N) for sequence in sequences])
+    captured = [weak for _, weak in rows if weak is not None]
+    has_teacher = torch.tensor([weak is not None for _, weak in rows])
+    said = [None if weak is None else weak.weak_ids_N for _, weak in rows]
+    nothing = [torch.full_like(sequence.target_ids_N, UNKNOWN_TARGET) for sequence in sequences]
+    keys = [int.from_bytes(sequence.key[:8], "little", signed=True) for sequence in sequences]
+    return Batch(
+        keys_B=torch.tensor(keys),
+        input_ids_BS=input_ids_BS,
+        position_ids_BS=position_ids_BS,
+        flat_positions_N=flat_positions_N,
+        target_ids_N=torch.cat([sequence.target_ids_N for sequence in sequences]),
+        gold_N=torch.tensor(from_gold).repeat_interleave(counts),
+        weak_N=has_teacher.repeat_interleave(counts),
+        weak_ids_N=torch.cat([no if ids is None else ids for ids, no in zip(said, nothing, strict=True)]),
+        teacher=join([weak.top for weak in captured]) if captured else None,
+        entropy_M=torch.cat([weak.entropy_N for weak in captured]).float() if captured else None,
+    )
+
+
+def prefetched(
+    mixture: Mixture, steps: range, *, rank: int, world_size: int, micro_batch: int
+) -> Generator[tuple[int, list[Batch]]]:
+    """(step, micro-batches) in order; the next step is read while this one computes."""
+
+    def read(step: int) -> list[Batch]:
+        return mixture.micro_batches(step, rank=rank, world_size=world_size, micro_batch=micro_batch)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        ahead = pool.submit(read, steps.start) if len(steps) else None
+        for step in steps:
+            assert ahead is not None
+            ready, ahead = ahead.result(), pool.submit(read, step + 1) if step + 1 < steps.stop else None
+            yield step, ready

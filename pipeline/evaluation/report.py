@@ -1,0 +1,155 @@
+"""Many finished runs -> one table: scores, and how much of the gap was recovered."""
+
+from __future__ import annotations
+
+import glob
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from pipeline.config.options import load_config
+from pipeline.config.schema import ReportConfig, TrainConfig
+from pipeline.core.files import RunPaths, content_hash
+from pipeline.core.progress import log, start_logging
+from pipeline.core.types import InputError
+from pipeline.evaluation.statistics import performance_gap_recovered
+
+SCHEMA = {
+    "experiment": pl.String,
+    "seed": pl.Int64,
+    "settings": pl.String,
+    "lm_weight": pl.Float64,
+    "kd_weight": pl.Float64,
+    "gold_fraction": pl.Float64,
+    "steps": pl.Int64,
+    "num_records": pl.Int64,
+    "accuracy": pl.Float64,
+    "exact_match": pl.Float64,
+    "standard_error": pl.Float64,
+    "nll": pl.Float64,
+    "agreement": pl.Float64,
+    "pgr": pl.Float64,
+    "train_seconds": pl.Float64,
+    "run_dir": pl.String,
+}
+ORDER = ("teacher", "gold_only", "weak_only", "combined", "ceiling")  # as one reads them; others follow
+
+
+def run(config: ReportConfig) -> pl.DataFrame:
+    """Print the table and what it says; write report.csv and report.parquet if asked."""
+    start_logging()
+    folders = sorted({Path(name) for pattern in config.runs for name in glob.glob(pattern)})
+    table = with_pgr(read_runs(folders, config.runs))
+    with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4, tbl_hide_dataframe_shape=True):
+        print(table.drop("run_dir", "gold_fraction", "settings", "train_seconds"))
+    for line in conclusions(table):
+        print(line)
+    if config.out is not None:
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        table.write_csv(out / "report.csv")
+        table.write_parquet(out / "report.parquet")
+        log.info("wrote %s and report.parquet beside it", out / "report.csv")
+    return table
+
+
+def read_runs(folders: list[Path], patterns: list[str]) -> pl.DataFrame:
+    """A row a finished run with a test score; unfinished ones are named, not hidden."""
+    rows: list[dict[str, Any]] = []
+    tests: dict[str | None, list[str]] = {}
+    for paths in (RunPaths(folder=folder) for folder in folders):
+        if not paths.config.exists():
+            continue
+        if not paths.result.exists():
+            log.warning("%s is not finished: left out", paths.folder)
+            continue
+        config = load_config(paths.config, TrainConfig)
+        result = json.loads(paths.result.read_text())
+        identity = json.loads(paths.identity.read_text())
+        rows.append(_row(config, result, identity, paths.folder))
+        tests.setdefault(identity.get("test"), []).append(str(paths.folder))
+    if not rows:
+        raise InputError(f"runs: expected finished run folders, found none in {patterns}; train with scripts/train.py")
+    if len(tests) > 1:
+        shown = "; ".join(", ".join(folders) for folders in tests.values())
+        raise InputError(f"runs: expected one test text, found {len(tests)}: {shown}; report them apart, with runs=")
+    rank = pl.col("experiment").replace_strict(ORDER, range(len(ORDER)), default=len(ORDER))
+    return pl.DataFrame(rows, schema=SCHEMA).sort(rank, "experiment", "kd_weight", "lm_weight", "seed")
+
+
+def _row(config: TrainConfig, result: dict[str, Any], identity: dict[str, Any], folder: Path) -> dict[str, Any]:
+    test = result.get("test") or {}
+    measured = ((test.get("accuracy"), "num_choice_records"), (test.get("exact_match"), "num_free_records"))
+    score, count = next(((score, test[count]) for score, count in measured if score is not None), (None, 0))
+    return {
+        "experiment": config.name,
+        "seed": config.seed,
+        "settings": content_hash([config.name, {**identity, "options": {**identity["options"], "seed": 0}}])[:8],
+        "lm_weight": config.loss.lm.weight,
+        "kd_weight": config.loss.kd.weight,
+        "gold_fraction": config.gold_fraction,
+        "steps": result["steps"],
+        "num_records": test.get("num_records"),
+        "accuracy": test.get("accuracy"),
+        "exact_match": test.get("exact_match"),
+        "standard_error": (score * (1 - score) / count) ** 0.5 if score is not None else None,
+        "nll": test.get("nll"),
+        "agreement": test.get("agreement"),
+        "pgr": None,
+        "train_seconds": result["train_seconds"],
+        "run_dir": str(folder),
+    }
+
+
+def deciding(table: pl.DataFrame) -> str:
+    """The column by which experiments are compared: accuracy where the test has choices, else exact match."""
+    return "exact_match" if table["accuracy"].is_null().all() else "accuracy"
+
+
+def mean_score(table: pl.DataFrame, experiment: str) -> float | None:
+    """Mean score over the seeds of an experiment, or None if it has no run; refuses to mix settings."""
+    column = deciding(table)
+    runs = table.filter(pl.col("experiment") == experiment).drop_nulls(column)
+    if runs["settings"].n_unique() > 1:
+        raise InputError(
+            f"runs: expected one setting of {experiment} to measure the gap by, found {runs['settings'].n_unique()}: "
+            f"{', '.join(runs['run_dir'])}; name the right ones in runs="
+        )
+    return float(runs[column].mean()) if len(runs) else None  # type: ignore[arg-type]
+
+
+def with_pgr(table: pl.DataFrame) -> pl.DataFrame:
+    """Fill in the PGR of every student, where there are a teacher and a ceiling to measure the gap."""
+    weak, ceiling = mean_score(table, "teacher"), mean_score(table, "ceiling")
+    if weak is None or ceiling is None:
+        return table
+    values = [
+        None
+        if score is None or experiment == "teacher"
+        else performance_gap_recovered(score, weak=weak, ceiling=ceiling)
+        for experiment, score in table.select("experiment", deciding(table)).iter_rows()
+    ]
+    return table.with_columns(pgr=pl.Series(values, dtype=pl.Float64))
+
+
+def conclusions(table: pl.DataFrame) -> list[str]:
+    """The numbers that a weak-to-strong result stands on, in words: one line a setting, averaged over its seeds."""
+    names = {"teacher": "weak score", "gold_only": "floor", "ceiling": "ceiling"}
+    weak, floor, ceiling = (mean_score(table, experiment) for experiment in names)
+    means = zip(names.values(), (weak, floor, ceiling), strict=True)
+    lines = [f"{name:<12} {value:.4f}" for name, value in means if value is not None]
+    column = deciding(table)
+    students = table.filter(~pl.col("experiment").is_in(list(names))).drop_nulls(column)
+    for (experiment, _), runs in students.group_by("experiment", "settings", maintain_order=True):
+        score = float(runs[column].mean())  # type: ignore[arg-type]
+        line = f"{experiment:<12} {score:.4f}  lm {runs['lm_weight'][0]:g}, kd {runs['kd_weight'][0]:g}"
+        line += f", {len(runs)} seed{'s' * (len(runs) > 1)}"
+        if floor is not None:
+            line += f"; over the floor {score - floor:+.4f}"
+        if weak is not None and ceiling is not None:
+            pgr = performance_gap_recovered(score, weak=weak, ceiling=ceiling)
+            line += "; PGR undefined: the ceiling is not above the weak score" if pgr is None else f"; PGR {pgr:.3f}"
+        lines.append(line)
+    return lines

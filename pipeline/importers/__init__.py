@@ -1,0 +1,1 @@
+"""Teacher outputs that other projects kept, converted into a cache."""

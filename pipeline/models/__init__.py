@@ -1,0 +1,1 @@
+"""transformers behind one door: paths, tokenizers, loading, forward, generation, LoRA."""

@@ -1,0 +1,1 @@
+"""metrics.jsonl, the health of a run, and external trackers."""

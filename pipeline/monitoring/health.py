@@ -1,0 +1,170 @@
+"""Whether a training run is well: speed, waiting, memory, model FLOPs, gradients that explode or are no numbers."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.core.progress import log
+from pipeline.core.runtime import Ranks, whole_numel
+from pipeline.core.types import Batch
+
+# Dense bf16 FLOP/s by NVIDIA's data sheets, under the exact name that the driver gives the device: a variant of other
+# clocks (PCIe, NVL) or a slice of a device (MIG) has another name and no entry.
+PEAK_BF16 = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+
+RECENT, FEWEST = 100, 10  # gradient norms that a median is taken of: at most, and at least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """What a model's arithmetic depends on."""
+
+    body: int
+    """Parameters that every token meets; an embedding is only looked up and counts nothing."""
+    head: int
+    """Parameters of the output layer, tied or not: only supervised positions meet them."""
+    attention: int
+    """Layers times heads times the size of a head."""
+    frozen_body: int = 0
+    """Of the body's parameters, those that are not trained: no product makes their gradient."""
+    frozen_head: int = 0
+
+
+def size_of(student: Any) -> Size:
+    """A model's size."""
+    text = student.config.get_text_config()
+    head, embedding = student.get_output_embeddings().weight, student.get_input_embeddings().weight
+    body = [p for p in student.parameters() if p is not head and p is not embedding]
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Size(
+        body=sum(map(whole_numel, body)),
+        head=whole_numel(head),
+        attention=text.num_hidden_layers * text.num_attention_heads * head_size,
+        frozen_body=sum(whole_numel(p) for p in body if not p.requires_grad),
+        frozen_head=0 if head.requires_grad else whole_numel(head),
+    )
+
+
+def model_flops(size: Size, *, tokens: int, supervised: int, window: int) -> float:
+    """The arithmetic of a forward and a backward: 6 N + 12 L H Q T a token.
+
+    Chowdhery et al., PaLM (2022), appendix B: N parameters, L layers of H heads of size Q, a window of T tokens;
+    nothing is counted for recomputing, nor left out for masks. Where PaLM has a head at every token, ours stands at the
+    supervised positions alone, and N is taken apart so. A frozen parameter costs 4: two of its three products.
+    """
+    spared = 2.0 * (size.frozen_body * tokens + size.frozen_head * supervised)
+    return 6.0 * (size.body * tokens + size.head * supervised) + 12.0 * size.attention * window * tokens - spared
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """FLOP/s in a half type that a device can do at most; None where that is not known, or the run is in float32."""
+    if device.type != "cuda" or dtype == "float32":
+        return None
+    return PEAK_BF16.get(torch.cuda.get_device_name(device))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most since the start: of tensors on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def spent(ranks: Ranks, batches: Sequence[Batch], size: Size) -> dict[str, Any]:
+    """Tokens and FLOPs of a step over all ranks, and the largest of their peaks of memory, by one sum."""
+    values = torch.zeros(2 + ranks.world_size, dtype=torch.float64)
+    for batch in batches:
+        tokens, window = batch.input_ids_BS.numel(), batch.input_ids_BS.shape[1]
+        supervised = len(batch.flat_positions_N)
+        values[0] += tokens
+        values[1] += model_flops(size, tokens=tokens, supervised=supervised, window=window)
+    values[2 + ranks.rank] = peak_memory(ranks.device)
+    tokens_sum, flops, *peaks = ranks.sum(values.to(ranks.device)).tolist()
+    return {"tokens": int(tokens_sum), "model_flops": flops, "peak_memory_bytes": int(max(peaks))}
+
+
+def rates(figures: dict[str, Any], *, world_size: int, peak: float | None) -> dict[str, float]:
+    """Speed and waiting of a step as the first rank saw it; `mfu` only where the devices' peak is known."""
+    whole = figures["seconds"] + figures["data_wait_seconds"]
+    found = {
+        "tokens_per_second": figures["tokens"] / whole,
+        "data_wait_fraction": figures["data_wait_seconds"] / whole,
+    }
+    return found if peak is None else found | {"mfu": figures["model_flops"] / (whole * world_size * peak)}
+
+
+class Watch:
+    """Looks at each step's gradient: ends a run that learns nothing any more, warns once of a norm that explodes."""
+
+    def __init__(
+        self,
+        *,
+        max_skipped_steps: int,
+        warn_grad_norm: float,
+        rows: Iterable[dict[str, Any]] = (),
+        skipped_steps: int = 0,
+    ) -> None:
+        self._max_skipped, self._warn_at = max_skipped_steps, warn_grad_norm
+        self._norms: deque[float] = deque(maxlen=RECENT)
+        self._skipped_before = self._skipped_in_a_row = self._explosions = 0
+        self._warned = False
+        for row in rows:  # a resumed run goes on with what it knew
+            self._note(row["grad_norm"], row["skipped_steps"])
+            self._explosions = row["exploding_steps"]
+        self._skipped_before = skipped_steps
+
+    def look(self, figures: dict[str, Any]) -> dict[str, int]:
+        """Note a step; FloatingPointError if its gradient is no number, or too many steps in a row were skipped."""
+        step, norm = figures["step"], figures["grad_norm"]
+        median = statistics.median(self._norms) if len(self._norms) >= FEWEST else None
+        was_skipped = self._note(norm, figures["skipped_steps"])
+        if not was_skipped and not 0 <= norm < math.inf:  # DeepSpeed says -1 for a norm that is no number
+            raise FloatingPointError(
+                f"step {step}: expected a finite gradient norm, found {norm}; lower the learning rate, or go on from "
+                "a checkpoint with dtype=float32"
+            )
+        if self._skipped_in_a_row >= self._max_skipped:
+            raise FloatingPointError(
+                f"step {step}: expected fewer than {self._max_skipped} optimizer steps in a row to be skipped, found "
+                f"{self._skipped_in_a_row}, because gradients overflow; lower the learning rate or use dtype=float32"
+            )
+        if median is not None and norm > self._warn_at * median:
+            self._explosions += 1
+            self._warn(step, norm, median)
+        return {"exploding_steps": self._explosions}
+
+    def _note(self, norm: float, skipped: int) -> bool:
+        was_skipped = skipped > self._skipped_before
+        self._skipped_before = skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if was_skipped else 0
+        if not was_skipped:
+            self._norms.append(norm)
+        return was_skipped
+
+    def _warn(self, step: int, norm: float, median: float) -> None:
+        if not self._warned:
+            log.warning(
+                "step %d: expected a gradient norm of at most %g times its recent median %.3g, found %.3g; look at the "
+                "data of that step or lower the learning rate (counted in exploding_steps, said once)",
+                *(step, self._warn_at, median, norm),
+            )
+        self._warned = True

@@ -1,0 +1,59 @@
+"""What a training run leaves behind at every step: a line of metrics.jsonl, its mirrors, the progress shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.config.schema import TrainConfig
+from pipeline.core.files import Metrics, RunPaths
+from pipeline.core.progress import Progress
+from pipeline.core.runtime import Ranks
+from pipeline.core.types import Batch
+from pipeline.monitoring import health
+from pipeline.monitoring.trackers import Mirrors
+
+
+class Ledger:
+    """Every rank measures and judges; the first one writes."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        paths: RunPaths,
+        ranks: Ranks,
+        size: health.Size,
+        *,
+        done: int,
+        num_steps: int,
+        skipped_steps: int,
+    ) -> None:
+        quiet, every_seconds = ranks.rank != 0, config.launcher.log_every_seconds
+        self._ranks, self._size = ranks, size
+        self._progress = Progress(
+            config.name, total=num_steps, unit=" steps", done=done, log_every_seconds=every_seconds, quiet=quiet
+        )
+        self._metrics = None if quiet else Metrics(paths.metrics, keep_steps=done)
+        self._mirrors = Mirrors([] if quiet else config.mirrors, paths, name=config.name, step=done)
+        rows = [] if quiet else Metrics.read(paths.metrics)
+        self._watch = health.Watch(**dataclasses.asdict(config.health), rows=rows, skipped_steps=skipped_steps)
+        self._peak = health.peak_flops(ranks.device, config.student.dtype.name)
+
+    def weigh(self, figures: dict[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
+        """The figures of a step and what they say of the run's health; FloatingPointError if it cannot go on."""
+        figures = figures | health.spent(self._ranks, batches, self._size)
+        figures |= health.rates(figures, world_size=self._ranks.world_size, peak=self._peak)
+        return figures | self._watch.look(figures)
+
+    def write(self, figures: dict[str, Any], *, show: Sequence[str]) -> None:
+        """One more step, in the file, in its mirrors and to those who wait."""
+        if self._metrics is not None:
+            self._metrics.append(figures)
+            self._mirrors.write(figures)
+        self._progress.advance(1, **{name: figures[name] for name in show if figures[name] is not None})
+
+    def close(self) -> None:
+        """End the bar and have the mirrors deliver."""
+        self._progress.close()
+        self._mirrors.close()

@@ -1,0 +1,1 @@
+"""The combined loss: terms, divergences, gates, the fused head."""

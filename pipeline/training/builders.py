@@ -1,0 +1,194 @@
+"""From the options of a training run to the plain values it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.cache.downloads import Downloads
+from pipeline.cache.shards import ShardReader
+from pipeline.config.options import result_options
+from pipeline.config.schema import By, Control, FractionOf, KdConfig, LossConfig, OptimizerConfig, TrainConfig
+from pipeline.core.object_store import one_place
+from pipeline.core.progress import log
+from pipeline.core.types import Captured, InputError, TokenSequence
+from pipeline.data.curriculum import Curriculum, by_entropy
+from pipeline.data.mixture import Mixture
+from pipeline.data.records import open_text
+from pipeline.data.sampler import Corpus, Order, fraction_of_sequences, meant
+from pipeline.data.tokenize import known_sequences
+from pipeline.objective.gates import Gate, confidence, threshold
+from pipeline.objective.terms import TERMS, TermOptions
+from pipeline.training import schedules as ramps
+
+SAMPLE_BLOCKS = 32  # row groups, at most, that a gate's threshold is read off: evenly spaced, a function of the cache
+
+
+def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
+    """The two streams of a run; gold is read, tokenized and packed here (or from its capture), the cache is opened."""
+    gold: list[tuple[TokenSequence, Captured | None]] = []
+    captured, addresses = None, []
+    if config.gold_fraction > 0 and config.gold_cache is not None:
+        captured = open_reader(config, config.gold_cache, "gold_cache")
+        gold = [captured.row(block, row) for block, size in enumerate(captured.blocks) for row in range(size)]
+    elif config.gold_fraction > 0 and config.gold is not None:
+        sequences = known_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
+        gold = [(sequence, None) for sequence in sequences]
+    if config.cache is not None and config.gold_fraction < 1:
+        addresses = [config.cache, *config.more_caches]
+    readers = [open_reader(config, address, "cache") for address in addresses]
+    parts = config.curriculum_parts
+    curriculum = [by_entropy(reader.mean_entropies(), parts) if parts > 1 else None for reader in readers]
+    one = next(iter(readers), captured)
+    return Mixture(
+        order=open_order(config, [sequence for sequence, _ in gold], readers, curriculum),
+        gold=gold,
+        readers=readers,
+        curriculum=curriculum,
+        smooth_over=one.manifest.vocabulary_size if one and config.loss.kd.control is Control.smoothed else None,
+    )
+
+
+def open_order(
+    config: TrainConfig,
+    gold: Sequence[TokenSequence],
+    readers: Sequence[ShardReader],
+    curriculum: Sequence[Curriculum | None],
+) -> Order:
+    """Which sequences each step sees."""
+    sizes = [sum(reader.blocks) for reader in readers]
+    weights = (
+        [meant(weight) for weight in config.cache_weights] if config.cache_weights else [Fraction(n) for n in sizes]
+    )
+    corpora = tuple(
+        Corpus(weight=weight / sum(weights), parts=(reader.blocks,) if parts is None else parts.sizes)
+        for weight, reader, parts in zip(weights, readers, curriculum, strict=True)
+    )
+    fraction = meant(config.gold_fraction)
+    if config.gold_fraction_of is FractionOf.targets and 0 < fraction < 1:
+        corpus = sum(one.weight * reader.mean_targets for one, reader in zip(corpora, readers, strict=True))
+        of_gold = Fraction(sum(len(sequence.target_ids_N) for sequence in gold), len(gold))
+        fraction = fraction_of_sequences(fraction, gold=of_gold, corpus=Fraction(corpus))
+        log.info("gold_fraction=%g of targets is %.4f of sequences", config.gold_fraction, fraction)
+    return Order(
+        seed=config.seed,
+        global_batch=config.global_batch,
+        gold_fraction=fraction,
+        num_gold=len(gold),
+        corpora=corpora,
+        most_gold=None if config.gold_epochs is None else math.ceil(meant(config.gold_epochs) * len(gold)),
+    )
+
+
+def open_reader(config: TrainConfig, address: str, what: str) -> ShardReader:
+    """A cache as this run reads it."""
+    return ShardReader(
+        one_place(address, what),
+        k=config.k,
+        downloads=Downloads(folder=Path(config.downloads.dir), limit_bytes=config.downloads.bytes),
+        shuffle_seed=config.seed if config.loss.kd.control is Control.shuffled else None,
+    )
+
+
+def steps_of(config: TrainConfig, mixture: Mixture) -> int:
+    """Optimizer steps of a run: as given, or as many as the epochs take."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    order = mixture.order
+    if not order.corpora:
+        return max(math.ceil(config.epochs * len(mixture.gold) / config.global_batch), 1)
+    wanted = meant(config.epochs) * sum(sum(reader.blocks) for reader in mixture.readers)
+    steps = wanted / (order.global_batch * (1 - order.gold_fraction))
+    if order.most_gold is not None:  # gold ends, and the corpus has the batches to itself
+        steps = min(steps, (wanted + order.most_gold) / order.global_batch)
+    return max(math.ceil(steps), 1)
+
+
+# ------------------------------------------------------------------------------------ the objective
+
+
+def class_ids(choices: list[str] | None, tokenizer: Any) -> tuple[int, ...]:
+    """The first tokens of some completions; they have to differ."""
+    ids = tuple(tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices or ())
+    if len(set(ids)) < len(ids):
+        raise InputError(
+            f"loss.confidence.choices: expected completions of different first tokens, found {choices} -> {ids}; "
+            "leave out what cannot be told apart, or use choices=null"
+        )
+    return ids
+
+
+def term_options(loss: LossConfig, gate: Gate, class_ids: tuple[int, ...] = ()) -> dict[str, TermOptions]:
+    """The terms of the objective that have a weight, as the losses know them."""
+    special: dict[str, dict[str, Any]] = {
+        "kd": {
+            "temperature": loss.kd.temperature,
+            "temperature_squared": loss.kd.temperature_squared,
+            "divergence": loss.kd.divergence.name,
+            "beta": loss.kd.beta,
+            "gate": gate,
+        },
+        "hard": {"take": loss.hard.take.name},
+        "confidence": {"gate": gate, "class_ids": class_ids},
+    }
+    weighty = {name: getattr(loss, name) for name in TERMS if getattr(loss, name).weight > 0}
+    return {
+        name: TermOptions(on=tuple(source.name for source in term.on), **special.get(name, {}))
+        for name, term in weighty.items()
+    }
+
+
+def open_gate(kd: KdConfig, readers: Sequence[ShardReader]) -> Gate:
+    """The gate of a run: a fraction of positions becomes the threshold that keeps it."""
+    gate = Gate(
+        min_confidence=kd.gate.min_confidence,
+        max_entropy=math.inf if kd.gate.max_entropy is None else kd.gate.max_entropy,
+        drop_wrong=kd.gate.drop_wrong,
+    )
+    if kd.gate.keep_fraction == 1.0:
+        return gate
+    (reader,) = readers  # checked with the options
+    step = math.ceil(len(reader.blocks) / SAMPLE_BLOCKS)
+    blocks = range(0, len(reader.blocks), step)
+    rows = [reader.row(block, row)[1] for block in blocks for row in range(reader.blocks[block])]
+    if kd.gate.by is By.confidence:
+        least = threshold(torch.cat([confidence(c.top) for c in rows]), kd.gate.keep_fraction, largest=True)
+        gate = dataclasses.replace(gate, min_confidence=max(gate.min_confidence, least))
+    else:
+        most = threshold(torch.cat([c.entropy_N for c in rows]).float(), kd.gate.keep_fraction, largest=False)
+        gate = dataclasses.replace(gate, max_entropy=min(gate.max_entropy, most))
+    log.info("gate: the surest %g of positions have %s", kd.gate.keep_fraction, gate)
+    return gate
+
+
+def weights_at(
+    loss: LossConfig, names: tuple[str, ...], step: int, num_steps: int, *, kd_factor: float
+) -> dict[str, float]:
+    """The weight of each term in a step."""
+    weights = {}
+    for name in names:
+        term = getattr(loss, name)
+        weights[name] = term.weight * ramps.ramp(step, num_steps=num_steps, **result_options(term.ramp))
+    if "kd" in weights:
+        weights["kd"] *= kd_factor
+    return weights
+
+
+def learning_rate_at(optimizer: OptimizerConfig, step: int, num_steps: int) -> float:
+    """The learning rate of a step."""
+    return ramps.learning_rate(
+        step,
+        num_steps=num_steps,
+        peak=optimizer.learning_rate,
+        warmup_fraction=optimizer.warmup_fraction,
+        shape=optimizer.schedule.name,
+        final_fraction=optimizer.final_fraction,
+        decay_fraction=optimizer.decay_fraction,
+    )

@@ -1,0 +1,272 @@
+"""Checkpoints of a run: saved by all ranks, published by one, kept as asked, brought to other ranks or another stage.
+
+A checkpoint is one when `published.json` names it: that file is replaced atomically, after the checkpoint's own files
+are durable. What a crash leaves half done has no name, and is cleared away when the run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pipeline.config.schema import CheckpointConfig, Dtype, Export, Optimizer, TrainConfig
+from pipeline.core.files import RunPaths, sync_files, write_json
+from pipeline.core.progress import log
+from pipeline.core.runtime import Ranks, whole_numel
+from pipeline.core.types import InputError, RunFailed, TrainState
+
+FORMAT = 2  # of what published.json promises; 1 named no files
+ABOUT = "about.json"  # in each checkpoint's folder: what published.json said when it was the newest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What published.json says of the newest whole checkpoint."""
+
+    tag: str
+    world_size: int
+    zero_stage: int
+    run: str
+    """The run folder's name, which ends in the hash of all that decides the result."""
+    files: dict[str, int]
+    """Bytes of each file."""
+    state: dict[str, Any]
+    """TrainState's fields."""
+    skipped_steps: int
+    """Those in which the optimizer did nothing, because a gradient overflowed."""
+    format: int = FORMAT
+
+    def train_state(self) -> TrainState:
+        """As it was when this was saved."""
+        return TrainState(**self.state | {"thresholds": tuple(self.state["thresholds"])})
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.state["step"])
+
+
+def published(paths: RunPaths) -> Published | None:
+    """The newest whole checkpoint; refuses one that is half there, another run's, or of another version of the code."""
+    return _read(paths, paths.published) if paths.published.exists() else None
+
+
+def keeps_best(config: TrainConfig) -> bool:
+    """Whether the checkpoint of the best step stays until the run is finished."""
+    return config.export.what is Export.best
+
+
+def needed(paths: RunPaths, config: TrainConfig) -> list[Published]:
+    """What a run goes on with: the newest checkpoint and that of the best step, if it is to leave; none at first."""
+    newest = published(paths)
+    if newest is None:
+        return []
+    state = newest.train_state()
+    return [newest, of_best(paths, state)] if keeps_best(config) and 0 < state.best_step < state.step else [newest]
+
+
+def of_best(paths: RunPaths, state: TrainState) -> Published:
+    """The checkpoint of the step that was best on dev, kept whatever came after it; refused as the newest is."""
+    about = paths.checkpoints / tag_of(state.best_step) / ABOUT
+    if not about.exists():
+        raise InputError(
+            f"{about}: expected the checkpoint of step {state.best_step}, the best on dev, found none; bring it back, "
+            f"or delete {paths.checkpoints} to begin again"
+        )
+    return _read(paths, about)
+
+
+def _read(paths: RunPaths, about: Path) -> Published:
+    found = json.loads(about.read_text())
+    if found.get("format") != FORMAT:
+        raise InputError(
+            f"{about}: expected a checkpoint of format {FORMAT}, found {found.get('format', 1)}, made by "
+            f"another version of this code; go on with that version, or delete {paths.checkpoints} to begin again"
+        )
+    checkpoint = Published(**found)
+    if checkpoint.run != paths.folder.name:
+        raise InputError(
+            f"{about}: expected a checkpoint of {paths.folder.name}, found one of {checkpoint.run}, whose "
+            f"options or inputs are others; delete {paths.checkpoints} to begin again"
+        )
+    folder = paths.checkpoints / checkpoint.tag
+    for name, size in checkpoint.files.items():
+        held = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if held != size:
+            raise InputError(
+                f"{folder / name}: expected {size} bytes, found {'no such file' if held is None else held}; bring it "
+                f"back, or delete {paths.checkpoints} to begin again"
+            )
+    return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------- saving
+
+
+def save(engine: Any, paths: RunPaths, state: TrainState, ranks: Ranks, config: TrainConfig) -> None:
+    """Save on all ranks, publish on the first by replacing one small file, then drop what need not be kept."""
+    folder = paths.checkpoints / tag_of(state.step)
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
+    try:
+        where = {"tag": folder.name, "save_latest": False}
+        engine.save_checkpoint(str(paths.checkpoints), exclude_frozen_parameters=True, **where)
+        if ranks.rank == 0:
+            sync_files(folder)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
+        free = shutil.disk_usage(paths.checkpoints).free
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RunFailed(
+            f"{folder}: expected to save a checkpoint, found {error} with {free / 1e6:.0f} MB free; make room and give "
+            f"the same command again: it goes on from the last whole one"
+        ) from error
+    ranks.wait()
+    if ranks.rank == 0:
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != ABOUT}
+        published = Published(
+            tag=folder.name,
+            state=dataclasses.asdict(state),
+            skipped_steps=engine.skipped_steps,
+            world_size=ranks.world_size,
+            zero_stage=config.deepspeed.zero_stage,
+            run=paths.folder.name,
+            files=files,
+        )
+        write_json(folder / ABOUT, dataclasses.asdict(published))
+        write_json(paths.published, dataclasses.asdict(published))
+        names = {tag_of(step) for step in kept(saved_steps(paths, up_to=state.step), config.checkpoint)}
+        if keeps_best(config):  # as it was converted, too: its ranks may be gone when it is asked for
+            names |= {tag_of(state.best_step), f"{tag_of(state.best_step)}-universal"}
+        drop(paths, names)
+    ranks.wait()
+
+
+def tag_of(step: int) -> str:
+    """The folder's name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def saved_steps(paths: RunPaths, *, up_to: int) -> list[int]:
+    """The steps whose folders are there; one beyond the published step is what a crash left half done."""
+    steps = [int(path.name.removeprefix("step-")) for path in paths.checkpoints.glob("step-????????")]
+    return sorted(step for step in steps if step <= up_to)
+
+
+def kept(steps: Sequence[int], options: CheckpointConfig) -> set[int]:
+    """Of the saved steps, ascending: the last `keep`, and the milestones."""
+    return {*steps[-options.keep :], *milestones(steps, options)}
+
+
+def milestones(steps: Sequence[int], options: CheckpointConfig) -> set[int]:
+    """Those that stay when the run is finished: each that `keep_every_steps` divides."""
+    every = options.keep_every_steps
+    return {step for step in steps if every and step % every == 0}
+
+
+def drop(paths: RunPaths, keep: Container[str]) -> None:
+    """Remove every other checkpoint, what was converted, and what a crash left half done."""
+    for path in paths.checkpoints.glob("step-*"):
+        if path.name not in keep:
+            shutil.rmtree(path)
+
+
+def clear(paths: RunPaths, options: CheckpointConfig) -> None:
+    """When a run is finished: only what is kept for good stays."""
+    paths.published.unlink(missing_ok=True)
+    for_good = {tag_of(step) for step in milestones(saved_steps(paths, up_to=10**8), options)}
+    drop(paths, for_good)
+    if not for_good:
+        shutil.rmtree(paths.checkpoints, ignore_errors=True)
+
+
+def checkpoint_bytes(parameters: Iterable[nn.Parameter], *, zero_stage: int) -> int:
+    """What one checkpoint takes: the trained weights, AdamW's two moments of each, and a float32 copy.
+
+    ZeRO 0 in float32 keeps no copy. Frozen weights are not in it: they are the student's, before training.
+    """
+    total = 0
+    for parameter in parameters:
+        has_copy = zero_stage > 0 or parameter.element_size() < 4
+        bytes_each = parameter.element_size() + (12 if has_copy else 8)
+        total += whole_numel(parameter) * bytes_each if parameter.requires_grad else 0
+    return total
+
+
+def check_room(paths: RunPaths, size: int, config: TrainConfig) -> None:
+    """Say what the checkpoints will take, and refuse to train towards a disk that cannot hold one."""
+    free = shutil.disk_usage(paths.folder).free
+    log.info(
+        "a checkpoint takes about %.1f MB, %d of them while one is saved; %.1f MB are free",
+        size / 1e6,
+        config.checkpoint.keep + 1 + keeps_best(config),
+        free / 1e6,
+    )
+    if free < size:
+        raise InputError(
+            f"{paths.folder}: expected room for a checkpoint of {size / 1e6:.1f} MB, found {free / 1e6:.1f} MB free; "
+            "make room, or choose another runs_dir"
+        )
+
+
+# ------------------------------------------------------------------------------------------- going on
+
+
+def fits(checkpoint: Published, config: TrainConfig, world_size: int) -> bool:
+    """Whether these ranks load it as it lies: bit by bit what was saved.
+
+    At ZeRO 0 in float32 each rank holds everything, so their number does not matter; there DeepSpeed has no form for
+    another stage either, which is refused.
+    """
+    stage = config.deepspeed.zero_stage
+    if checkpoint.zero_stage == stage and (checkpoint.world_size == world_size or is_plain(config, stage)):
+        return True
+    if is_plain(config, stage) or is_plain(config, checkpoint.zero_stage):
+        raise InputError(
+            f"deepspeed.zero_stage: expected {checkpoint.zero_stage}, as in the checkpoint of step {checkpoint.step}, "
+            f"found {stage}; in float32 a checkpoint changes between stages 1, 2 and 3 only"
+        )
+    if config.optimizer.name is Optimizer.muon:
+        raise InputError(
+            f"optimizer.name=muon: expected {checkpoint.world_size} ranks at ZeRO {checkpoint.zero_stage}, as in the "
+            f"checkpoint of step {checkpoint.step}, because DeepSpeed has no form of Muon's momentum for others, found "
+            f"{world_size} at ZeRO {stage}"
+        )
+    return False
+
+
+def is_plain(config: TrainConfig, zero_stage: int) -> bool:
+    """Whether DeepSpeed leaves weights and optimizer as torch has them."""
+    return zero_stage == 0 and config.student.dtype is Dtype.float32
+
+
+def universal(paths: RunPaths, checkpoint: Published) -> Path:
+    """Where a checkpoint lies in DeepSpeed's universal form, one file a parameter, for any ranks and any stage."""
+    return paths.checkpoints / f"{checkpoint.tag}-universal"
+
+
+def convert(paths: RunPaths, checkpoint: Published) -> None:
+    """Bring a checkpoint into the universal form, by DeepSpeed's own program; a crash in between leaves nothing."""
+    done = universal(paths, checkpoint)
+    if done.exists():
+        return
+    unfinished = done.with_name(f".{done.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(paths.checkpoints / checkpoint.tag), "--output_folder", str(unfinished)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailed(
+            f"{paths.checkpoints / checkpoint.tag}: expected DeepSpeed to convert a checkpoint of "
+            f"{checkpoint.world_size} ranks at ZeRO {checkpoint.zero_stage}, found\n{ended.stderr[-3000:]}\n"
+            f"go on with those, or delete {paths.checkpoints} to begin again"
+        )
+    unfinished.rename(done)

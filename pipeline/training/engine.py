@@ -1,0 +1,272 @@
+"""DeepSpeed: build the engine around student and loss, hand out its weights."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402  (it logs, and chooses its accelerator, while it is imported)
+
+from pipeline.config.schema import Dtype, Offload, Optimizer, TrainConfig  # noqa: E402
+from pipeline.core.types import Batch  # noqa: E402
+from pipeline.models import loading as models  # noqa: E402
+from pipeline.objective import fused_head as head
+from pipeline.objective.terms import TermOptions  # noqa: E402
+
+# A kernel for inference over several CPU ranks, which training never calls: without it no compiler is needed.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class StudentWithLoss(nn.Module):
+    """The student and its objective as one module: under ZeRO-3 weights exist only inside a forward."""
+
+    def __init__(
+        self, student: models.Model, *, vocabulary_size: int, terms: dict[str, TermOptions], fused: bool = True
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = Objective(student, vocabulary_size=vocabulary_size, terms=terms, fused=fused)
+        self.register_state_dict_post_hook(_leave_out_frozen)  # of checkpoints: the student's own has them all
+
+    def forward(self, batch: Batch, coefficients: dict[str, float], **how: Any) -> tuple[Tensor, Tensor]:
+        """The micro-batch's share of the loss, and the sums behind it; `how` is for `head.speak`."""
+        hidden_BSH = models.hidden_states(self.student, batch.input_ids_BS, batch.position_ids_BS)
+        loss, sums = self.objective(hidden_BSH.flatten(0, 1)[batch.flat_positions_N], batch, coefficients, how)
+        # a rank whose micro-batch has no target still takes part in every collective
+        return loss + 0.0 * hidden_BSH.float().sum(), sums
+
+
+class Objective(nn.Module):
+    """From hidden states to the loss: a module, so that DeepSpeed gathers the head's weights around it."""
+
+    def __init__(
+        self, student: models.Model, *, vocabulary_size: int, terms: dict[str, TermOptions], fused: bool
+    ) -> None:
+        super().__init__()
+        self._student = (student,)  # in a tuple: its parameters are the student's, not ours
+        self.vocabulary_size, self._terms, self._fused = vocabulary_size, terms, fused
+
+    def borrow_head(self) -> None:
+        """Have ZeRO-3 gather the head's weights, which belong to the student, around our forward and backward too."""
+        for parameter in self._student[0].get_output_embeddings().parameters():
+            deepspeed.zero.register_external_parameter(self, parameter)
+
+    def forward(
+        self, hidden_NH: Tensor, batch: Batch, coefficients: dict[str, float], how: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The micro-batch's share of the loss, and the sums behind it."""
+        how = how | {"vocabulary_size": self.vocabulary_size, "fused": self._fused}
+        return head.speak(self._student[0], hidden_NH, batch, self._terms, coefficients, **how)
+
+
+def build(
+    module: StudentWithLoss, config: TrainConfig, *, micro_batch: int, accumulation: int
+) -> deepspeed.DeepSpeedEngine:
+    """The engine: AdamW with fp32 state under the given ZeRO stage; the learning rate is set before each step."""
+    stage = config.deepspeed.zero_stage
+    options = engine_options(config) | {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "checkpoint": {"tag_validation": "Fail"},
+    }
+    options = _merged(options, config.deepspeed.overrides)
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=options)
+    if stage == 3:
+        module.objective.borrow_head()
+    if stage == 0 and engine.dp_world_size == 1:  # else all gradients are copied twice for the sum with nobody
+        engine.enable_backward_allreduce = False
+    if stage == 0 and not is_plain(config):  # it also looks at every gradient for inf and NaN, which the norm shows
+        engine.optimizer.overflow_checker.check = lambda: False
+    if is_plain(config):
+        engine.clip_fp32_gradients = functools.partial(_clip, engine)
+    # DeepSpeed has stepped once on zeros to allocate the state; at ZeRO 0 in bf16 AdamW's step count stays at 1, and
+    # its first update would be half of what it is elsewhere
+    _set_step_count(engine, 0)
+    return engine
+
+
+def is_plain(config: TrainConfig) -> bool:
+    """Whether DeepSpeed leaves weights and optimizer as torch has them."""
+    return config.deepspeed.zero_stage == 0 and config.student.dtype is Dtype.float32
+
+
+def engine_options(config: TrainConfig) -> dict[str, Any]:
+    """What DeepSpeed is told whatever the batch: precision, clipping, ZeRO and where its state lies."""
+    zero: dict[str, Any] = {
+        "stage": config.deepspeed.zero_stage,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    if config.optimizer.name is Optimizer.muon:
+        zero["reduce_scatter"] = False  # it needs whole gradients
+    if config.deepspeed.offload is not Offload.none:
+        where = {"device": config.deepspeed.offload.name, "pin_memory": torch.cuda.is_available()}
+        if config.deepspeed.offload is Offload.nvme:
+            where["nvme_path"] = config.deepspeed.nvme_path
+        zero["offload_optimizer"] = where
+        if config.deepspeed.zero_stage == 3:
+            zero["offload_param"] = where
+    return {
+        # at ZeRO 0 in float32 DeepSpeed asks for a norm only where it clips
+        "gradient_clipping": config.optimizer.max_grad_norm or (math.inf if is_plain(config) else 0.0),
+        "bf16": {"enabled": config.student.dtype is Dtype.bfloat16},
+        "fp16": {"enabled": config.student.dtype is Dtype.float16},
+        "zero_optimization": zero,
+        # with offload DeepSpeed wants its CPUAdam, which has to be compiled; torch's fused AdamW runs on CPUs as well
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+    }
+
+
+def _optimizer(module: StudentWithLoss, config: TrainConfig) -> torch.optim.Optimizer:
+    options, trained = config.optimizer, [p for p in module.parameters() if p.requires_grad]
+    adam: dict[str, Any] = {"lr": 0.0, "betas": (options.beta1, options.beta2), "eps": options.epsilon}
+    if options.name is Optimizer.adamw:
+        return torch.optim.AdamW(_decayed(trained, options.weight_decay), **adam, fused=True)
+    ends = (module.student.get_input_embeddings().weight, module.student.get_output_embeddings().weight)
+    hidden = [p for p in trained if dimensions(p) == 2 and not any(p is end for end in ends)]
+    for parameter in hidden:
+        parameter.use_muon = True  # type: ignore[attr-defined]  # DeepSpeed's mark, which its ZeRO stages read
+    others = [p for p in trained if not hasattr(p, "use_muon")]
+    muon = {"params": hidden, "use_muon": True, "lr": 0.0, "momentum": options.muon_momentum}
+    muon |= {
+        "weight_decay": options.weight_decay,
+        "learning_rate_ratio": options.muon_learning_rate / options.learning_rate,
+    }
+    groups = [muon, *({"use_muon": False} | adam | group for group in _decayed(others, options.weight_decay))]
+    if not torch.cuda.is_available():  # the iteration is a few products: nothing to compile, nor to need a compiler for
+        torch.compiler.set_stance("force_eager")
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # here: it prepares kernels
+
+    return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
+
+
+def _decayed(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    groups = [
+        {"params": [p for p in parameters if dimensions(p) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if dimensions(p) < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: partitioned by ZeRO-3 it looks like an empty vector."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _clip(engine: deepspeed.DeepSpeedEngine) -> None:
+    # DeepSpeed's own forgets the norm that it clips to, and multiplies gradients by 1 where none is too large
+    engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+
+
+def _merged(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for key, value in overrides.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
+    """Use this learning rate in the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value * group.get("learning_rate_ratio", 1.0)
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
+    """What DeepSpeed multiplies the loss by before a backward: more than 1 in float16 alone."""
+    return float(engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0)
+
+
+def _set_step_count(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
+    for state in engine.optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.full_like(state["step"], steps) if torch.is_tensor(state["step"]) else steps
+
+
+@torch.no_grad()
+def take_over(engine: deepspeed.DeepSpeedEngine, folder: Path, *, steps: int, skipped_steps: int) -> None:
+    """Load weights and AdamW's state from DeepSpeed's universal form, a folder a parameter, one after another.
+
+    Not by DeepSpeed's own `load_universal`: that wants the file names of the stage that saved, and gives every
+    parameter group the first one's weight decay.
+    """
+    _allocate_moments(engine)
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        files = {key: folder / name / f"{key}.pt" for key in ("fp32", "exp_avg", "exp_avg_sq")}
+        loaded = {key: torch.load(file, map_location="cpu", weights_only=True) for key, file in files.items()}
+        # from ZeRO-3 a flat tensor, from the other stages one in a dict
+        _put(parameter, {key: value["param"] if isinstance(value, dict) else value for key, value in loaded.items()})
+    engine.skipped_steps = skipped_steps
+    _set_step_count(engine, steps - skipped_steps)
+
+
+def _allocate_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+    """As AdamW's first step would, for which DeepSpeed waits."""
+    zero = engine.optimizer
+    in_parts = engine.zero_optimization_partition_weights()
+    flats = zero.fp32_partitioned_groups_flat if in_parts else [g["params"][0] for g in zero.optimizer.param_groups]
+    for flat in flats:
+        if not (state := zero.optimizer.state[flat]):
+            state.update({key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}, step=torch.zeros(()))
+    if not in_parts:
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _put(parameter: Any, values: dict[str, Tensor]) -> None:
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(values["fp32"].view_as(parameter))
+        deepspeed.utils.safe_set_full_fp32_param(parameter, values["fp32"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            deepspeed.utils.safe_set_full_optimizer_state(parameter, values[key], key)
+        return
+    part = parameter.ds_tensor.ds_numel  # ZeRO-3 pads the last rank's
+    ranks = torch.distributed.get_world_size()
+    mine = {}
+    for key, value in values.items():
+        padded = functional.pad(value.flatten(), (0, part * ranks - value.numel()))
+        mine[key] = padded[part * torch.distributed.get_rank() :][:part]
+    parameter.ds_tensor.copy_(mine["fp32"])
+    deepspeed.utils.safe_set_local_fp32_param(parameter, mine["fp32"])
+    for key in ("exp_avg", "exp_avg_sq"):
+        deepspeed.utils.safe_set_local_optimizer_state(parameter, mine[key], key)
+
+
+def student_weights(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> dict[str, Tensor] | None:
+    """The student's whole state dict, on rank 0; None on other ranks where parameters are partitioned."""
+    if zero_stage < 3:
+        return {name: weight.cpu() for name, weight in engine.module.student.state_dict().items()}
+    state = engine._zero3_consolidated_16bit_state_dict()
+    return None if state is None else {name.removeprefix("student."): weight.cpu() for name, weight in state.items()}
+
+
+def _leave_out_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    # DeepSpeed can do it itself, but would keep the second name of a tied matrix
+    for name in frozen_names(module):
+        state.pop(prefix + name, None)
+
+
+def frozen_names(module: nn.Module) -> set[str]:
+    """Every name of the parameters that are not trained."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Load a checkpoint's weights into the module: all that it has, but the frozen ones, which no checkpoint has."""
+    found = dst.load_state_dict(src, strict=False)
+    wrong = {*found.unexpected_keys, *found.missing_keys} - frozen_names(dst)
+    if wrong:
+        raise RuntimeError(f"expected a checkpoint of the trained weights, found a difference in {sorted(wrong)[:5]}")

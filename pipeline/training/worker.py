@@ -1,0 +1,331 @@
+"""Stage two, one rank: the student learns from shards and gold under the combined objective.
+
+Started by torchrun as `python -m pipeline.training.worker RUN_FOLDER`; everything it needs stands in that folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config.options import load_config
+from pipeline.config.schema import HeadPath, TrainConfig
+from pipeline.core.files import Metrics, RunPaths, appears_whole, content_hash, write_atomically, write_json
+from pipeline.core.progress import log, start_logging
+from pipeline.core.runtime import Ranks, StopRequest, compute_device, leave, ranks_from_environment, release_memory
+from pipeline.core.types import Batch, TrainState
+from pipeline.data.mixture import Mixture, fitting_micro_batch, prefetched
+from pipeline.data.records import open_text
+from pipeline.evaluation.requests import open_exam
+from pipeline.evaluation.scoring import score
+from pipeline.models import loading as models
+from pipeline.models import lora as adapters
+from pipeline.models.prepack import laid_out
+from pipeline.monitoring import health
+from pipeline.monitoring.metrics import Ledger
+from pipeline.objective import diagnostics
+from pipeline.objective.class_prior import class_names, moved
+from pipeline.objective.fused_head import sum_names
+from pipeline.objective.gates import Gate
+from pipeline.objective.terms import TermOptions, classes_of, count_positions
+from pipeline.training import checkpoints
+from pipeline.training import dev_evaluation as looks
+from pipeline.training import engine as engines
+from pipeline.training.builders import (
+    class_ids,
+    learning_rate_at,
+    open_gate,
+    open_mixture,
+    steps_of,
+    term_options,
+    weights_at,
+)
+from pipeline.training.export import card
+
+Terms = dict[str, TermOptions]
+
+
+def run(folder: Path) -> None:
+    """Train, export and score what a run folder describes, from where it stands."""
+    paths = RunPaths(folder=folder)
+    config = load_config(paths.config, TrainConfig)
+    stop = StopRequest(paths.stop)
+    with ranks_from_environment() as ranks:
+        is_first = ranks.rank == 0
+        start_logging(paths.log if is_first else None, level=logging.INFO if is_first else logging.ERROR)
+        try:
+            trained = paths.model.exists() or train(config, paths, ranks, stop)
+        except Exception:
+            log.exception("rank %d failed", ranks.rank)
+            raise
+    if trained and is_first:  # what is scored is the exported folder, as its users will load it
+        release_memory()
+        finish(config, paths)
+
+
+def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest) -> bool:
+    """Train to the last step and export; False if asked to stop before (a checkpoint is saved then)."""
+    folder, tokenizer = models.open_tokenizer(config.student)
+    mixture = open_mixture(config, tokenizer)
+    num_steps = steps_of(config, mixture)
+    looks.check(config, num_steps)
+    micro_batch = fitting_micro_batch(config.global_batch, world_size=ranks.world_size, at_most=config.micro_batch)
+    torch.manual_seed(config.seed)
+    zero_stage = config.deepspeed.zero_stage
+    batch = {"train_micro_batch_size_per_gpu": micro_batch}
+    partition = engines.engine_options(config) | batch if zero_stage == 3 else None
+    student = models.open_model(config.student, ranks.device, partition=partition)
+    if config.student.adapter is not None:
+        adapters.attach(student, config.student.adapter, seed=config.seed)
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    classes = class_ids(config.loss.confidence.choices, tokenizer)
+    terms = term_options(config.loss, open_gate(config.loss.kd, mixture.readers), classes)
+    module = engines.StudentWithLoss(
+        student.train(),
+        vocabulary_size=models.vocabulary_size(tokenizer),
+        terms=terms,
+        fused=config.loss.head is HeadPath.fused,
+    )
+    size, dev = health.size_of(student), looks.open_dev(config, folder, tokenizer)
+    size_bytes = checkpoints.checkpoint_bytes(student.parameters(), zero_stage=zero_stage)
+    checkpoints.check_room(paths, size_bytes, config)
+    engine = engines.build(
+        module,
+        config,
+        micro_batch=micro_batch,
+        accumulation=config.global_batch // (ranks.world_size * micro_batch),
+    )
+    if partition is not None:
+        models.check_architecture(student)
+    state = go_on(engine, config, paths, ranks)
+    where = (ranks.world_size, ranks.device, zero_stage)
+    log.info("step %d of %d, %d ranks on %s, ZeRO %d", state.step, num_steps, *where)
+    state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps, micro_batch, terms, size, dev)
+    if state.step < num_steps and not looks.is_over(config.early_stopping, state):
+        return False
+    if checkpoints.keeps_best(config) and state.best_step != state.step:
+        load(engine, config, paths, ranks, checkpoints.of_best(paths, state))
+    export(engine, student, tokenizer, paths, ranks, config)
+    return True
+
+
+def go_on(engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks) -> TrainState:
+    """Load the published checkpoint; a run that has none begins at step 0."""
+    checkpoint = checkpoints.published(paths)
+    if checkpoint is None:
+        return TrainState()
+    load(engine, config, paths, ranks, checkpoint)
+    return checkpoint.train_state()
+
+
+def load(engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks, checkpoint: checkpoints.Published) -> None:
+    """Bring weights and optimizer to where they were at a checkpoint: bit by bit, or through the universal form."""
+    log.info("loading the checkpoint of step %d", checkpoint.step)
+    if checkpoints.fits(checkpoint, config, ranks.world_size):
+        engine.load_checkpoint(str(paths.checkpoints), tag=checkpoint.tag, custom_load_fn=engines.load_trained)
+    else:
+        counts = {"steps": checkpoint.step, "skipped_steps": checkpoint.skipped_steps}
+        engines.take_over(engine, checkpoints.universal(paths, checkpoint) / "zero", **counts)
+
+
+def take_steps(
+    config: TrainConfig,
+    paths: RunPaths,
+    ranks: Ranks,
+    stop: StopRequest,
+    engine: Any,
+    mixture: Mixture,
+    state: TrainState,
+    num_steps: int,
+    micro_batch: int,
+    terms: Terms,
+    size: health.Size,
+    dev: looks.Dev | None,
+) -> TrainState:
+    """Optimizer steps until the last one, until dev says enough or somebody asks to stop; checkpoints when due."""
+    known = {"done": state.step, "num_steps": num_steps, "skipped_steps": engine.skipped_steps}
+    ledger = Ledger(config, paths, ranks, size, **known)
+    place = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch": micro_batch}
+    waiting_since = time.monotonic()
+    with contextlib.closing(prefetched(mixture, range(state.step, num_steps), **place)) as stream:
+        for step, batches in stream:
+            started = time.monotonic()
+            # where a rank hangs, the others would wait in a collective; DeepSpeed's own groups know no other limit
+            faulthandler.dump_traceback_later(config.launcher.hang_seconds, exit=True)
+            figures = take_step(config, ranks, engine, batches, terms, state, num_steps)
+            state = dataclasses.replace(state, step=step + 1, thresholds=thresholds_after(figures, state))
+            figures |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
+            figures = ledger.weigh(figures, batches)
+            state, found = looks.look(config, ranks, engine, dev, state)
+            over = state.step < num_steps and looks.is_over(config.early_stopping, state)
+            ledger.write(figures | found | ({"stopped_early": True} if over else {}), show=("loss", *terms))
+            if over:
+                log.info("step %d: nothing better on dev since step %d; the run ends", state.step, state.best_step)
+                break
+            stopping = ranks.any(bool(stop)) and state.step < num_steps
+            if state.step < num_steps and (stopping or is_to_be_kept(config, state)):
+                checkpoints.save(engine, paths, state, ranks, config)
+            if stopping:
+                log.info("asked to stop: saved at step %d of %d", state.step, num_steps)
+                break
+            waiting_since = time.monotonic()
+    faulthandler.cancel_dump_traceback_later()
+    ledger.close()
+    return state
+
+
+def is_to_be_kept(config: TrainConfig, state: TrainState) -> bool:
+    """Whether a checkpoint of this step is due: every so many steps, and of the best on dev if that is to leave."""
+    is_best = checkpoints.keeps_best(config) and state.best_step == state.step
+    return is_best or looks.due(config.checkpoint.every_steps, state.step)
+
+
+def take_step(
+    config: TrainConfig,
+    ranks: Ranks,
+    engine: Any,
+    batches: list[Batch],
+    terms: Terms,
+    state: TrainState,
+    num_steps: int,
+) -> dict[str, Any]:
+    """One optimizer step over the global batch; its figures for metrics.jsonl.
+
+    Each term's sum is divided by its count over all ranks and micro-batches, known before the first forward.
+    DeepSpeed averages gradients over ranks, so the loss is multiplied by their number.
+    """
+    step, loss_config = state.step, config.loss
+    # dropout is a function of the step, so that a resumed run draws the same
+    torch.manual_seed(int(content_hash([config.seed, step, ranks.rank])[:15], 16))
+    weights = weights_at(loss_config, tuple(terms), step, num_steps, kd_factor=state.kd_factor)
+    learning_rate = learning_rate_at(config.optimizer, step, num_steps)
+    engines.set_learning_rate(engine, learning_rate)
+    batches = [batch.to(ranks.device) for batch in batches]
+    counts, ungated = global_counts(ranks, batches, terms)
+    coefficients = {name: weights[name] * ranks.world_size / max(counts[name], 1.0) for name in terms}
+    diagnose = looks.due(loss_config.diagnostics_every_steps, step)
+    totals = torch.zeros(len(sum_names(terms)), dtype=torch.float64, device=ranks.device)
+    how = {"diagnose": diagnose, "thresholds": state.thresholds or (0.0,) * len(classes_of(terms))}
+    for batch in batches:
+        loss, sums = engine(batch, coefficients, **how, loss_scale=engines.loss_scale(engine))
+        # a clone: the module's output itself DeepSpeed 0.19 divides by the accumulation all the same (ZeRO 0, float32)
+        engine.backward(loss.clone(), scale_wrt_gas=False)
+        engine.step()
+        totals += sums
+    values = dict(zip(sum_names(terms), ranks.sum(totals).tolist(), strict=True))
+    means = {name: values[name] / counts[name] if counts[name] else None for name in terms}
+    loss_value = sum(weights[name] * (means[name] or 0.0) for name in terms)
+    if not math.isfinite(loss_value):
+        raise FloatingPointError(f"step {step + 1}: expected a finite loss, found {means}; lower the learning rate")
+    figures = {"step": step + 1, "loss": loss_value, **means}
+    figures |= {f"{name}_weight": weights[name] for name in terms}
+    figures |= {f"{name}_count": int(counts[name]) for name in terms}
+    if ungated:
+        figures["gated_away_fraction"] = 1.0 - counts["kd"] / ungated
+    figures |= {"learning_rate": learning_rate} | engine_figures(ranks, engine, batches)
+    figures |= diagnostics.figures(values, counts, weights) if diagnose else {}
+    return figures | class_figures(terms, values, counts)
+
+
+def class_figures(terms: Terms, values: dict[str, float], counts: dict[str, float]) -> dict[str, list[float]]:
+    """How often the student was hardened to each class, and the teacher is for it; empty where there are none."""
+    if not classes_of(terms) or not counts["confidence"]:
+        return {}
+    fractions = [values[name] / counts["confidence"] for name in class_names(classes_of(terms))]
+    half = len(fractions) // 2
+    return {"own_class_fractions": fractions[:half], "teacher_class_fractions": fractions[half:]}
+
+
+def thresholds_after(figures: dict[str, Any], state: TrainState) -> tuple[float, ...]:
+    """The classes' thresholds for the next step."""
+    if "own_class_fractions" not in figures:
+        return state.thresholds
+    own, teacher = figures["own_class_fractions"], figures["teacher_class_fractions"]
+    return moved(state.thresholds or (0.0,) * len(own), own=own, teacher=teacher)
+
+
+def engine_figures(ranks: Ranks, engine: Any, batches: list[Batch]) -> dict[str, Any]:
+    """What the engine says after a step, and what was read in it.
+
+    `sequences` adds up the keys of the global batch, modulo 2^64: alike where the same sequences were read, however
+    they were dealt to ranks.
+    """
+    keys = ranks.sum(torch.cat([batch.keys_B for batch in batches if batch.keys_B is not None]).sum())
+    return {
+        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "skipped_steps": engine.skipped_steps,
+        "sequences": f"{int(keys) % 2**64:016x}",
+    }
+
+
+def global_counts(ranks: Ranks, batches: list[Batch], terms: Terms) -> tuple[dict[str, float], float]:
+    """How many positions each term reads in the global batch; how many kd would without its gate (0: it has none)."""
+    is_gated = "kd" in terms and not terms["kd"].gate.is_open
+    ungated = {"kd": dataclasses.replace(terms["kd"], gate=Gate())} if is_gated else terms
+    found = []
+    for asked in (terms, ungated) if is_gated else (terms,):
+        counts = torch.stack([count_positions(batch, asked) for batch in batches]).sum(dim=0)
+        found.append(ranks.sum(counts).double().tolist())
+    return dict(zip(terms, found[0], strict=True)), found[1][0] if is_gated else 0.0
+
+
+# ------------------------------------------------------------------------------------ what is left behind
+
+
+def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ranks, config: TrainConfig) -> None:
+    """Write the model folder, and before it the adapter alone where there is one; either exists only if it is whole."""
+    weights = engines.student_weights(engine, config.deepspeed.zero_stage)
+    if ranks.rank == 0:
+        assert weights is not None
+        if config.student.adapter is not None:
+            with appears_whole(paths.adapter) as folder:
+                weights = adapters.merged(config.student, weights, folder)
+        with appears_whole(paths.model) as folder:
+            models.save_model(student, weights, tokenizer, folder, shard_bytes=config.export.shard_bytes)
+    ranks.wait()
+
+
+def finish(config: TrainConfig, paths: RunPaths) -> None:
+    """Score the exported folder on dev and test, write the result, drop the checkpoints."""
+    exported = dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None, adapter=None)
+    _, tokenizer = models.open_tokenizer(exported)
+    model = laid_out(models.open_model(exported, compute_device()))
+    result: dict[str, Any] = {"name": config.name, "seed": config.seed}
+    longest, max_new_tokens = models.longest_sequence(paths.model), config.scoring.max_new_tokens
+    for split, text in (("dev", config.dev), ("test", config.test)):
+        if text is None:
+            continue
+        scores, predictions = score(
+            model,
+            open_exam(open_text(text, split), tokenizer, longest=longest, max_new_tokens=max_new_tokens),
+            batch_tokens=config.scoring.batch_tokens,
+            teacher_predictions=config.scoring.teacher_predictions if split == "test" else None,
+            log_every_seconds=config.launcher.log_every_seconds,
+        )
+        predictions.write_parquet(paths.predictions(split))
+        result[split] = dataclasses.asdict(scores)
+    steps = Metrics.read(paths.metrics)
+    result["steps"] = len(steps)
+    spent = ("seconds", "data_wait_seconds", "dev_seconds")
+    result["train_seconds"] = sum(row.get(name, 0.0) for row in steps for name in spent)
+    result |= looks.declared(steps, what=config.export.what)
+    checkpoints.clear(paths, config.checkpoint)
+    identity = json.loads(paths.identity.read_text())
+    write_atomically(paths.model / "README.md", card(base=config.student.path, identity=identity, result=result))
+    write_json(paths.result, result)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
+    leave()
