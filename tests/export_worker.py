@@ -15,7 +15,7 @@ from gradient_worker import engine_after
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import start_logging
 from pipeline.core.runtime import leave, ranks_from_environment
-from pipeline.training.worker import export
+from pipeline.training.export import export
 
 INPUT_IDS_BS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [27, 18, 28, 18, 28, 45, 9, 0]])
 

@@ -24,7 +24,7 @@ from pipeline.core.runtime import leave, ranks_from_environment
 from pipeline.core.topk import top_k
 from pipeline.core.types import Captured, TokenSequence, TrainState
 from pipeline.data.mixture import collate
-from pipeline.data.tokenize import Segment, sequence
+from pipeline.data.packing import Segment, sequence
 from pipeline.objective.gates import Gate
 from pipeline.training import engine as engines
 from pipeline.training.builders import term_options

@@ -28,6 +28,7 @@ from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
 from pipeline.models import loading as models
 from pipeline.models import lora as adapters
+from pipeline.models.forward import Model
 from pipeline.monitoring.health import model_flops, size_of
 from pipeline.training import checkpoints
 
@@ -44,23 +45,23 @@ def options_of(base: Path, **adapter: Any) -> StudentConfig:
     return StudentConfig(path=str(base), dtype=Dtype.float32, adapter=AdapterConfig(rank=4, **adapter))
 
 
-def attached(config: StudentConfig, *, seed: int = 3) -> models.Model:
+def attached(config: StudentConfig, *, seed: int = 3) -> Model:
     student = models.open_model(config, CPU)
     assert config.adapter is not None
     adapters.attach(student, config.adapter, seed=seed)
     return student
 
 
-def plain(folder: Path) -> models.Model:
+def plain(folder: Path) -> Model:
     return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
 @torch.no_grad()
-def logits(model: models.Model) -> Tensor:
+def logits(model: Model) -> Tensor:
     return model.eval()(torch.arange(40)[None]).logits
 
 
-def moved(model: models.Model, base: models.Model) -> set[str]:
+def moved(model: Model, base: Model) -> set[str]:
     """The kinds of the weights that are not those of the base to the last bit."""
     before = base.state_dict()
     return {n.split(".")[-2] for n, weight in model.state_dict().items() if not torch.equal(weight, before[n])}

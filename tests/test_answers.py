@@ -22,17 +22,19 @@ from test_evaluate import exam_of, scored
 from pipeline.config.options import save_config
 from pipeline.config.schema import Targets
 from pipeline.core.types import InputError
+from pipeline.evaluation.predictions import teacher_score
 from pipeline.evaluation.requests import check_questions, open_exam
-from pipeline.evaluation.scoring import score, teacher_score
+from pipeline.evaluation.scoring import score
 from pipeline.models import loading as models
 from pipeline.models.generation import batches_of_like_length
+from pipeline.models.tokenizer import load_tokenizer
 
 PROMPTS = ["the weak", "a shard exists only if", "gold", "position s has read", *LINES, "speaks", "zero to s and"]
 
 
 def generated(folder: Path, prompt: str, count: int) -> list[int]:
     """One prompt alone, through plain `generate`."""
-    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), models.load_tokenizer(folder)
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     forbidden = list(range(len(tokenizer), model.config.vocab_size))  # padding rows of the head say nothing
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
@@ -53,7 +55,7 @@ def speaker(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_answers_are_transformers_own_whatever_the_batch(speaker: Path, tmp_path: Path) -> None:
     """Prompts of many lengths together, padded at the left and cached, against one at a time."""
-    tokenizer = models.load_tokenizer(speaker)
+    tokenizer = load_tokenizer(speaker)
     theirs = [generated(speaker, prompt, 12) for prompt in PROMPTS]
     lengths = {len(ids) for ids in theirs}
     assert len(lengths) > 2  # some ended by the end token, some by the number

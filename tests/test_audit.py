@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.audit import commands as audit
-from pipeline.audit.charts import readable
 from pipeline.audit.row_groups import sequence_keys
 from pipeline.audit.summary import Counts, summarize
 from pipeline.audit.verify import findings, load_manifest
@@ -31,9 +30,10 @@ from pipeline.cache.shards import ShardReader
 from pipeline.capture import driver as capture
 from pipeline.config.schema import AuditConfig, CaptureConfig, Dtype, Kind, ModelConfig, TextConfig
 from pipeline.core.files import write_json
+from pipeline.core.progress import readable
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import InputError
-from pipeline.data.tokenize import sequence_key
+from pipeline.data.packing import sequence_key
 
 
 @pytest.fixture(scope="module", autouse=True)

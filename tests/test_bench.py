@@ -20,7 +20,7 @@ from pipeline.bench import read as bench_read
 from pipeline.bench.fidelity import Scene, Way, bytes_a_token, gradient, renormalised, row_of
 from pipeline.bench.timing import Figure, figure, in_turn, ratios, table
 from pipeline.cache import shards
-from pipeline.data.tokenize import Segment, sequence
+from pipeline.data.packing import Segment, sequence
 
 
 def test_things_take_turns_and_the_first_round_is_not_counted() -> None:

@@ -19,8 +19,9 @@ from pipeline.capture.driver import run
 from pipeline.config.schema import CaptureConfig, Dtype, Kind, Malformed, ModelConfig, Targets, TextConfig
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import InputError
-from pipeline.data.tokenize import position_ids
+from pipeline.data.packing import position_ids
 from pipeline.models import loading as models
+from pipeline.models.tokenizer import load_tokenizer
 
 
 def config_of(teacher: Path, files: Path, folder: Path, **changes: Any) -> CaptureConfig:
@@ -41,7 +42,7 @@ def config_of(teacher: Path, files: Path, folder: Path, **changes: Any) -> Captu
 def test_the_cached_distribution_is_a_fresh_forwards(teacher: Path, data: Path, cache: Path) -> None:
     """Each segment alone, through the model's plain forward: no packing, no padding, no code of ours."""
     model = transformers.AutoModelForCausalLM.from_pretrained(teacher).eval()
-    tokenizer = models.load_tokenizer(teacher)
+    tokenizer = load_tokenizer(teacher)
     prompts = [json.loads(line)["prompt"] for line in (data / "corpus.jsonl").read_text().splitlines()]
     reader = ShardReader(cache)
     seen: list[int] = []
@@ -90,7 +91,7 @@ def test_next_log_prob_and_entropy(teacher: Path, tmp_path: Path) -> None:
     row = pl.read_parquet(cache / "shards" / "00000.parquet").row(0, named=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(teacher).eval()
     ids = torch.tensor([row["input_ids"]])
-    log_p_SV = torch.log_softmax(model(input_ids=ids).logits[0, :, : len(models.load_tokenizer(teacher))].double(), 1)
+    log_p_SV = torch.log_softmax(model(input_ids=ids).logits[0, :, : len(load_tokenizer(teacher))].double(), 1)
     for n, (s, target) in enumerate(zip(row["target_positions"], row["target_ids"], strict=True)):
         assert row["next_log_prob"][n] == pytest.approx(log_p_SV[s, target].item(), abs=5e-3)
         assert row["entropy"][n] == pytest.approx(-(log_p_SV[s].exp() * log_p_SV[s]).sum().item(), abs=5e-3)

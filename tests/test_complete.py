@@ -17,7 +17,7 @@ from pipeline.audit.verify import findings
 from pipeline.capture.driver import run
 from pipeline.config.schema import AuditConfig, Complete, CompleteConfig, Kind, ModelConfig, Targets, TextConfig
 from pipeline.core.types import UNKNOWN_TARGET, InputError
-from pipeline.models import loading as models
+from pipeline.models.tokenizer import load_tokenizer
 
 PROMPTS = [
     "the weak",
@@ -67,7 +67,7 @@ def test_greedy_is_transformers_own_generation(teacher: Path, tmp_path: Path) ->
     """Batched, padded at the left and cached, against one prompt at a time through plain `generate`."""
     cache = run(config_of(teacher, tmp_path, tmp_path, **completing(tmp_path, [{"prompt": p} for p in PROMPTS])))
     model = transformers.AutoModelForCausalLM.from_pretrained(teacher).eval()
-    tokenizer = models.load_tokenizer(teacher)
+    tokenizer = load_tokenizer(teacher)
     spoken = spoken_by_record(cache)
     assert sorted(spoken) == list(range(len(PROMPTS)))
     assert findings(cache) == []

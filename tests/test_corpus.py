@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import ColumnsConfig, Malformed, Targets, TextConfig
 from pipeline.core.types import UNKNOWN_TARGET, InputError
+from pipeline.data.packing import Segment, collate_inputs, pack, sequence
 from pipeline.data.records import Rejections, all_records, open_text, read_records
-from pipeline.data.tokenize import Segment, collate_inputs, known_sequences, pack, sequence, sequences, survey
+from pipeline.data.tokenize import known_sequences, sequences, survey
 
 
 class Letters:

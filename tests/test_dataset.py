@@ -20,7 +20,7 @@ from test_train import losses_of
 from pipeline.cache.shards import ShardReader
 from pipeline.core.types import InputError
 from pipeline.data.mixture import Mixture
-from pipeline.models.loading import open_tokenizer
+from pipeline.models.tokenizer import open_tokenizer
 from pipeline.training import driver as launch
 from pipeline.training.builders import open_mixture, steps_of
 

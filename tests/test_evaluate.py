@@ -18,6 +18,8 @@ from pipeline.core.types import InputError, Scores
 from pipeline.evaluation.requests import Exam, open_exam
 from pipeline.evaluation.scoring import score
 from pipeline.models import loading as models
+from pipeline.models.compatibility import longest_sequence
+from pipeline.models.tokenizer import load_tokenizer
 
 
 def scored(
@@ -42,8 +44,8 @@ def scored(
 
 def exam_of(folder: Path, path: Path, *, max_new_tokens: int = 0, **settings: Any) -> Exam:
     text = text_of(path, "test", **{"targets": Targets.completion, **settings})
-    longest = models.longest_sequence(folder)
-    return open_exam(text, models.load_tokenizer(folder), longest=longest, max_new_tokens=max_new_tokens)
+    longest = longest_sequence(folder)
+    return open_exam(text, load_tokenizer(folder), longest=longest, max_new_tokens=max_new_tokens)
 
 
 def alone(model: Any, tokenizer: Any, prompt: str, completion: str) -> list[float]:
@@ -61,7 +63,7 @@ def test_choices_of_one_and_of_several_tokens(student: Path, tmp_path: Path) -> 
     rows[3] |= {"answer": 1, "completion": " weak model"}
     _, table = scored(student, write_lines(tmp_path / "a.jsonl", rows))
     model = transformers.AutoModelForCausalLM.from_pretrained(student).eval()
-    tokenizer = models.load_tokenizer(student)
+    tokenizer = load_tokenizer(student)
     for row, found in zip(rows, table.iter_rows(named=True), strict=True):
         exact = [sum(alone(model, tokenizer, row["prompt"], choice)) for choice in row["choices"]]
         assert found["choice_log_probs"] == pytest.approx(exact, abs=1e-4)
@@ -84,7 +86,7 @@ def test_totals(student: Path, tmp_path: Path) -> None:
 def test_plain_text_longer_than_the_batch_and_without_choices(student: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "the weak model supervises the strong one " * 3}, {"text": "a"}])
     scores, table = scored(student, path, targets=Targets.all)
-    tokenizer = models.load_tokenizer(student)
+    tokenizer = load_tokenizer(student)
     assert table["num_targets"][0] == len(tokenizer("the weak model supervises the strong one " * 3)["input_ids"])
     assert (scores.accuracy, scores.num_choice_records) == (None, 0)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.files import Metrics, content_hash, file_hash, one_path, write_atomically, write_json
+from pipeline.core.files import content_hash, file_hash, one_path, write_atomically, write_json
 from pipeline.core.types import InputError
+from pipeline.monitoring.metrics import Metrics
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

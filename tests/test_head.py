@@ -14,8 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from twin import make_batch
 
 from pipeline.core.types import Batch, InputError
-from pipeline.models.forward import logit_rules
-from pipeline.models.loading import hidden_states
+from pipeline.models.forward import hidden_states, logit_rules
 from pipeline.objective import fused_head as head
 from pipeline.objective.fused_head import speak, sum_names
 from pipeline.objective.terms import TermOptions

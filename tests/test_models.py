@@ -14,11 +14,13 @@ from conftest import LINES, make_model, make_tokenizer
 
 from pipeline.core.runtime import multiplies_fast
 from pipeline.core.types import InputError
-from pipeline.data.tokenize import Segment, collate_inputs, sequence
+from pipeline.data.packing import Segment, collate_inputs, sequence
 from pipeline.models import loading as models
-from pipeline.models.forward import logits
+from pipeline.models.compatibility import check_logits_path, check_packing, check_window
+from pipeline.models.forward import hidden_states, logits
 from pipeline.models.paths import model_folder
 from pipeline.models.prepack import LaidOutLinear, laid_out
+from pipeline.models.tokenizer import check_same_tokenizer, load_tokenizer, text_rules, tokenizer_hash
 
 CPU = torch.device("cpu")
 
@@ -39,7 +41,7 @@ def packed_hidden(model: Any, *parts: tuple[int, ...]) -> torch.Tensor:
     segments = [Segment(record_id=i, ids=ids, targets=((0, 0),)) for i, ids in enumerate(parts)]
     input_ids_BS, position_ids_BS, _ = collate_inputs([sequence(segments)])
     with torch.no_grad():
-        return models.hidden_states(model, input_ids_BS, position_ids_BS)[0]
+        return hidden_states(model, input_ids_BS, position_ids_BS)[0]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_changing_one_segment_never_changes_another(name: str, attention: str, t
 )
 def test_logits_are_the_models_own(name: str, settings: dict[str, Any]) -> None:
     model = tiny(name, **settings)
-    models.check_logits_path(model)
+    check_logits_path(model)
     hidden_NH = packed_hidden(model, (3, 4, 5, 6))
     ours = logits(model, hidden_NH, 60)
     theirs = model(input_ids=torch.tensor([[3, 4, 5, 6]])).logits[0]
@@ -92,7 +94,7 @@ def test_an_architecture_that_does_more_to_its_logits_is_refused() -> None:
 
     model.forward = sharper
     with pytest.raises(InputError, match=r"expected head\(hidden\) to equal the model's own logits"):
-        models.check_logits_path(model)
+        check_logits_path(model)
 
 
 @pytest.mark.parametrize("name", ["Bloom", "OPT"])
@@ -103,15 +105,15 @@ def test_an_architecture_that_leaks_between_packed_segments_is_refused(name: str
     config = getattr(transformers, f"{name}Config")(**sizes, use_cache=False)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(InputError, match="expected packed segments not to see each other, found that they do"):
-        models.check_packing(model)
+        check_packing(model)
 
 
 def test_the_end_token_and_the_chat_template_are_part_of_the_text_rules(tokenizer: Any) -> None:
-    before = models.text_rules(tokenizer)
+    before = text_rules(tokenizer)
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<bos>"
-    assert models.text_rules(other) != before
-    assert models.tokenizer_hash(other) == models.tokenizer_hash(tokenizer)  # token ids mean the same
+    assert text_rules(other) != before
+    assert tokenizer_hash(other) == tokenizer_hash(tokenizer)  # token ids mean the same
 
 
 def test_cut_to_the_first_layers_keeps_them(student: Path) -> None:
@@ -144,23 +146,23 @@ def test_pickled_weights_are_refused(student: Path, tmp_path: Path) -> None:
 
 
 def test_tokenizers_are_compared_by_content_not_by_name(tmp_path: Path, student: Path, teacher: Path) -> None:
-    same = [models.tokenizer_hash(models.load_tokenizer(folder)) for folder in (student, teacher)]
+    same = [tokenizer_hash(load_tokenizer(folder)) for folder in (student, teacher)]
     assert same[0] == same[1]  # whatever the padded size of the head
     other = make_tokenizer(lines=[*LINES, "other words altogether"])
     make_model(tmp_path / "student", other, seed=1)  # the same folder name
-    found = models.tokenizer_hash(models.load_tokenizer(tmp_path / "student"))
+    found = tokenizer_hash(load_tokenizer(tmp_path / "student"))
     with pytest.raises(
         InputError, match="expected .* to have the teacher's tokenizer .* use a teacher and a student of one"
     ):
-        models.check_same_tokenizer(same[0], found, cache="c", student="s")
+        check_same_tokenizer(same[0], found, cache="c", student="s")
 
 
 def test_padding_settings_do_not_change_the_tokenizers_hash(student: Path) -> None:
-    tokenizer = models.load_tokenizer(student)
-    before = models.tokenizer_hash(tokenizer)
+    tokenizer = load_tokenizer(student)
+    before = tokenizer_hash(tokenizer)
     tokenizer.pad_token = "<eos>"
     tokenizer(["a", "weak teacher"], padding=True, truncation=True, max_length=3)
-    assert models.tokenizer_hash(tokenizer) == before
+    assert tokenizer_hash(tokenizer) == before
 
 
 def test_weights_hash_sees_one_weight(student: Path, tmp_path: Path) -> None:
@@ -172,9 +174,9 @@ def test_weights_hash_sees_one_weight(student: Path, tmp_path: Path) -> None:
 
 
 def test_window_longer_than_the_model_knows(student: Path) -> None:
-    models.check_window(student, 256)
+    check_window(student, 256)
     with pytest.raises(InputError, match="window: expected at most 256 .*, found 257"):
-        models.check_window(student, 257)
+        check_window(student, 257)
 
 
 def test_model_path_that_is_nowhere() -> None:

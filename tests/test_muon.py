@@ -19,7 +19,7 @@ from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
 from pipeline.data.mixture import collate
-from pipeline.models.loading import hidden_states
+from pipeline.models.forward import hidden_states
 from pipeline.objective.fused_head import speak
 from pipeline.objective.gates import Gate
 from pipeline.objective.terms import count_positions

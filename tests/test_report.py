@@ -9,12 +9,12 @@ from typing import Any
 
 import polars as pl
 import pytest
+from pipeline.evaluation.statistics import performance_gap_recovered
 
 from pipeline.config.options import result_options, save_config
 from pipeline.config.schema import KdConfig, LossConfig, ReportConfig, StudentConfig, TrainConfig
 from pipeline.core.types import InputError
 from pipeline.evaluation.report import run
-from pipeline.evaluation.statistics import performance_gap_recovered
 
 
 def make_run(

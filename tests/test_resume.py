@@ -28,7 +28,7 @@ from pipeline.config.options import load_config
 from pipeline.config.schema import CheckpointConfig, Export, ExportConfig, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
-from pipeline.models import loading as models
+from pipeline.models.tokenizer import open_tokenizer
 from pipeline.training import checkpoints
 from pipeline.training.builders import open_mixture
 
@@ -156,7 +156,7 @@ def test_kills_at_random_times_change_nothing(student: Path, data: Path, cache: 
 def expected_sequences(run: Path, steps: int) -> list[str]:
     """What each step should have read: the pure order over the sequences, each once an epoch."""
     config = load_config(run / "config.yaml", TrainConfig)
-    tokenizer = models.open_tokenizer(config.student)[1]
+    tokenizer = open_tokenizer(config.student)[1]
     mixture = open_mixture(config, tokenizer)
     (reader,) = mixture.readers
     visited, sums = [], []

@@ -30,9 +30,10 @@ from pipeline.cache.shards import ShardReader, shard_writer
 from pipeline.capture.driver import run
 from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig, Targets, TextConfig
 from pipeline.core import object_store as store
-from pipeline.core.files import Metrics, file_hash
+from pipeline.core.files import file_hash
 from pipeline.core.object_store import Place, Remote, open_place
 from pipeline.core.types import InputError
+from pipeline.monitoring.metrics import Metrics
 
 SECRET = "s3cr3t-of-the-bucket"
 

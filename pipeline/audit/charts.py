@@ -7,6 +7,8 @@ from typing import Any
 
 import altair as alt
 
+from pipeline.core.progress import readable
+
 INK, QUIET, LINE = "#1f2937", "#6b7280", "#e5e7eb"
 BLUE, TEAL, AMBER = "#3b6fb6", "#2a9d8f", "#c9822b"
 WIDTH, HEIGHT = 380, 190  # of one panel, pixels
@@ -53,15 +55,6 @@ def draw_summary(figures: dict[str, Any], *, name: str, out: Path) -> list[Path]
     chart.save(files[0], scale_factor=2)
     chart.save(files[1])
     return files
-
-
-def readable(size: float) -> str:
-    """Bytes as people say them."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"
 
 
 def _percent(fraction: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.audit.charts import draw_summary, readable
+from pipeline.audit.charts import draw_summary
 from pipeline.audit.replay import CONTROL_MULTIPLE, Verdict, check_teacher, replay
 from pipeline.audit.sampling import Sample, random_samples, samples_of_record
 from pipeline.audit.summary import summarize
@@ -20,11 +20,12 @@ from pipeline.cache import manifest as manifests
 from pipeline.config.schema import AuditConfig, Dtype, ModelConfig
 from pipeline.config.validate import check_audit
 from pipeline.core.files import one_path, write_json
-from pipeline.core.progress import Progress, log, start_logging
+from pipeline.core.progress import Progress, log, readable, start_logging
 from pipeline.core.runtime import compute_device
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import UNKNOWN_TARGET, InputError, Manifest
 from pipeline.models import loading as models
+from pipeline.models.tokenizer import open_tokenizer, tokenizer_hash
 
 BAR = 24  # characters of a full bar
 TAIL_TOKENS = 40  # tokens shown of the text read so far
@@ -161,7 +162,7 @@ def _bars(title: str, rows: list[tuple[str, float, str]], *, most: float | None 
 def replay_rows(cache: Path, config: AuditConfig) -> int:
     """Run the teacher again on random sequences; 1 if it does not say what is cached."""
     manifest, teacher_config = finished_manifest(cache), _teacher(config)
-    folder, tokenizer = models.open_tokenizer(teacher_config)
+    folder, tokenizer = open_tokenizer(teacher_config)
     _check_tokenizer(manifest, tokenizer, folder)
     num_layers = teacher_config.num_layers
     if teacher_config.dtype is Dtype.auto:  # as it captured, whatever this machine would choose
@@ -205,7 +206,7 @@ def _teacher(config: AuditConfig) -> ModelConfig:
 
 
 def _check_tokenizer(manifest: Manifest, tokenizer: Any, folder: Path) -> None:
-    found, expected = models.tokenizer_hash(tokenizer), str(manifest.made_of.get("tokenizer"))
+    found, expected = tokenizer_hash(tokenizer), str(manifest.made_of.get("tokenizer"))
     if found != expected:
         raise InputError(
             f"teacher.path: expected the tokenizer {expected[:12]} of the cache, found {found[:12]} in {folder}; "
@@ -219,7 +220,7 @@ def _check_tokenizer(manifest: Manifest, tokenizer: Any, folder: Path) -> None:
 def show(cache: Path, config: AuditConfig) -> int:
     """Print positions as text: a random one of random rows, or all of a record."""
     manifest = finished_manifest(cache)
-    folder, tokenizer = models.open_tokenizer(_teacher(config))
+    folder, tokenizer = open_tokenizer(_teacher(config))
     _check_tokenizer(manifest, tokenizer, folder)
     generator = torch.Generator().manual_seed(config.seed)
     if config.record is not None:

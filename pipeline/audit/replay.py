@@ -20,6 +20,7 @@ from pipeline.core.progress import Progress
 from pipeline.core.topk import log_probabilities, narrow, widen
 from pipeline.core.types import UNKNOWN_TARGET, Captured, InputError, Manifest, TopK
 from pipeline.models import loading as models
+from pipeline.models.forward import Model
 
 CONTROL_MULTIPLE = 4.0  # a difference may be so many times the control's
 HALF_STEP = 2.0**-10  # relative step of float16
@@ -45,7 +46,7 @@ def check_teacher(manifest: Manifest, *, folder: Path, dtype: str, num_layers: i
 
 
 def fresh(
-    teacher: models.Model, samples: Sequence[Sample], manifest: Manifest, *, batch_sequences: int, progress: Progress
+    teacher: Model, samples: Sequence[Sample], manifest: Manifest, *, batch_sequences: int, progress: Progress
 ) -> list[Captured]:
     """What the teacher says now; of kind topk deeper than was captured."""
     if manifest.kind == "topk":
@@ -165,7 +166,7 @@ class Verdict:
 
 
 def replay(
-    teacher: models.Model, samples: Sequence[Sample], manifest: Manifest, *, batch_sequences: int, progress: Progress
+    teacher: Model, samples: Sequence[Sample], manifest: Manifest, *, batch_sequences: int, progress: Progress
 ) -> list[Verdict]:
     """Cached against fresh, and fresh against fresh at another batch size, over the same sequences."""
     said = fresh(teacher, samples, manifest, batch_sequences=batch_sequences, progress=progress)

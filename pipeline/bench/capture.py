@@ -23,10 +23,11 @@ from pipeline.config.schema import CaptureConfig, ModelConfig, Targets, TextConf
 from pipeline.core.runtime import compute_device, keep_memory
 from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import TokenSequence
-from pipeline.data.tokenize import collate_inputs
+from pipeline.data.packing import collate_inputs
 from pipeline.models import loading as models
-from pipeline.models.forward import logits
+from pipeline.models.forward import Model, hidden_states, logits
 from pipeline.models.prepack import laid_out
+from pipeline.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, CORPUS = ROOT / "data/demo/smollm2-135m", ROOT / "data/demo/corpus.jsonl"
@@ -43,7 +44,7 @@ def run(quick: bool) -> Findings:
     teacher = models.settled(ModelConfig(path=str(MODEL), attention="eager"))
     model = models.open_model(teacher, compute_device())
     prepared = laid_out(models.open_model(teacher, compute_device()))  # as a capture opens it
-    tokenizer = models.load_tokenizer(MODEL)
+    tokenizer = load_tokenizer(MODEL)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = folder / "corpus.jsonl"
@@ -99,7 +100,7 @@ def options(teacher: ModelConfig, corpus: Path, caches_dir: Path, targets: Targe
 
 
 @torch.inference_mode()
-def forward(model: models.Model, sequences: Sequence[TokenSequence]) -> None:
+def forward(model: Model, sequences: Sequence[TokenSequence]) -> None:
     """The same packed batches through the model's own forward; its logits are thrown away."""
     for first in range(0, len(sequences), BATCH):
         input_ids_BS, position_ids_BS, _ = collate_inputs(sequences[first : first + BATCH])
@@ -109,7 +110,7 @@ def forward(model: models.Model, sequences: Sequence[TokenSequence]) -> None:
         logits_BSV[0, 0, 0].item()  # a GPU has answered when a number is here
 
 
-def capture(model: models.Model, config: CaptureConfig) -> None:
+def capture(model: Model, config: CaptureConfig) -> None:
     """From text to committed shards, in a new folder: tokenize, pack, forward, top-k, write, fsync."""
     shutil.rmtree(config.caches_dir, ignore_errors=True)
     request = request_of(config)
@@ -121,7 +122,7 @@ def capture(model: models.Model, config: CaptureConfig) -> None:
 
 
 @torch.inference_mode()
-def plain_script(model: models.Model, tokenizer: object, prompts: Sequence[str], folder: Path) -> None:
+def plain_script(model: Model, tokenizer: object, prompts: Sequence[str], folder: Path) -> None:
     """What one writes in ten lines: padded batches, a full fp32 log-softmax, topk, torch.save."""
     assert callable(tokenizer)
     for number, first in enumerate(range(0, len(prompts), BATCH)):
@@ -135,11 +136,11 @@ def plain_script(model: models.Model, tokenizer: object, prompts: Sequence[str],
 
 
 @torch.inference_mode()
-def top_k_seconds(model: models.Model, sequences: Sequence[TokenSequence]) -> float:
+def top_k_seconds(model: Model, sequences: Sequence[TokenSequence]) -> float:
     """What top-k, tail and entropy take of a capture, measured by themselves on one batch of real logits."""
     batch = sequences[:BATCH]
     input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
-    hidden_BSH = models.hidden_states(model, input_ids_BS.to(model.device), position_ids_BS.to(model.device))
+    hidden_BSH = hidden_states(model, input_ids_BS.to(model.device), position_ids_BS.to(model.device))
     hidden_NH = hidden_BSH.flatten(0, 1)[flat_N.to(model.device)][:512]
     logits_NV = logits(model, hidden_NH, model.config.vocab_size)
     times = [seconds(functools.partial(top_k_and_entropy, logits_NV, k=K, temperatures=(1.0,))) for _ in range(5)]

@@ -27,10 +27,12 @@ from pipeline.config.schema import Dtype, ModelConfig, Targets, TextConfig
 from pipeline.core.runtime import compute_device, keep_memory
 from pipeline.core.topk import uniforms
 from pipeline.core.types import Captured, Manifest, TokenSequence, TopK
+from pipeline.data.packing import collate_inputs
 from pipeline.data.records import open_text
-from pipeline.data.tokenize import collate_inputs, known_sequences
+from pipeline.data.tokenize import known_sequences
 from pipeline.models import loading as models
-from pipeline.models.forward import logits
+from pipeline.models.forward import Model, hidden_states, logits
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.objective.position_groups import kd_of_logits
 from pipeline.objective.terms import TermOptions
 
@@ -139,7 +141,7 @@ def row_of(way: Way, scene: Scene, full_VH: Tensor) -> dict[str, str | float]:
 def set_scene(*, num_sequences: int) -> Scene:
     """Run the teacher and a student that is near over some text."""
     options = ModelConfig(path=str(MODEL), attention="eager", dtype=Dtype.float32)
-    tokenizer = models.load_tokenizer(MODEL)
+    tokenizer = load_tokenizer(MODEL)
     teacher, student = (models.open_model(options, compute_device()) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.jsonl"
@@ -154,7 +156,7 @@ def set_scene(*, num_sequences: int) -> Scene:
     return Scene(sequences=held, targets_N=targets_N, hidden_NH=hidden_NH, student_NV=student_NV, teacher_NV=teacher_NV)
 
 
-def near(student: models.Model) -> models.Model:
+def near(student: Model) -> Model:
     """The same model with one of its layers left out: near, and wrong about many tokens."""
     del student.get_decoder().layers[LEFT_OUT]
     student.config.num_hidden_layers -= 1
@@ -162,12 +164,12 @@ def near(student: models.Model) -> models.Model:
 
 
 @torch.inference_mode()
-def read(model: models.Model, sequences: list[TokenSequence], vocabulary_size: int) -> tuple[Tensor, Tensor]:
+def read(model: Model, sequences: list[TokenSequence], vocabulary_size: int) -> tuple[Tensor, Tensor]:
     """Last hidden states and logits at every target."""
     found = []
     for sequence in sequences:
         input_ids_BS, position_ids_BS, flat_N = collate_inputs([sequence])
-        hidden_NH = models.hidden_states(model, input_ids_BS, position_ids_BS).flatten(0, 1)[flat_N]
+        hidden_NH = hidden_states(model, input_ids_BS, position_ids_BS).flatten(0, 1)[flat_N]
         found.append((hidden_NH, logits(model, hidden_NH, vocabulary_size)))
     return torch.cat([hidden for hidden, _ in found]), torch.cat([logits for _, logits in found])
 

@@ -15,7 +15,7 @@ from pipeline.core.runtime import keep_memory
 from pipeline.core.topk import top_k
 from pipeline.core.types import Captured, Manifest, TokenSequence
 from pipeline.data.mixture import collate
-from pipeline.data.tokenize import Segment, sequence
+from pipeline.data.packing import Segment, sequence
 
 K, VOCABULARY, WINDOW = 64, 49_152, 512
 

@@ -17,9 +17,10 @@ from pipeline.core.runtime import compute_device, keep_memory
 from pipeline.core.topk import top_k
 from pipeline.core.types import Batch, Captured, TokenSequence
 from pipeline.data.mixture import collate
-from pipeline.data.tokenize import Segment, collate_inputs, sequence
+from pipeline.data.packing import Segment, collate_inputs, sequence
 from pipeline.models import loading as models
-from pipeline.models.forward import logits
+from pipeline.models.forward import Model, hidden_states, logits
+from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 from pipeline.objective.fused_head import speak
 from pipeline.objective.terms import TermOptions, count_positions
 
@@ -35,19 +36,19 @@ def run(quick: bool) -> Findings:
     path = str(MODEL)
     config = models.settled(ModelConfig(path=path, dtype=Dtype.auto))
     device = compute_device()
-    _, tokenizer = models.open_tokenizer(config)
+    _, tokenizer = open_tokenizer(config)
     student = models.open_model(dataclasses.replace(config, num_layers=4 if quick else None), device).train()
     teacher = models.open_model(dataclasses.replace(config, num_layers=TEACHER_LAYERS), device)
     prose = " ".join(json.loads(line)["prompt"] for line in CORPUS.read_text().splitlines()[:200])
     sequences = list(windows(tokenizer(prose)["input_ids"]))
-    vocabulary = models.vocabulary_size(tokenizer)
+    vocabulary = vocabulary_size(tokenizer)
     batch = captured_batch(teacher, sequences, vocabulary)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
     counts = dict(zip(TERMS, count_positions(batch, TERMS).tolist(), strict=True))
     factors = {name: 1.0 / max(count, 1) for name, count in counts.items()}
 
     def combined() -> Tensor:
-        hidden_BSH = models.hidden_states(student, batch.input_ids_BS, batch.position_ids_BS)
+        hidden_BSH = hidden_states(student, batch.input_ids_BS, batch.position_ids_BS)
         hidden_NH = hidden_BSH.flatten(0, 1)[batch.flat_positions_N]
         return speak(student, hidden_NH, batch, TERMS, factors, vocabulary_size=vocabulary)[0]
 
@@ -96,7 +97,7 @@ def windows(ids: list[int]) -> Iterator[TokenSequence]:
         yield sequence([Segment(record_id=number, ids=part, targets=targets)])
 
 
-def captured_batch(teacher: models.Model, sequences: list[TokenSequence], vocabulary: int) -> Batch:
+def captured_batch(teacher: Model, sequences: list[TokenSequence], vocabulary: int) -> Batch:
     """One micro-batch, the first sequences gold and the others as the teacher sees them."""
     rows = captured_rows(teacher, sequences, vocabulary)
     return collate(rows, [number < GOLD for number in range(len(rows))]).to(teacher.device)
@@ -104,13 +105,13 @@ def captured_batch(teacher: models.Model, sequences: list[TokenSequence], vocabu
 
 @torch.no_grad()
 def captured_rows(
-    teacher: models.Model, sequences: list[TokenSequence], vocabulary: int
+    teacher: Model, sequences: list[TokenSequence], vocabulary: int
 ) -> list[tuple[TokenSequence, Captured | None]]:
     """Each sequence with what the teacher says of it; the first ones are gold and carry nothing."""
     rows: list[tuple[TokenSequence, Captured | None]] = []
     for number, one in enumerate(sequences):
         input_ids_BS, position_ids_BS, flat_N = collate_inputs([one])
-        hidden_BSH = models.hidden_states(teacher, input_ids_BS.to(teacher.device), position_ids_BS.to(teacher.device))
+        hidden_BSH = hidden_states(teacher, input_ids_BS.to(teacher.device), position_ids_BS.to(teacher.device))
         logits_NV = logits(teacher, hidden_BSH[0][flat_N.to(teacher.device)], vocabulary).float().cpu()
         unknown_N = torch.zeros(len(logits_NV), dtype=torch.float16)
         top = top_k(logits_NV, k=K, temperatures=(1.0,))

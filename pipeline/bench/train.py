@@ -21,13 +21,16 @@ from pipeline.bench.timing import Findings, figure, in_turn, ratios, seconds, sh
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import ShardReader, shard_writer
 from pipeline.config.schema import DeepspeedConfig, Dtype, OptimizerConfig, StudentConfig, TrainConfig
-from pipeline.core.files import Metrics, RunPaths
+from pipeline.core.files import RunPaths
 from pipeline.core.runtime import Ranks, StopRequest, keep_memory, ranks_from_environment
 from pipeline.core.types import Batch, TrainState
 from pipeline.data.mixture import Mixture, prefetched
 from pipeline.data.sampler import Corpus, Order
 from pipeline.models import loading as models
+from pipeline.models.forward import hidden_states
+from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 from pipeline.monitoring import health
+from pipeline.monitoring.metrics import Metrics
 from pipeline.objective.fused_head import speak
 from pipeline.objective.terms import count_positions
 from pipeline.training import engine as engines
@@ -51,8 +54,8 @@ def compare(ranks: Ranks, folder: Path, quick: bool) -> Findings:
     model = models.settled(StudentConfig(path=str(MODEL), dtype=Dtype.auto, num_layers=4 if quick else None))
     together = 50 if ranks.device.type == "cuda" else 3  # steps that are timed as one
     mixture = small_mixture(model, ranks, folder / "cache")
-    _, tokenizer = models.open_tokenizer(model)
-    vocabulary = models.vocabulary_size(tokenizer)
+    _, tokenizer = open_tokenizer(model)
+    vocabulary = vocabulary_size(tokenizer)
     ours = Ours(model, mixture, ranks, folder, vocabulary)
     things = {"ours": ours.steps, "bare loop": Bare(model, mixture, ranks, vocabulary).steps}
     if model.dtype is not Dtype.float32:
@@ -140,7 +143,7 @@ class Bare:
     def _take(self, batch: Batch) -> None:
         counts = dict(zip(TERMS, count_positions(batch, TERMS).tolist(), strict=True))
         factors = {name: 1.0 / max(count, 1) for name, count in counts.items()}
-        hidden_BSH = models.hidden_states(self._student, batch.input_ids_BS, batch.position_ids_BS)
+        hidden_BSH = hidden_states(self._student, batch.input_ids_BS, batch.position_ids_BS)
         hidden_NH = hidden_BSH.flatten(0, 1)[batch.flat_positions_N]
         loss = speak(self._student, hidden_NH, batch, TERMS, factors, vocabulary_size=self._vocabulary)[0]
         loss.backward()
@@ -158,12 +161,12 @@ class Bare:
 
 def small_mixture(config: StudentConfig, ranks: Ranks, cache: Path) -> Mixture:
     """A real cache of the demo's text as a teacher of few layers sees it, and gold of the same."""
-    _, tokenizer = models.open_tokenizer(config)
+    _, tokenizer = open_tokenizer(config)
     teacher = models.open_model(dataclasses.replace(config, num_layers=TEACHER_LAYERS), ranks.device)
     prose = " ".join(json.loads(line)["prompt"] for line in CORPUS.read_text().splitlines()[:1000])
-    rows = captured_rows(teacher, list(windows(tokenizer(prose)["input_ids"])), models.vocabulary_size(tokenizer))
+    rows = captured_rows(teacher, list(windows(tokenizer(prose)["input_ids"])), vocabulary_size(tokenizer))
     gold, corpus = rows[:GOLD], rows[GOLD:]
-    manifest = manifest_of(1, len(corpus), k=K, window=WINDOW, vocabulary=models.vocabulary_size(tokenizer))
+    manifest = manifest_of(1, len(corpus), k=K, window=WINDOW, vocabulary=vocabulary_size(tokenizer))
     manifests.start(cache, manifest)
     with shard_writer(cache, manifest, 0) as writer:
         for one, captured in corpus:

@@ -10,13 +10,13 @@ from torch import Tensor
 from pipeline.capture.teacher import Flight, Spoken, depart, joined, mark, speak
 from pipeline.core.topk import sampled, select, uniforms
 from pipeline.core.types import UNKNOWN_TARGET, Manifest, TokenSequence
-from pipeline.data.tokenize import completed, pack
-from pipeline.models import loading as models
+from pipeline.data.packing import completed, pack
+from pipeline.models.forward import Model
 from pipeline.models.generation import say
 
 
 @torch.inference_mode()
-def completed_batches(teacher: models.Model, prompts: Sequence[TokenSequence], manifest: Manifest) -> Iterator[Flight]:
+def completed_batches(teacher: Model, prompts: Sequence[TokenSequence], manifest: Manifest) -> Iterator[Flight]:
     """Complete prompts of like length together, and pack what was said into sequences.
 
     The batches follow from the prompts alone, so that a shard done again says the same.
@@ -31,9 +31,7 @@ def completed_batches(teacher: models.Model, prompts: Sequence[TokenSequence], m
         yield _packed(batch, said, spoken, manifest, started)
 
 
-def _say(
-    teacher: models.Model, batch: Sequence[TokenSequence], manifest: Manifest
-) -> tuple[list[list[int]], list[Spoken]]:
+def _say(teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest) -> tuple[list[list[int]], list[Spoken]]:
     """The tokens that the teacher says after each prompt, the end token included, and what it thought at each.
 
     `spoken[t]` has a row for every prompt of the batch; those past a prompt's own end are not to be read.

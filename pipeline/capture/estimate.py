@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.audit.charts import readable
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import shard_writer
 from pipeline.capture.plan import Planned, corpus_of, planned, promise, shard_name, tokenizer_of, write_sequences
@@ -21,11 +20,14 @@ from pipeline.capture.worker import flights, write
 from pipeline.config.schema import CaptureConfig, Kind
 from pipeline.config.validate import check_capture
 from pipeline.core.object_store import is_address
-from pipeline.core.progress import start_logging
+from pipeline.core.progress import readable, start_logging
 from pipeline.core.runtime import compute_device, keep_memory
 from pipeline.core.types import InputError, Manifest
 from pipeline.data.records import SUFFIXES, Text, pieces
 from pipeline.models import loading as models
+from pipeline.models.compatibility import check_window
+from pipeline.models.forward import Model
+from pipeline.models.paths import model_folder
 from pipeline.models.prepack import laid_out
 
 HEAD_BYTES = 4 << 20  # of each file, to learn how many records a byte holds
@@ -124,9 +126,9 @@ def _unpacked(file: Path, head: bytes) -> bytes:
 def probe(config: CaptureConfig, text: Text) -> Probe:
     """Capture the first records into a folder that goes away, for a few seconds, and measure."""
     teacher = config.teacher
-    folder = models.model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
+    folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = tokenizer_of(folder, teacher.trust_remote_code)
-    models.check_window(folder, config.window)
+    check_window(folder, config.window)
     group = next(pieces(text.files, size=min(PROBE_RECORDS, config.records_per_shard)))
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / shard_name(0)
@@ -139,7 +141,7 @@ def probe(config: CaptureConfig, text: Text) -> Probe:
         return _captured(config, model, shard, manifest, Path(name) / "cache")
 
 
-def _captured(config: CaptureConfig, model: models.Model, shard: Planned, manifest: Manifest, cache: Path) -> Probe:
+def _captured(config: CaptureConfig, model: Model, shard: Planned, manifest: Manifest, cache: Path) -> Probe:
     manifests.start(cache, manifest)
     started, num_sequences, num_tokens, records = time.monotonic(), 0, 0, 0
     with shard_writer(cache, manifest, 0) as writer:

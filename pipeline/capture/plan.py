@@ -36,6 +36,9 @@ from pipeline.core.types import InputError, Manifest, TokenSequence
 from pipeline.data.records import Piece, Rejections, Text, open_text, pieces, raw_records
 from pipeline.data.tokenize import sequences, text_hash
 from pipeline.models import loading as models
+from pipeline.models.compatibility import check_window
+from pipeline.models.paths import model_folder
+from pipeline.models.tokenizer import load_tokenizer, text_rules, tokenizer_hash, vocabulary_size
 
 ROWS_A_GROUP = 2048  # sequences written, and later read, at once: bounds the memory of a shard of any size
 CORPUS_A_PROCESS_BYTES = 4 << 20  # starting a process takes longer than tokenizing this much
@@ -47,12 +50,12 @@ def make(config: CaptureConfig, request: Request, *, with_sequences: bool = True
     Without `with_sequences` a plan is enough whose sequences are captured and gone.
     """
     teacher = models.settled(config.teacher)
-    folder = models.model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
+    folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = tokenizer_of(folder, teacher.trust_remote_code)
-    models.check_window(folder, config.window)
-    if config.k > models.vocabulary_size(tokenizer):
+    check_window(folder, config.window)
+    if config.k > vocabulary_size(tokenizer):
         raise InputError(
-            f"k: expected at most {models.vocabulary_size(tokenizer)} (the vocabulary of {folder}), found {config.k}"
+            f"k: expected at most {vocabulary_size(tokenizer)} (the vocabulary of {folder}), found {config.k}"
         )
     if config.corpus.end_token and tokenizer.eos_token_id is None:
         raise InputError("corpus: expected a tokenizer with an end token, found none; set corpus.end_token=false")
@@ -86,7 +89,7 @@ def _make(config: CaptureConfig, folder: Path, tokenizer: Any, request: Request)
             corpus_sha256 = beside.submit(text_hash, text)
             weights_sha256 = beside.submit(models.weights_hash, folder)
             num_records = tokenize(config, text, folder, spool)
-            tokenizer_sha256 = models.tokenizer_hash(tokenizer)
+            tokenizer_sha256 = tokenizer_hash(tokenizer)
         hashes = {"corpus": corpus_sha256.result(), "teacher_weights": weights_sha256.result()}
         manifest = promise(config, tokenizer, num_records, {**hashes, "tokenizer": tokenizer_sha256})
         if state_of([*text.files, folder]) != before:
@@ -119,7 +122,7 @@ def promise(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dic
         "schema_version": SCHEMA_VERSION,
         "teacher_num_layers": config.teacher.num_layers,
         "teacher_dtype": config.teacher.dtype.name,
-        **models.text_rules(tokenizer),
+        **text_rules(tokenizer),
         "columns": dataclasses.asdict(config.corpus.columns),
         "targets": config.corpus.targets.name,
         "malformed": config.corpus.malformed.name,
@@ -143,7 +146,7 @@ def promise(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dic
         draws=made_of["draws"],
         draw_seed=made_of["draw_seed"],
         temperatures=tuple(sorted(config.temperatures)),
-        vocabulary_size=models.vocabulary_size(tokenizer),
+        vocabulary_size=vocabulary_size(tokenizer),
         window=config.window,
         num_records=num_records,
         num_shards=-(-num_records // config.records_per_shard),
@@ -197,7 +200,7 @@ def tokenize(config: CaptureConfig, text: Text, folder: Path, spool: Path) -> in
 @lru_cache(maxsize=1)
 def tokenizer_of(folder: Path, trust_remote_code: bool) -> Any:
     """A folder's tokenizer, loaded once a process."""
-    return models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def write_sequences(

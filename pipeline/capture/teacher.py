@@ -13,9 +13,8 @@ from torch import Tensor
 
 from pipeline.core.topk import hybrid, join, sampled, top_k_and_entropy, uniforms
 from pipeline.core.types import UNKNOWN_TARGET, Captured, Manifest, TokenSequence, TopK
-from pipeline.data.tokenize import collate_inputs
-from pipeline.models import loading as models
-from pipeline.models.forward import logits
+from pipeline.data.packing import collate_inputs
+from pipeline.models.forward import Model, hidden_states, logits
 
 HEAD_POSITIONS = 512  # positions in one pass through the head: bounds the [N, V] matrix
 
@@ -45,12 +44,12 @@ class Flight:
 
 
 @torch.inference_mode()
-def capture_batch(teacher: models.Model, batch: Sequence[TokenSequence], manifest: Manifest) -> Flight:
+def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest) -> Flight:
     """One forward, and all that is stored of it. Only supervised positions reach the head."""
     device = next(teacher.parameters()).device
     started = mark(device)
     input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
-    hidden_BSH = models.hidden_states(teacher, input_ids_BS.to(device), position_ids_BS.to(device))
+    hidden_BSH = hidden_states(teacher, input_ids_BS.to(device), position_ids_BS.to(device))
     hidden_NH = hidden_BSH.flatten(0, 1)[flat_N.to(device)]
     targets_N = torch.cat([sequence.target_ids_N for sequence in batch])
     draws_ND = torch.cat(

@@ -26,6 +26,7 @@ from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.runtime import compute_device, keep_memory
 from pipeline.core.types import InputError, Manifest
 from pipeline.models import loading as models
+from pipeline.models.forward import Model
 from pipeline.models.prepack import laid_out
 
 BATCHES_IN_FLIGHT = 3  # between the teacher and the disk: a slow disk holds the teacher back, memory stays bounded
@@ -37,7 +38,7 @@ def work(
     sequences: Path,
     shards: Sequence[int],
     worker: int = 0,
-    teacher: models.Model | None = None,
+    teacher: Model | None = None,
 ) -> None:
     """Capture the shards that nobody else does until all are committed; the teacher loads when it is needed."""
     keep_memory()
@@ -79,7 +80,7 @@ def rows_left(sequences: Path, index: int) -> int:
 
 
 def capture_shard(
-    teacher: models.Model,
+    teacher: Model,
     shard: Planned,
     cache: Place,
     manifest: Manifest,
@@ -111,7 +112,7 @@ def capture_shard(
         writer.commit(num_skipped=shard.num_skipped)
 
 
-def flights(teacher: models.Model, shard: Planned, manifest: Manifest, config: CaptureConfig) -> Iterator[Flight]:
+def flights(teacher: Model, shard: Planned, manifest: Manifest, config: CaptureConfig) -> Iterator[Flight]:
     """The teacher's forwards over a shard: what has targets in batches as it lies, then prompts to be completed."""
     prompts = []
     speaking = iter(shard)

@@ -153,23 +153,3 @@ def one_path(pattern: str, what: str) -> Path:
         listed = "nothing" if not found else ", ".join(found)
         raise InputError(f"{what}: expected {pattern!r} to match one path, found {listed}; check or narrow it")
     return Path(found[0])
-
-
-class Metrics:
-    """metrics.jsonl: one line a step, cut back to the steps that a resumed run will not do again."""
-
-    def __init__(self, file: Path, *, keep_steps: int) -> None:
-        self._file = file
-        rows = self.read(file) if file.exists() else []
-        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= keep_steps))
-
-    @staticmethod
-    def read(file: Path) -> list[dict[str, Any]]:
-        """All whole lines; the last may have been cut short by a crash."""
-        whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return [json.loads(line) for line in whole]
-
-    def append(self, figures: dict[str, Any]) -> None:
-        """One more step."""
-        with self._file.open("a") as file:
-            file.write(json.dumps(figures) + "\n")

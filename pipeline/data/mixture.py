@@ -13,8 +13,8 @@ from pipeline.cache.shards import ShardReader
 from pipeline.core.topk import join, smoothed
 from pipeline.core.types import UNKNOWN_TARGET, Batch, Captured, InputError, TokenSequence
 from pipeline.data.curriculum import Curriculum
+from pipeline.data.packing import collate_inputs
 from pipeline.data.sampler import Order, Slot
-from pipeline.data.tokenize import collate_inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,6 @@ from pipeline.config.schema import ReportConfig, TrainConfig
 from pipeline.core.files import RunPaths, content_hash
 from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError
-from pipeline.evaluation.statistics import performance_gap_recovered
 
 SCHEMA = {
     "experiment": pl.String,
@@ -153,3 +152,13 @@ def conclusions(table: pl.DataFrame) -> list[str]:
             line += "; PGR undefined: the ceiling is not above the weak score" if pgr is None else f"; PGR {pgr:.3f}"
         lines.append(line)
     return lines
+
+
+def performance_gap_recovered(score: float, *, weak: float, ceiling: float) -> float | None:
+    """PGR = (score - weak) / (ceiling - weak), never clamped (Burns et al. 2023, arXiv 2312.09390, section 3).
+
+    None where the ceiling does not lie above the weak score: there is no gap then.
+    """
+    if ceiling <= weak:
+        return None
+    return (score - weak) / (ceiling - weak)

@@ -21,10 +21,10 @@ from pipeline.core.files import file_hash, one_path
 from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.topk import from_log_probabilities
 from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
-from pipeline.data.tokenize import sequence_key
+from pipeline.data.packing import sequence_key
 from pipeline.importers.decode import ForeignRow, foreign_row
 from pipeline.importers.sources import Row, Source, open_source, rows
-from pipeline.models import loading as models
+from pipeline.models.tokenizer import load_tokenizer, text_rules, tokenizer_hash, vocabulary_size
 
 ALIGNMENT_POSITIONS = 1000  # positions whose true token tells which way a data set is aligned
 ALIGNMENT_NATS = 1.0  # by how much the other alignment may be better and still be chance
@@ -39,7 +39,7 @@ def run(config: ImportConfig) -> Path:
     """Import what is not imported yet; returns the cache folder."""
     start_logging()
     check_import(config)
-    tokenizer = models.load_tokenizer(one_path(config.tokenizer, "tokenizer"))
+    tokenizer = load_tokenizer(one_path(config.tokenizer, "tokenizer"))
     source = open_source(config, tokenizer)
     made_of = identity(config, source)
     cache = Path(config.caches_dir) / f"{config.name}-{manifests.fingerprint(made_of)[:12]}"
@@ -103,8 +103,8 @@ def identity(config: ImportConfig, source: Source) -> dict[str, Any]:
         "format": source.format,
         "alignment": source.alignment,
         "columns": dict(source.columns),
-        "tokenizer": models.tokenizer_hash(source.tokenizer),
-        **models.text_rules(source.tokenizer),
+        "tokenizer": tokenizer_hash(source.tokenizer),
+        **text_rules(source.tokenizer),
         "records_per_shard": config.records_per_shard,
     }
 
@@ -136,7 +136,7 @@ def plan(config: ImportConfig, source: Source, made_of: dict[str, Any]) -> Manif
         draws=0,
         draw_seed=0,
         temperatures=(1.0,),
-        vocabulary_size=models.vocabulary_size(source.tokenizer),
+        vocabulary_size=vocabulary_size(source.tokenizer),
         window=found.longest,
         num_records=found.num_rows,
         num_shards=-(-found.num_rows // config.records_per_shard),
@@ -191,7 +191,7 @@ def checked_row(source: Source, where: str, row: Row) -> ForeignRow:
     """A decoded row that can be stored; an InputError names it."""
     try:
         foreign = foreign_row(source, row)
-        _check_ids(foreign, models.vocabulary_size(source.tokenizer))
+        _check_ids(foreign, vocabulary_size(source.tokenizer))
         _check_mass(foreign, source.tail)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -69,3 +69,12 @@ def linear_head(model: Model, hidden_NH: Tensor) -> LinearHead:
     scale, softcap = logit_rules(model)
     maps.insert(0, (hidden_NH, layer.weight))
     return LinearHead(maps=maps, bias_V=layer.bias, scale=scale, softcap=softcap)
+
+
+def hidden_states(model: Model, input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
+    """Last hidden states [B, S, H] of packed segments that cannot see each other.
+
+    Positions that restart, no attention mask and no cache: transformers then masks across segments.
+    """
+    decoder = model.get_decoder()
+    return decoder(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False).last_hidden_state

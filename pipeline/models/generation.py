@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.models.forward import logits
-from pipeline.models.loading import Model
+from pipeline.models.forward import Model, logits
 
 MOST_TEXTS = 512  # completed together: bounds the [B, V] matrix of their next tokens
 

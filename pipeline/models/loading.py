@@ -16,25 +16,14 @@ from pipeline.core.files import content_hash, file_hash
 from pipeline.core.progress import log
 from pipeline.core.runtime import compute_device, multiplies_fast
 from pipeline.core.types import InputError
-from pipeline.models.forward import logits
+from pipeline.models.compatibility import check_architecture
+from pipeline.models.forward import Model
 from pipeline.models.paths import model_folder
 
 C = TypeVar("C", bound=ModelConfig)
-Model = Any  # a transformers causal language model; its library leaves too much of it untyped to say more
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that lies in a model folder."""
-    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def open_tokenizer(config: ModelConfig) -> tuple[Path, Any]:
-    """From options to values: the local folder of a model, and its tokenizer."""
-    folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
-    return folder, load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
 
 
 def settled(config: C) -> C:
@@ -139,104 +128,6 @@ def linear_layers(model: Model) -> list[str]:
     """The full names of a model's linear layers, GPT-2's transposed ones among them."""
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def check_architecture(model: Model) -> None:
-    """Refuse a model in which packed segments see each other or whose logits we do not know to make."""
-    was_training = model.training
-    model.eval()
-    check_logits_path(model)
-    check_packing(model)
-    model.train(was_training)
-
-
-def hidden_states(model: Model, input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
-    """Last hidden states [B, S, H] of packed segments that cannot see each other.
-
-    Positions that restart, no attention mask and no cache: transformers then masks across segments.
-    """
-    decoder = model.get_decoder()
-    return decoder(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False).last_hidden_state
-
-
-@torch.no_grad()
-def check_logits_path(model: Model) -> None:
-    """Refuse an architecture whose own forward does something between hidden states and logits that we do not."""
-    ids_BS = torch.arange(3, 11, device=model.device)[None] % model.config.vocab_size
-    positions_BS = torch.arange(8, device=model.device)[None]
-    theirs = model(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).logits[0].float()
-    hidden_BSH = hidden_states(model, ids_BS, positions_BS)
-    ours = logits(model, hidden_BSH[0], theirs.shape[1]).float()
-    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2):
-        worst = (ours - theirs).abs().max().item()
-        raise InputError(
-            f"{type(model).__name__}: expected head(hidden) to equal the model's own logits, found a difference of "
-            f"{worst:.3g}; teach pipeline/models/forward.py what this architecture does to its logits"
-        )
-
-
-@torch.no_grad()
-def check_packing(model: Model) -> None:
-    """Refuse an architecture (or attention kernel) in which one packed segment sees another.
-
-    Two rows of three segments; the middle one changes, and the others must not, to the last bit. Models that do not
-    mask by position ids (ALiBi, state spaces, positions of their own) fail here instead of training wrongly.
-    """
-    positions_S = torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1], device=model.device)
-    first_BS = (torch.arange(18, device=model.device).reshape(2, 9) * 7 + 3) % model.config.vocab_size
-    second_BS = first_BS.clone()
-    second_BS[:, 3:7] = (second_BS[:, 3:7] + 11) % model.config.vocab_size
-    one, other = (hidden_states(model, ids_BS, positions_S.expand(2, -1)) for ids_BS in (first_BS, second_BS))
-    outside = torch.tensor([0, 1, 2, 7, 8], device=model.device)
-    if not torch.equal(one[:, outside], other[:, outside]):
-        raise InputError(
-            f"{type(model).__name__}: expected packed segments not to see each other, found that they do "
-            f"(attention {model.config._attn_implementation}); try attention=sdpa or eager, or another architecture"
-        )
-
-
-def longest_sequence(folder: Path) -> int | None:
-    """The positions that a model knows, or None if it does not say."""
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder}: expected a model in Hugging Face layout, found no config.json; check the path")
-    config = json.loads((folder / "config.json").read_text())
-    return config.get("max_position_embeddings") or config.get("n_positions")
-
-
-def check_window(folder: Path, window: int) -> None:
-    """Refuse a window longer than the positions that a model knows."""
-    longest = longest_sequence(folder)
-    if longest is not None and window > longest:
-        raise InputError(f"window: expected at most {longest} (the positions of {folder}), found {window}")
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """The real vocabulary: the tokenizer's, not the padded number of rows that a head may have."""
-    return len(tokenizer)
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of what turns text into ids: model, merges, added tokens, normalizer; not truncation or padding."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"tokenizer: expected one with a tokenizer.json, found {type(tokenizer).__name__}")
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("truncation", None)
-    state.pop("padding", None)
-    return content_hash(state)
-
-
-def text_rules(tokenizer: Any) -> dict[str, Any]:
-    """What else decides how text becomes ids: part of a fingerprint, not of whether two models can share ids."""
-    return {"chat_template": tokenizer.chat_template, "end_token_id": tokenizer.eos_token_id}
-
-
-def check_same_tokenizer(teacher_hash: str, student_hash: str, *, cache: str, student: str) -> None:
-    """Refuse a student whose token ids mean something else than the teacher's."""
-    if teacher_hash != student_hash:
-        raise InputError(
-            f"tokenizer: expected {student} to have the teacher's tokenizer {teacher_hash[:12]} ({cache}), "
-            f"found {student_hash[:12]}; use a teacher and a student of one family, or capture with another teacher"
-        )
 
 
 def weights_hash(folder: Path) -> str:

@@ -19,6 +19,7 @@ from pipeline.core.progress import log
 from pipeline.core.runtime import whole_numel
 from pipeline.core.types import InputError
 from pipeline.models import loading as models
+from pipeline.models.forward import Model
 from pipeline.models.paths import is_hub_name, model_folder
 
 
@@ -28,7 +29,7 @@ def check(config: StudentConfig) -> None:
         _insert(models.skeleton(config), config.adapter)
 
 
-def attach(student: models.Model, options: AdapterConfig, *, seed: int) -> None:
+def attach(student: Model, options: AdapterConfig, *, seed: int) -> None:
     """Freeze the student and put the adapter's layers into it; the seed alone decides how they begin, on every rank."""
     torch.manual_seed(seed)
     layers = _insert(student, options)
@@ -69,7 +70,7 @@ def merged(config: StudentConfig, weights: dict[str, Tensor], folder: Path) -> d
     return dict(adapted.merge_and_unload(safe_merge=True).state_dict())
 
 
-def _insert(student: models.Model, options: AdapterConfig) -> list[str]:
+def _insert(student: Model, options: AdapterConfig) -> list[str]:
     """Put peft's layers into the student and say which are trained; the names of those that got one."""
     import peft
 
@@ -81,7 +82,7 @@ def _insert(student: models.Model, options: AdapterConfig) -> list[str]:
     return [name for name, module in student.named_modules() if hasattr(module, "lora_A")]
 
 
-def _settings(student: models.Model, options: AdapterConfig) -> Any:
+def _settings(student: Model, options: AdapterConfig) -> Any:
     """peft's options, with targets that are in this student."""
     import peft
 
@@ -113,7 +114,7 @@ def _settings(student: models.Model, options: AdapterConfig) -> Any:
     )
 
 
-def _trained_whole(student: models.Model, options: AdapterConfig) -> list[str]:
+def _trained_whole(student: Model, options: AdapterConfig) -> list[str]:
     """The names of the modules that are trained beside the adapter."""
     head, embeddings = student.get_output_embeddings(), student.get_input_embeddings()
     if head.weight is embeddings.weight and options.train_embeddings != options.train_head:
@@ -125,5 +126,5 @@ def _trained_whole(student: models.Model, options: AdapterConfig) -> list[str]:
     return [_name_of(student, module) for module, is_trained in asked if is_trained]
 
 
-def _name_of(student: models.Model, wanted: torch.nn.Module) -> str:
+def _name_of(student: Model, wanted: torch.nn.Module) -> str:
     return next(name for name, module in student.named_modules() if module is wanted)

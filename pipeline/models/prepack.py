@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pipeline.core.runtime import multiplies_fast
-
-Model = Any  # a transformers causal language model
+from pipeline.models.forward import Model
 
 
 class LaidOutLinear(torch.nn.Module):

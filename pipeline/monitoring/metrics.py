@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import TrainConfig
-from pipeline.core.files import Metrics, RunPaths
+from pipeline.core.files import RunPaths, write_atomically
 from pipeline.core.progress import Progress
 from pipeline.core.runtime import Ranks
 from pipeline.core.types import Batch
@@ -57,3 +59,23 @@ class Ledger:
         """End the bar and have the mirrors deliver."""
         self._progress.close()
         self._mirrors.close()
+
+
+class Metrics:
+    """metrics.jsonl: one line a step, cut back to the steps that a resumed run will not do again."""
+
+    def __init__(self, file: Path, *, keep_steps: int) -> None:
+        self._file = file
+        rows = self.read(file) if file.exists() else []
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= keep_steps))
+
+    @staticmethod
+    def read(file: Path) -> list[dict[str, Any]]:
+        """All whole lines; the last may have been cut short by a crash."""
+        whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [json.loads(line) for line in whole]
+
+    def append(self, figures: dict[str, Any]) -> None:
+        """One more step."""
+        with self._file.open("a") as file:
+            file.write(json.dumps(figures) + "\n")

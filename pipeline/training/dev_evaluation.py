@@ -17,10 +17,12 @@ from pipeline.core.progress import log
 from pipeline.core.runtime import Ranks
 from pipeline.core.types import InputError, TrainState
 from pipeline.data.records import open_text
+from pipeline.evaluation.predictions import decisive, teacher_score
 from pipeline.evaluation.requests import Exam, open_exam
-from pipeline.evaluation.scoring import decisive, score, teacher_score
-from pipeline.models import loading as models
+from pipeline.evaluation.scoring import score
+from pipeline.models.compatibility import longest_sequence
 from pipeline.training import schedules as ramps
+from pipeline.training.schedules import due
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,7 +40,7 @@ def open_dev(config: TrainConfig, folder: Path, tokenizer: Any) -> Dev | None:
     if follows.every_steps == 0 and config.evaluate_every_steps == 0:
         return None
     assert config.dev is not None, "checked with the options"
-    longest, max_new_tokens = models.longest_sequence(folder), config.scoring.max_new_tokens
+    longest, max_new_tokens = longest_sequence(folder), config.scoring.max_new_tokens
     exam = open_exam(open_text(config.dev, "dev"), tokenizer, longest=longest, max_new_tokens=max_new_tokens)
     if follows.every_steps == 0:
         return Dev(exam=exam, goal=None)
@@ -53,11 +55,6 @@ def check(config: TrainConfig, num_steps: int) -> None:
             f"export.what=best: expected evaluate_every_steps of at most the {num_steps} steps of this run, found "
             f"{config.evaluate_every_steps}; look at dev more often, or use export.what=last"
         )
-
-
-def due(every_steps: int, step: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
-    return every_steps > 0 and step % every_steps == 0
 
 
 def look(

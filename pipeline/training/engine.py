@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.models.forward import Model, hidden_states  # noqa: E402
+
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -21,8 +23,7 @@ import deepspeed  # noqa: E402  (it logs, and chooses its accelerator, while it 
 
 from pipeline.config.schema import Dtype, Offload, Optimizer, TrainConfig  # noqa: E402
 from pipeline.core.types import Batch  # noqa: E402
-from pipeline.models import loading as models  # noqa: E402
-from pipeline.objective import fused_head as head
+from pipeline.objective import fused_head as head  # noqa: E402
 from pipeline.objective.terms import TermOptions  # noqa: E402
 
 # A kernel for inference over several CPU ranks, which training never calls: without it no compiler is needed.
@@ -33,7 +34,7 @@ class StudentWithLoss(nn.Module):
     """The student and its objective as one module: under ZeRO-3 weights exist only inside a forward."""
 
     def __init__(
-        self, student: models.Model, *, vocabulary_size: int, terms: dict[str, TermOptions], fused: bool = True
+        self, student: Model, *, vocabulary_size: int, terms: dict[str, TermOptions], fused: bool = True
     ) -> None:
         super().__init__()
         self.student = student
@@ -42,7 +43,7 @@ class StudentWithLoss(nn.Module):
 
     def forward(self, batch: Batch, coefficients: dict[str, float], **how: Any) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, and the sums behind it; `how` is for `head.speak`."""
-        hidden_BSH = models.hidden_states(self.student, batch.input_ids_BS, batch.position_ids_BS)
+        hidden_BSH = hidden_states(self.student, batch.input_ids_BS, batch.position_ids_BS)
         loss, sums = self.objective(hidden_BSH.flatten(0, 1)[batch.flat_positions_N], batch, coefficients, how)
         # a rank whose micro-batch has no target still takes part in every collective
         return loss + 0.0 * hidden_BSH.float().sum(), sums
@@ -51,9 +52,7 @@ class StudentWithLoss(nn.Module):
 class Objective(nn.Module):
     """From hidden states to the loss: a module, so that DeepSpeed gathers the head's weights around it."""
 
-    def __init__(
-        self, student: models.Model, *, vocabulary_size: int, terms: dict[str, TermOptions], fused: bool
-    ) -> None:
+    def __init__(self, student: Model, *, vocabulary_size: int, terms: dict[str, TermOptions], fused: bool) -> None:
         super().__init__()
         self._student = (student,)  # in a tuple: its parameters are the student's, not ours
         self.vocabulary_size, self._terms, self._fused = vocabulary_size, terms, fused

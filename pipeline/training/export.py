@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
+
+from pipeline.config.schema import TrainConfig
+from pipeline.core.files import RunPaths, appears_whole, write_atomically, write_json
+from pipeline.core.runtime import Ranks, compute_device
+from pipeline.data.records import open_text
+from pipeline.evaluation.requests import open_exam
+from pipeline.evaluation.scoring import score
+from pipeline.models import loading as models
+from pipeline.models import lora as adapters
+from pipeline.models.compatibility import longest_sequence
+from pipeline.models.prepack import laid_out
+from pipeline.models.tokenizer import open_tokenizer
+from pipeline.monitoring.metrics import Metrics
+from pipeline.training import checkpoints
+from pipeline.training import dev_evaluation as looks
+from pipeline.training import engine as engines
 
 EXPORTED = {"last": "the last", "best": "the best on dev of those looked at"}
 LIBRARIES = ("torch", "transformers", "deepspeed")
@@ -107,3 +124,46 @@ def _terms(loss: dict[str, Any]) -> Iterator[list[str]]:
 
 def _table(head: list[str], rows: Iterator[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ranks, config: TrainConfig) -> None:
+    """Write the model folder, and before it the adapter alone where there is one; either exists only if it is whole."""
+    weights = engines.student_weights(engine, config.deepspeed.zero_stage)
+    if ranks.rank == 0:
+        assert weights is not None
+        if config.student.adapter is not None:
+            with appears_whole(paths.adapter) as folder:
+                weights = adapters.merged(config.student, weights, folder)
+        with appears_whole(paths.model) as folder:
+            models.save_model(student, weights, tokenizer, folder, shard_bytes=config.export.shard_bytes)
+    ranks.wait()
+
+
+def finish(config: TrainConfig, paths: RunPaths) -> None:
+    """Score the exported folder on dev and test, write the result, drop the checkpoints."""
+    exported = dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None, adapter=None)
+    _, tokenizer = open_tokenizer(exported)
+    model = laid_out(models.open_model(exported, compute_device()))
+    result: dict[str, Any] = {"name": config.name, "seed": config.seed}
+    longest, max_new_tokens = longest_sequence(paths.model), config.scoring.max_new_tokens
+    for split, text in (("dev", config.dev), ("test", config.test)):
+        if text is None:
+            continue
+        scores, predictions = score(
+            model,
+            open_exam(open_text(text, split), tokenizer, longest=longest, max_new_tokens=max_new_tokens),
+            batch_tokens=config.scoring.batch_tokens,
+            teacher_predictions=config.scoring.teacher_predictions if split == "test" else None,
+            log_every_seconds=config.launcher.log_every_seconds,
+        )
+        predictions.write_parquet(paths.predictions(split))
+        result[split] = dataclasses.asdict(scores)
+    steps = Metrics.read(paths.metrics)
+    result["steps"] = len(steps)
+    spent = ("seconds", "data_wait_seconds", "dev_seconds")
+    result["train_seconds"] = sum(row.get(name, 0.0) for row in steps for name in spent)
+    result |= looks.declared(steps, what=config.export.what)
+    checkpoints.clear(paths, config.checkpoint)
+    identity = json.loads(paths.identity.read_text())
+    write_atomically(paths.model / "README.md", card(base=config.student.path, identity=identity, result=result))
+    write_json(paths.result, result)

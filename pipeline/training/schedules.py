@@ -78,3 +78,8 @@ def learning_rate(
     rest = max(num_steps - num_warmup, 1)
     falls_from = {"end_fraction": max(1.0 - decay_fraction * num_steps / rest, 0.0)} if shape == "wsd" else {}
     return peak * ramp(step - num_warmup, num_steps=rest, shape=shape, end_value=final_fraction, **falls_from)
+
+
+def due(every_steps: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every_steps > 0 and step % every_steps == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
-import json
 import logging
 import math
 import sys
@@ -20,17 +19,15 @@ import torch
 
 from pipeline.config.options import load_config
 from pipeline.config.schema import HeadPath, TrainConfig
-from pipeline.core.files import Metrics, RunPaths, appears_whole, content_hash, write_atomically, write_json
+from pipeline.core.files import RunPaths, content_hash
 from pipeline.core.progress import log, start_logging
-from pipeline.core.runtime import Ranks, StopRequest, compute_device, leave, ranks_from_environment, release_memory
+from pipeline.core.runtime import Ranks, StopRequest, leave, ranks_from_environment, release_memory
 from pipeline.core.types import Batch, TrainState
 from pipeline.data.mixture import Mixture, fitting_micro_batch, prefetched
-from pipeline.data.records import open_text
-from pipeline.evaluation.requests import open_exam
-from pipeline.evaluation.scoring import score
 from pipeline.models import loading as models
 from pipeline.models import lora as adapters
-from pipeline.models.prepack import laid_out
+from pipeline.models.compatibility import check_architecture
+from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 from pipeline.monitoring import health
 from pipeline.monitoring.metrics import Ledger
 from pipeline.objective import diagnostics
@@ -50,7 +47,8 @@ from pipeline.training.builders import (
     term_options,
     weights_at,
 )
-from pipeline.training.export import card
+from pipeline.training.export import export, finish
+from pipeline.training.schedules import due
 
 Terms = dict[str, TermOptions]
 
@@ -75,7 +73,7 @@ def run(folder: Path) -> None:
 
 def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest) -> bool:
     """Train to the last step and export; False if asked to stop before (a checkpoint is saved then)."""
-    folder, tokenizer = models.open_tokenizer(config.student)
+    folder, tokenizer = open_tokenizer(config.student)
     mixture = open_mixture(config, tokenizer)
     num_steps = steps_of(config, mixture)
     looks.check(config, num_steps)
@@ -93,7 +91,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     terms = term_options(config.loss, open_gate(config.loss.kd, mixture.readers), classes)
     module = engines.StudentWithLoss(
         student.train(),
-        vocabulary_size=models.vocabulary_size(tokenizer),
+        vocabulary_size=vocabulary_size(tokenizer),
         terms=terms,
         fused=config.loss.head is HeadPath.fused,
     )
@@ -107,7 +105,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
         accumulation=config.global_batch // (ranks.world_size * micro_batch),
     )
     if partition is not None:
-        models.check_architecture(student)
+        check_architecture(student)
     state = go_on(engine, config, paths, ranks)
     where = (ranks.world_size, ranks.device, zero_stage)
     log.info("step %d of %d, %d ranks on %s, ZeRO %d", state.step, num_steps, *where)
@@ -188,7 +186,7 @@ def take_steps(
 def is_to_be_kept(config: TrainConfig, state: TrainState) -> bool:
     """Whether a checkpoint of this step is due: every so many steps, and of the best on dev if that is to leave."""
     is_best = checkpoints.keeps_best(config) and state.best_step == state.step
-    return is_best or looks.due(config.checkpoint.every_steps, state.step)
+    return is_best or due(config.checkpoint.every_steps, state.step)
 
 
 def take_step(
@@ -214,7 +212,7 @@ def take_step(
     batches = [batch.to(ranks.device) for batch in batches]
     counts, ungated = global_counts(ranks, batches, terms)
     coefficients = {name: weights[name] * ranks.world_size / max(counts[name], 1.0) for name in terms}
-    diagnose = looks.due(loss_config.diagnostics_every_steps, step)
+    diagnose = due(loss_config.diagnostics_every_steps, step)
     totals = torch.zeros(len(sum_names(terms)), dtype=torch.float64, device=ranks.device)
     how = {"diagnose": diagnose, "thresholds": state.thresholds or (0.0,) * len(classes_of(terms))}
     for batch in batches:
@@ -281,49 +279,6 @@ def global_counts(ranks: Ranks, batches: list[Batch], terms: Terms) -> tuple[dic
 
 
 # ------------------------------------------------------------------------------------ what is left behind
-
-
-def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ranks, config: TrainConfig) -> None:
-    """Write the model folder, and before it the adapter alone where there is one; either exists only if it is whole."""
-    weights = engines.student_weights(engine, config.deepspeed.zero_stage)
-    if ranks.rank == 0:
-        assert weights is not None
-        if config.student.adapter is not None:
-            with appears_whole(paths.adapter) as folder:
-                weights = adapters.merged(config.student, weights, folder)
-        with appears_whole(paths.model) as folder:
-            models.save_model(student, weights, tokenizer, folder, shard_bytes=config.export.shard_bytes)
-    ranks.wait()
-
-
-def finish(config: TrainConfig, paths: RunPaths) -> None:
-    """Score the exported folder on dev and test, write the result, drop the checkpoints."""
-    exported = dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None, adapter=None)
-    _, tokenizer = models.open_tokenizer(exported)
-    model = laid_out(models.open_model(exported, compute_device()))
-    result: dict[str, Any] = {"name": config.name, "seed": config.seed}
-    longest, max_new_tokens = models.longest_sequence(paths.model), config.scoring.max_new_tokens
-    for split, text in (("dev", config.dev), ("test", config.test)):
-        if text is None:
-            continue
-        scores, predictions = score(
-            model,
-            open_exam(open_text(text, split), tokenizer, longest=longest, max_new_tokens=max_new_tokens),
-            batch_tokens=config.scoring.batch_tokens,
-            teacher_predictions=config.scoring.teacher_predictions if split == "test" else None,
-            log_every_seconds=config.launcher.log_every_seconds,
-        )
-        predictions.write_parquet(paths.predictions(split))
-        result[split] = dataclasses.asdict(scores)
-    steps = Metrics.read(paths.metrics)
-    result["steps"] = len(steps)
-    spent = ("seconds", "data_wait_seconds", "dev_seconds")
-    result["train_seconds"] = sum(row.get(name, 0.0) for row in steps for name in spent)
-    result |= looks.declared(steps, what=config.export.what)
-    checkpoints.clear(paths, config.checkpoint)
-    identity = json.loads(paths.identity.read_text())
-    write_atomically(paths.model / "README.md", card(base=config.student.path, identity=identity, result=result))
-    write_json(paths.result, result)
 
 
 if __name__ == "__main__":
