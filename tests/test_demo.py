@@ -11,7 +11,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from conftest import ROOT
+
+from support.commands import ROOT
 
 
 @pytest.mark.slow

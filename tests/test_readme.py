@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, script, write_lines
+from support.commands import ROOT, script
+from support.tiny import write_lines
 
 README = (ROOT / "README.md").read_text()
 

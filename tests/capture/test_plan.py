@@ -1,0 +1,189 @@
+"""The corpus is read once, tokenized into shards, and known again without being read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.cache import manifest as manifests
+from pipeline.capture import estimate as probe
+from pipeline.capture import plan
+from pipeline.capture.driver import run
+from pipeline.capture.plan_lookup import request_of
+from pipeline.config.schema import Targets, TextConfig
+from pipeline.core.types import InputError
+from pipeline.data.records import all_records, pieces, raw_records
+from support.commands import ROOT, capture_arguments, config_of, script
+from support.tiny import LINES, prompts, text_of, write_lines
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One corpus in five files of five forms, with blank lines and small row groups."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rows = [{"text": f"{LINES[i % 5]} {i}"} for i in range(100)]
+    write_lines(folder / "a.jsonl", [*rows[:17], "", *rows[17:20]])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows[20:45]).encode()))
+    pq.write_table(pa.Table.from_pylist(rows[45:80]), folder / "c.parquet", row_group_size=4)
+    (folder / "d.txt").write_text("".join(row["text"] + "\n" for row in rows[80:99]))
+    (folder / "e.jsonl.zst").write_bytes(pa.compress((json.dumps(rows[99]) + "\n").encode(), "zstd", asbytes=True))
+    return folder
+
+
+@settings(deadline=None, max_examples=60)
+@given(size=st.integers(1, 110))
+def test_groups_are_the_records_in_order(mixed: Path, size: int) -> None:
+    files = text_of(mixed).files
+    groups = [list(raw_records(group)) for group in pieces(files, size=size)]
+    assert [len(group) for group in groups] == [min(size, 100 - first) for first in range(0, 100, size)]
+    assert [record for group in groups for record in group] == list(all_records(files))
+    assert list(all_records(files))[-1][0].endswith("e.jsonl.zst, line 1")
+
+
+def test_lines_and_rows_keep_their_numbers(mixed: Path) -> None:
+    places = [where for where, _, _ in all_records(text_of(mixed).files)]
+    assert places[17].endswith("a.jsonl, line 19")  # behind the blank one
+    assert places[45].endswith("c.parquet, row 1")
+    assert places[79].endswith("c.parquet, row 35")
+
+
+def planned_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_many_processes_plan_what_one_does(
+    mixed: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(teacher, mixed, tmp_path, records_per_shard=7)
+    request = request_of(config)
+    manifest = plan.make(config, request)
+    alone = planned_files(request.sequences)
+    assert (manifest.num_records, manifest.num_shards) == (100, 15)
+    shutil.rmtree(request.folder)
+    monkeypatch.setattr(plan, "CORPUS_A_PROCESS_BYTES", 1)
+    assert plan.make(config, request) == manifest
+    assert planned_files(request.sequences) == alone
+
+
+def test_a_bad_record_stops_the_plan_and_leaves_nothing(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_lines(tmp_path / "a.jsonl", [*({"text": LINES[0]} for _ in range(50)), "broken"])
+    config = config_of(teacher, files, tmp_path / "caches", records_per_shard=5)
+    for least in (1 << 30, 1):
+        monkeypatch.setattr(plan, "CORPUS_A_PROCESS_BYTES", least)
+        with pytest.raises(InputError, match="a.jsonl, line 51: expected a JSON object, found it broken"):
+            run(config)
+        assert list((tmp_path / "caches" / ".plans").glob("*/*")) == []
+
+
+def test_the_plan_is_remembered_until_something_changes(teacher: Path, tmp_path: Path) -> None:
+    files = write_lines(tmp_path / "a.jsonl", prompts(30, labeled=False))
+    config = config_of(teacher, files, tmp_path / "caches")
+    first = request_of(config)
+    assert first.recall() is None
+    cache = run(config)
+    assert request_of(config) == first
+    assert first.recall() is not None
+    assert not first.sequences.exists()  # captured, and gone
+    os.utime(files)
+    assert request_of(config) != first  # read again, since it might be another
+    assert run(config) == cache
+    write_lines(files, prompts(31, labeled=False))
+    assert run(config) != cache
+
+
+def test_a_lost_shard_of_a_finished_cache_is_planned_and_captured_again(teacher: Path, tmp_path: Path) -> None:
+    files = write_lines(tmp_path / "a.jsonl", prompts(30, labeled=False))
+    config = config_of(teacher, files, tmp_path / "caches", records_per_shard=10)
+    cache = run(config)
+    before = (cache / "shards" / "00001.parquet").read_bytes()
+    for path in (cache / "shards").glob("00001.*"):
+        path.unlink()
+    assert run(config) == cache
+    assert (cache / "shards" / "00001.parquet").read_bytes() == before
+
+
+def test_a_damaged_plan_is_refused(teacher: Path, tmp_path: Path) -> None:
+    files = write_lines(tmp_path / "a.jsonl", prompts(3000, labeled=False))
+    config = config_of(teacher, files, tmp_path / "caches", records_per_shard=3000)
+    request = request_of(config)
+    plan.make(config, request)
+    path = request.sequences / "00000.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"expected the tokenized corpus, found it damaged .*; delete"):
+        list(plan.planned(request.sequences, 0))
+
+
+def test_a_finished_cache_is_known_without_torch(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """The second run of a sweep: neither the teacher nor the library that would load it."""
+    arguments = capture_arguments(teacher, data)
+    script("capture", *arguments, cwd=tmp_path)
+    again = (
+        "import runpy, sys; sys.argv = ['capture.py', *sys.argv[1:]]; "
+        f"runpy.run_path({str(ROOT / 'scripts' / 'capture.py')!r}, run_name='__main__'); "
+        "sys.exit(str(sorted({'torch', 'transformers'} & sys.modules.keys()) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", again, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1:] != ["['torch', 'transformers']"]
+    assert "60 records (0 skipped)" in done.stderr
+    assert "torch" not in done.stderr
+
+
+def test_a_small_disk_is_told_before_the_teacher_loads(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_lines(tmp_path / "a.jsonl", prompts(3, labeled=False))
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plan, "sync_files", full)
+    with pytest.raises(InputError, match="expected to write the tokenized corpus, found No space left on device"):
+        run(config_of(teacher, files, tmp_path / "caches"))
+
+
+# ---------------------------------------------------------------------------------------------- probe
+
+
+def test_the_probe_foretells_the_capture(mixed: Path, teacher: Path, tmp_path: Path, capfd: Any) -> None:
+    config = config_of(teacher, mixed, tmp_path / "caches", records_per_shard=50)
+    assert probe.run(config) == 0
+    said = capfd.readouterr().out
+    assert not (tmp_path / "caches").exists()
+    cache = run(config)
+    infos = manifests.whole(cache, manifests.load(cache))
+    assert "100 records" in said
+    assert "in 2 shards" in said
+    targets = float(said.split(" targets in")[0].split()[-1].replace(",", ""))
+    assert targets == pytest.approx(sum(info.targets for info in infos), rel=0.1)
+
+
+def test_the_probe_says_when_the_disk_is_too_small(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    corpus = TextConfig(files=[str(data / "corpus.jsonl")], targets=Targets.next)
+    assert probe.run(config_of(teacher, data / "corpus.jsonl", tmp_path / "caches", corpus=corpus)) == 1
+    assert "NOT enough" in capfd.readouterr().out
+
+
+def test_the_script_takes_a_captures_options(teacher: Path, data: Path, tmp_path: Path) -> None:
+    done = script("audit", "plan", *capture_arguments(teacher, data), cwd=tmp_path)
+    assert "60 records" in done.stdout
+    assert "topk, k 8" in done.stdout

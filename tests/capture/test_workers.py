@@ -1,0 +1,258 @@
+"""Capture under fire: workers killed, frozen, out of room; afterwards every shard is byte for byte as undisturbed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.cache.leases import claim
+from pipeline.config.schema import CaptureConfig
+from pipeline.core.types import InputError
+from support.commands import ROOT, capture_arguments, mounted, needs_root, script, train_arguments
+from support.tiny import prompts, write_lines
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    write_lines(folder / "corpus.jsonl", prompts(1200, labeled=False))
+    return folder
+
+
+def arguments(teacher: Path, data: Path, **changes: Any) -> list[str]:
+    """Many small shards, and one thread a process, so that every process computes the same bits."""
+    chosen = {"records_per_shard": 10, "batch_sequences": 1, "lease_seconds": 2, "log_every_seconds": 1, **changes}
+    return capture_arguments(teacher, data, **chosen)
+
+
+def start(arguments: list[str], cwd: Path) -> subprocess.Popen:
+    with (cwd / "output.txt").open("a") as output:
+        command = [sys.executable, str(ROOT / "scripts" / "capture.py"), *arguments]
+        return subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output, env=one_thread())
+
+
+def one_thread() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    (shards,) = folder.glob("caches/*/shards")
+    return {path.name: path.read_bytes() for path in shards.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed_folder(teacher: Path, many: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    script("capture", *arguments(teacher, many), cwd=folder, env=one_thread())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_folder: Path) -> dict[str, bytes]:
+    return shards_of(undisturbed_folder)
+
+
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The worker processes, not multiprocessing's tracker."""
+    with contextlib.suppress(psutil.Error):
+        return [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    return []
+
+
+def test_two_workers_give_what_one_gives(
+    teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    script("capture", *arguments(teacher, many, num_workers=2), cwd=tmp_path, env=one_thread())
+    assert shards_of(tmp_path) == undisturbed
+
+
+def test_independent_processes_share_a_folder_without_a_coordinator(
+    teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    processes = [start(arguments(teacher, many), tmp_path) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert shards_of(tmp_path) == undisturbed
+
+
+def test_shares_of_a_job_array(teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    script("capture", *arguments(teacher, many, share="0/2"), cwd=tmp_path, env=one_thread())
+    assert 2 * len(shards_of(tmp_path)) == len(undisturbed)
+    slurm = {"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_COUNT": "2"}
+    done = script("capture", *arguments(teacher, many), cwd=tmp_path, env=one_thread() | slurm)
+    assert "capturing 60 of 120 shards" in done.stderr
+    assert shards_of(tmp_path) == undisturbed
+    done = script("capture", *arguments(teacher, many, share="2/2"), cwd=tmp_path, check=False)
+    assert "share: expected INDEX/COUNT with INDEX from 0 to COUNT - 1, found '2/2'" in done.stderr
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_nothing_and_double_nothing(
+    teacher: Path,
+    student: Path,
+    data: Path,
+    many: Path,
+    undisturbed_folder: Path,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    """SIGKILL to random workers at random times; where a capture ends before 50, another begins in a new folder.
+
+    A training on what came of it has the losses of one on undisturbed shards.
+    """
+    chance, kills, rounds = random.Random(0), 0, 0
+    while kills < 50:
+        rounds += 1
+        folder = tmp_path / str(rounds)
+        folder.mkdir()
+        process = start(arguments(teacher, many, num_workers=3), folder)
+        while process.poll() is None:
+            time.sleep(chance.uniform(0.1, 1.5))
+            workers = workers_of(process)
+            if workers and kills < 50:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    chance.choice(workers).send_signal(signal.SIGKILL)
+                    kills += 1
+        said = (folder / "output.txt").read_text()
+        if process.returncode == 2:  # so many deaths that it asks for the cause: the same command goes on
+            assert "expected a shard between deaths" in said
+            script("capture", *arguments(teacher, many, num_workers=3), cwd=folder, env=one_thread())
+        else:
+            assert process.returncode == 0, said[-3000:]
+        assert shards_of(folder) == undisturbed
+    assert kills == 50
+    losses = []
+    for cache in (tmp_path / "1", undisturbed_folder):
+        (found,) = cache.glob("caches/tiny-*")
+        script(
+            "train", *train_arguments(student, data, str(found), runs_dir=tmp_path / "runs" / cache.name), cwd=tmp_path
+        )
+        (metrics,) = (tmp_path / "runs" / cache.name).glob("*/metrics.jsonl")
+        losses.append([json.loads(line)["loss"] for line in metrics.read_text().splitlines()])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_worker_frozen_past_its_lease_wakes_and_harms_nothing(
+    teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    frozen = start(arguments(teacher, many), tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("caches/*/shards/.*.claim")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    frozen.send_signal(signal.SIGSTOP)
+    held = list(tmp_path.glob("caches/*/shards/.*.claim"))
+    script("capture", *arguments(teacher, many), cwd=tmp_path, env=one_thread())
+    assert held  # it was frozen in the middle of a shard, and that shard was taken over
+    frozen.send_signal(signal.SIGCONT)
+    assert frozen.wait(60) == 0
+    assert shards_of(tmp_path) == undisturbed
+
+
+def test_a_killed_capture_goes_on_where_it_stopped(
+    teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    process = start(arguments(teacher, many), tmp_path)
+    while len(list(tmp_path.glob("caches/*/shards/*.json"))) < 20:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = script("capture", *arguments(teacher, many), cwd=tmp_path, env=one_thread())
+    left = 120 - 20
+    assert "of 120 shards into" in done.stderr
+    assert int(done.stderr.split("capturing ")[1].split()[0]) <= left
+    assert shards_of(tmp_path) == undisturbed
+
+
+# ---------------------------------------------------------------------------------------------- disks
+
+
+@needs_root
+def test_a_full_disk_loses_nothing(teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "size=600k") as small:
+        done = script("capture", *arguments(teacher, many), cwd=small, env=one_thread(), check=False)
+        assert done.returncode == 2
+        assert "expected to write shard" in done.stderr
+        assert "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        whole = [name for name in shards_of(small) if name.endswith(".json")]
+        assert 0 < len(whole) < 120
+        subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
+        script("capture", *arguments(teacher, many), cwd=small, env=one_thread())
+        assert shards_of(small) == undisturbed
+
+
+@needs_root
+def test_a_read_only_folder_is_refused(teacher: Path, many: Path, tmp_path: Path) -> None:
+    with mounted(tmp_path / "fixed", "size=1m,ro") as fixed:
+        done = script("capture", *arguments(teacher, many), cwd=fixed, env=one_thread(), check=False)
+    assert done.returncode == 2
+    assert "expected a folder to write into, found Read-only file system; choose another" in done.stderr
+
+
+def test_stale_temporary_files_are_swept_once_the_cache_is_whole(teacher: Path, many: Path, tmp_path: Path) -> None:
+    script("capture", *arguments(teacher, many, lease_seconds=60), cwd=tmp_path)
+    (shards,) = tmp_path.glob("caches/*/shards")
+    (shards / ".00001.1.abc.tmp").write_bytes(b"half")
+    os.utime(shards / ".00001.1.abc.tmp", (0, 0))
+    (shards / ".00002.2.def.tmp").write_bytes(b"somebody may still be writing this")
+    script("capture", *arguments(teacher, many, lease_seconds=60), cwd=tmp_path)
+    assert [path.name for path in shards.iterdir() if path.name.startswith(".")] == [".00002.2.def.tmp"]
+
+
+# --------------------------------------------------------------------------------------------- claims
+
+
+def test_a_claim_is_held_by_one_and_kept_fresh(tmp_path: Path) -> None:
+    path = tmp_path / ".0.claim"
+    with claim(path, lease_seconds=0.4) as first:
+        assert first
+        time.sleep(1.0)  # past the lease: the holder gives signs of life
+        with claim(path, lease_seconds=0.4) as second:
+            assert not second
+        assert path.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stale_claim_is_taken_over_and_not_released_by_its_old_holder(tmp_path: Path) -> None:
+    path = tmp_path / ".0.claim"
+    path.write_text("somebody long dead")
+    os.utime(path, (0, 0))
+    with claim(path, lease_seconds=5) as taken:
+        assert taken
+        path.write_text("a successor")  # as if we had been frozen and overtaken
+    assert path.read_text() == "a successor"
+
+
+def test_share_must_be_within() -> None:
+    from pipeline.capture.driver import share_of
+
+    config = CaptureConfig(name="x", share="1/3")
+    assert share_of(config, 8) == [1, 4, 7]
+    for wrong in ("3/3", "1", "a/b", "0/0"):
+        with pytest.raises(InputError, match="share: expected INDEX/COUNT"):
+            share_of(CaptureConfig(name="x", share=wrong), 8)
+
+
+def test_a_damaged_shard_without_its_info_is_refused(teacher: Path, many: Path, tmp_path: Path) -> None:
+    script("capture", *arguments(teacher, many), cwd=tmp_path)
+    (shards,) = tmp_path.glob("caches/*/shards")
+    (shards / "00003.json").unlink()
+    (shards / "00003.parquet").write_bytes((shards / "00003.parquet").read_bytes()[:500])
+    done = script("capture", *arguments(teacher, many), cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "00003.parquet: expected a whole shard, found it damaged" in done.stderr
+    shutil.rmtree(shards)

@@ -1,0 +1,168 @@
+"""Every YAML composes into its dataclass; what cannot be meant is refused at once and in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.cli import CONF_DIR, help_text
+from pipeline.config.options import load_config, options, result_options, save_config
+from pipeline.config.schema import ROOTS, TrainConfig
+from pipeline.config.validate import check_capture
+from pipeline.config.validate_train import check_train
+from pipeline.core.types import InputError
+from support.commands import composed, script
+
+
+def yaml_choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+# Where each group is used: every file of a group is composed there.
+OWN = {"model": "path=some/folder", "text": "files=[some.jsonl]"}  # what own.yaml leaves to the user
+USES = [
+    ("train", "experiment", "experiment"),
+    ("train", "loss", "loss"),
+    ("train", "deepspeed", "deepspeed"),
+    ("train", "adapter", "adapter"),
+    ("train", "model@student", "model"),
+    ("capture", "model@teacher", "model"),
+    ("evaluate", "model", "model"),
+    ("capture", "text@corpus", "text"),
+    ("train", "text@gold", "text"),
+    ("train", "text@dev", "text"),
+    ("train", "text@test", "text"),
+    ("evaluate", "text", "text"),
+]
+
+
+# What a root leaves to the user.
+SAID = {"import": ["name=theirs", "source=some/folder", "format=distillkit", "tokenizer=some/teacher"]}
+
+
+@pytest.mark.parametrize("root", sorted(ROOTS))
+def test_roots_compose(root: str) -> None:
+    assert isinstance(composed(root, *SAID.get(root, [])), ROOTS[root])
+
+
+@pytest.mark.parametrize(
+    ("root", "key", "group", "choice"),
+    [(root, key, group, choice) for root, key, group in USES for choice in yaml_choices(group)],
+)
+def test_every_yaml_composes_and_holds_together(root: str, key: str, group: str, choice: str) -> None:
+    said = [f"{key.split('@')[-1]}.{OWN[group]}"] if choice == "own" else []
+    config = composed(root, f"{key}={choice}", *said)
+    if root == "capture":
+        check_capture(config)
+    if root == "train" and key != "loss":
+        check_train(config)
+
+
+def test_no_yaml_is_left_out() -> None:
+    used = {group for _, _, group in USES}
+    assert {path.name for path in CONF_DIR.iterdir() if path.is_dir()} == used
+    assert {path.stem for path in CONF_DIR.glob("*.yaml")} == set(ROOTS) | {"quiet"}
+
+
+def test_experiments_are_named_as_their_files() -> None:
+    for name in yaml_choices("experiment"):
+        assert composed("train", f"experiment={name}").name == name
+
+
+def test_every_option_has_a_sentence_and_help_shows_it() -> None:
+    for root, schema in ROOTS.items():
+        shown = help_text(root, "A story.")
+        for name, _, sentence in options(schema):
+            assert len(sentence) > 8
+            assert f"  {name} = " in shown
+            assert sentence in shown
+
+
+def test_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    config = composed("train", "experiment=combined", "+deepspeed.overrides.wall_clock_breakdown=true")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", TrainConfig) == config
+
+
+def test_result_options_leave_out_what_does_not_change_the_result() -> None:
+    base = result_options(composed("train"))
+    same = ["micro_batch=4", "runs_dir=elsewhere", "launcher.num_processes=2", "checkpoint.every_steps=7"]
+    same += ["deepspeed.zero_stage=3", "student.path=/moved", "cache=/moved", "dev.files=[/moved]"]
+    same += ["mirrors=[tensorboard]", "health.max_skipped_steps=2"]
+    for override in same:
+        assert result_options(composed("train", override)) == base, override
+    for override in ["seed=2", "loss.kd.weight=0.3", "global_batch=32", "student.dtype=float32", "name=other", "k=4"]:
+        assert result_options(composed("train", override)) != base, override
+
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "steps and epochs": ({"steps": 3}, "expected one of steps and epochs, found steps=3"),
+    "neither": ({"epochs": None}, "expected one of steps and epochs, found steps=None, epochs=None"),
+    "fraction": ({"gold_fraction": 1.5}, "gold_fraction: expected 0 to 1, found 1.5"),
+    "no gold": ({"gold": None}, "gold is null; give a gold set or gold_fraction=0"),
+    "no cache": ({"cache": None}, "cache is null; give a cache or gold_fraction=1"),
+    "batch": ({"global_batch": 0}, "global_batch: expected at least 1, found 0"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions(name: str) -> None:
+    changes, message = CONTRADICTIONS[name]
+    config = dataclasses.replace(composed("train", "experiment=combined"), **changes)
+    with pytest.raises(InputError) as refused:
+        check_train(config)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["deepspeed.zero_stage=4"], "deepspeed.zero_stage: expected 0 to 3, found 4"),
+        (["student.dtype=float16", "deepspeed.zero_stage=0"], "student.dtype=float16: expected deepspeed.zero_stage 1"),
+        (["loss.kd.weight=-1"], "loss weights: expected 0 or more"),
+        (["loss.kd.weight=0", "loss.lm.weight=0"], "no term with a weight above 0 reads any text"),
+        (["loss.kd.temperature=0"], "kd_temperature: expected more than 0"),
+        (["experiment=gold_only", "loss.lm.on=[corpus]"], "no term with a weight above 0 reads any text"),
+        (["loss.kd.on=[gold,corpus]"], "loss.kd.on: expected [corpus], because gold carries nothing"),
+        (["epochs=null", "steps=0"], "steps: expected at least 1, found 0"),
+        (["epochs=-1"], "epochs: expected more than 0, found -1"),
+        (["launcher.num_processes=0"], "num_processes: expected at least 1, found 0"),
+        (["optimizer.warmup_fraction=3"], "warmup_fraction: expected 0 to 1, found 3"),
+        (["optimizer.max_grad_norm=-1"], "max_grad_norm: expected at least 0, found -1"),
+    ],
+)
+def test_contradictions_from_the_command_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        check_train(composed("train", *overrides))
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["loss.kd.wieght=1"], "expected the name of an option, found 'loss.kd.wieght'; did you mean loss.kd.weight"),
+        (["experiment=combind"], "combind"),
+        (["global_batch=many"], "many"),
+        (["experiment=combined", "cache=nowhere/*"], "student.path: expected 'data/demo/smollm2-135m' to exist, found"),
+        (["gold_fraction=???"], "gold_fraction"),
+    ],
+)
+def test_the_script_refuses_in_the_first_second_and_without_a_traceback(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    done = script("train", *arguments, cwd=tmp_path, check=False)
+    assert time.monotonic() - started < 2.5  # 0.3 s on an idle machine
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_of_every_script(tmp_path: Path) -> None:
+    for root in ROOTS:
+        done = script(root, "--help", cwd=tmp_path)
+        assert "Options (name=value" in done.stdout

@@ -1,0 +1,205 @@
+"""Packed segments cannot see each other; the head is run as the model runs it; tokenizers are compared by content."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pipeline.core.runtime import multiplies_fast
+from pipeline.core.types import InputError
+from pipeline.data.packing import Segment, collate_inputs, sequence
+from pipeline.models import loading as models
+from pipeline.models.compatibility import check_logits_path, check_packing, check_window
+from pipeline.models.forward import hidden_states, logits
+from pipeline.models.paths import model_folder
+from pipeline.models.prepack import LaidOutLinear, laid_out
+from pipeline.models.tokenizer import check_same_tokenizer, load_tokenizer, text_rules, tokenizer_hash
+from support.tiny import LINES, make_model, make_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def tiny(name: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{name}Config")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+    if name == "GPT2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 64}
+    else:
+        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.3}
+    config = kind(**sizes, pad_token_id=0, bos_token_id=0, eos_token_id=1, use_cache=False, **settings)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def packed_hidden(model: Any, *parts: tuple[int, ...]) -> torch.Tensor:
+    segments = [Segment(record_id=i, ids=ids, targets=((0, 0),)) for i, ids in enumerate(parts)]
+    input_ids_BS, position_ids_BS, _ = collate_inputs([sequence(segments)])
+    with torch.no_grad():
+        return hidden_states(model, input_ids_BS, position_ids_BS)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, attention) for name in ("Llama", "Qwen2", "GPT2") for attention in ("sdpa", "eager")]
+    + [("Gemma2", "eager")],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_changing_one_segment_never_changes_another(name: str, attention: str, training: bool) -> None:
+    model = tiny(name, attn_implementation=attention).train(training)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    before = packed_hidden(model, (3, 4, 5), (6, 7, 8, 9), (10,), (11, 12))
+    after = packed_hidden(model, (3, 4, 5), (40, 41, 42, 43), (10,), (11, 12))
+    assert torch.equal(before[:3], after[:3])
+    assert torch.equal(before[7:], after[7:])
+    assert not torch.allclose(before[3:7], after[3:7])
+    alone = packed_hidden(model, (11, 12))
+    assert torch.allclose(before[8:], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Llama", {"tie_word_embeddings": True}),
+        ("Llama", {"tie_word_embeddings": False}),
+        ("Gemma2", {"final_logit_softcapping": 5.0}),
+        ("Cohere", {"logit_scale": 0.3}),
+        ("Granite", {"logits_scaling": 3.0}),
+    ],
+)
+def test_logits_are_the_models_own(name: str, settings: dict[str, Any]) -> None:
+    model = tiny(name, **settings)
+    check_logits_path(model)
+    hidden_NH = packed_hidden(model, (3, 4, 5, 6))
+    ours = logits(model, hidden_NH, 60)
+    theirs = model(input_ids=torch.tensor([[3, 4, 5, 6]])).logits[0]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_an_architecture_that_does_more_to_its_logits_is_refused() -> None:
+    model = tiny("Llama")
+    forward = model.forward
+
+    def sharper(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 3
+        return output
+
+    model.forward = sharper
+    with pytest.raises(InputError, match=r"expected head\(hidden\) to equal the model's own logits"):
+        check_logits_path(model)
+
+
+@pytest.mark.parametrize("name", ["Bloom", "OPT"])
+def test_an_architecture_that_leaks_between_packed_segments_is_refused(name: str) -> None:
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if name == "OPT":
+        sizes |= {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+    config = getattr(transformers, f"{name}Config")(**sizes, use_cache=False)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(InputError, match="expected packed segments not to see each other, found that they do"):
+        check_packing(model)
+
+
+def test_the_end_token_and_the_chat_template_are_part_of_the_text_rules(tokenizer: Any) -> None:
+    before = text_rules(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<bos>"
+    assert text_rules(other) != before
+    assert tokenizer_hash(other) == tokenizer_hash(tokenizer)  # token ids mean the same
+
+
+def test_cut_to_the_first_layers_keeps_them(student: Path) -> None:
+    whole = models.load_model(student, dtype="float32", device=CPU)
+    cut = models.load_model(student, dtype="float32", device=CPU, num_layers=1)
+    assert len(cut.model.layers) == 1
+    first = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(cut.state_dict()[first], whole.state_dict()[first])
+    with pytest.raises(InputError, match="num_layers: expected 1 to 3 .*, found 4"):
+        models.load_model(student, dtype="float32", device=CPU, num_layers=4)
+
+
+def test_a_missing_weight_is_not_left_random(student: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(student)
+    state = {name: w for name, w in model.state_dict().items() if "layers.0.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(
+        InputError, match=r"expected a weight for every parameter, found none that fits .*layers\.0\.mlp"
+    ):
+        models.load_model(tmp_path, dtype="float32", device=CPU)
+
+
+def test_pickled_weights_are_refused(student: Path, tmp_path: Path) -> None:
+    shutil.copytree(student, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"expected weights as \*\.safetensors, found none"):
+        models.weights_hash(tmp_path / "m")
+    with pytest.raises(OSError, match="safetensors"):
+        models.load_model(tmp_path / "m", dtype="float32", device=CPU)
+
+
+def test_tokenizers_are_compared_by_content_not_by_name(tmp_path: Path, student: Path, teacher: Path) -> None:
+    same = [tokenizer_hash(load_tokenizer(folder)) for folder in (student, teacher)]
+    assert same[0] == same[1]  # whatever the padded size of the head
+    other = make_tokenizer(lines=[*LINES, "other words altogether"])
+    make_model(tmp_path / "student", other, seed=1)  # the same folder name
+    found = tokenizer_hash(load_tokenizer(tmp_path / "student"))
+    with pytest.raises(
+        InputError, match="expected .* to have the teacher's tokenizer .* use a teacher and a student of one"
+    ):
+        check_same_tokenizer(same[0], found, cache="c", student="s")
+
+
+def test_padding_settings_do_not_change_the_tokenizers_hash(student: Path) -> None:
+    tokenizer = load_tokenizer(student)
+    before = tokenizer_hash(tokenizer)
+    tokenizer.pad_token = "<eos>"
+    tokenizer(["a", "weak teacher"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_hash(tokenizer) == before
+
+
+def test_weights_hash_sees_one_weight(student: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(student)
+    model.save_pretrained(tmp_path / "a")
+    model.model.norm.weight.data[0] += 1e-3
+    model.save_pretrained(tmp_path / "b")
+    assert models.weights_hash(tmp_path / "a") != models.weights_hash(tmp_path / "b")
+
+
+def test_window_longer_than_the_model_knows(student: Path) -> None:
+    check_window(student, 256)
+    with pytest.raises(InputError, match="window: expected at most 256 .*, found 257"):
+        check_window(student, 257)
+
+
+def test_model_path_that_is_nowhere() -> None:
+    with pytest.raises(InputError, match="model path: expected '/no/where' to match one path, found nothing"):
+        model_folder("/no/where")
+    with pytest.raises(InputError, match="expected 'nobody/nothing' to be a folder or a model on the hub"):
+        model_folder("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "GPT2"])
+def test_weights_laid_out_for_a_cpu_give_the_same_bits(name: str) -> None:
+    """With and without biases, tied and untied heads; one token and many. GPT-2's own layers stay as they are."""
+    if not multiplies_fast(torch.bfloat16, CPU):
+        pytest.skip("this CPU has no bfloat16 instructions: nothing is laid out")
+    model = tiny(name, tie_word_embeddings=name == "Llama").to(torch.bfloat16)
+    prepared = laid_out(copy.deepcopy(model))
+    assert any(isinstance(module, LaidOutLinear) for module in prepared.modules())
+    assert not any(type(module) is torch.nn.Linear for module in prepared.modules())
+    for size in (1, 7, 40):
+        ids_BS = torch.arange(2 * size).reshape(2, size) % 60
+        with torch.inference_mode():
+            assert torch.equal(model(input_ids=ids_BS).logits, prepared(input_ids=ids_BS).logits)
+
+
+def test_float32_stays_as_it_is() -> None:
+    assert not any(isinstance(module, LaidOutLinear) for module in laid_out(tiny("Llama")).modules())

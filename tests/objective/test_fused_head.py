@@ -1,0 +1,196 @@
+"""The one pass through the head against whole logits and autograd: over every kind of head, dtype and size of chunk."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+
+from pipeline.core.types import Batch, InputError
+from pipeline.models.forward import hidden_states, logit_rules
+from pipeline.objective import fused_head as head
+from pipeline.objective.fused_head import speak, sum_names
+from pipeline.objective.terms import TermOptions
+from support.twin import make_batch
+
+VOCABULARY, ROWS, HIDDEN = 30, 37, 16  # the head has more rows than there are tokens
+TERMS = {
+    "lm": TermOptions(on=("gold",)),
+    "kd": TermOptions(on=("gold", "corpus"), temperature=2.0),
+    "hard": TermOptions(on=("corpus",)),
+    "confidence": TermOptions(on=("corpus",)),
+}
+FACTORS = {"lm": 0.7, "kd": 1.1, "hard": 0.2, "confidence": 0.4}
+
+
+def llama(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=ROWS, initializer_range=0.3, **sizes, **settings)
+    return LlamaForCausalLM(config)
+
+
+def capped() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8}
+    return Gemma2ForCausalLM(Gemma2Config(vocab_size=ROWS, initializer_range=0.3, final_logit_softcapping=3.0, **sizes))
+
+
+def scaled() -> nn.Module:
+    model = llama(tie_word_embeddings=True)
+    model.config.logit_scale = 0.25  # as Cohere has it; Granite divides
+    return model
+
+
+def with_bias() -> nn.Module:
+    model = llama(tie_word_embeddings=False)
+    model.lm_head = nn.Linear(HIDDEN, ROWS)
+    nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def lora(**settings: Any) -> nn.Module:
+    config = peft.LoraConfig(r=3, lora_alpha=12, init_lora_weights=False, **settings)
+    return peft.get_peft_model(llama(tie_word_embeddings=False), config)
+
+
+HEADS = {
+    "untied": lambda: llama(tie_word_embeddings=False),
+    "tied": lambda: llama(tie_word_embeddings=True),
+    "bias": with_bias,
+    "scale": scaled,
+    "softcap": capped,
+    "LoRA off the head": lambda: lora(target_modules=["q_proj", "v_proj"]),
+    "LoRA on the head": lambda: lora(target_modules=["q_proj", "lm_head"]),
+    "LoRA on the head, dropout": lambda: lora(target_modules=["lm_head"], lora_dropout=0.5),
+    "head trained whole": lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "frozen head": lambda: frozen(llama(tie_word_embeddings=False)),
+}
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    model.lm_head.weight.requires_grad_(False)
+    return model
+
+
+def gradients(
+    model: nn.Module, batch: Batch, *, fused: bool, vocabulary: int = VOCABULARY, diagnose: bool = False
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    torch.manual_seed(3)  # dropout
+    model.zero_grad()
+    ids_BS = torch.arange(len(batch.gold_N))[None] % VOCABULARY
+    hidden_NH = hidden_states(model, ids_BS, torch.arange(ids_BS.shape[1])[None])[0]
+    torch.manual_seed(4)
+    options = {"vocabulary_size": vocabulary, "fused": fused, "diagnose": diagnose}
+    loss, sums = speak(model, hidden_NH, batch, TERMS, FACTORS, **options)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), sums, found
+
+
+def batch_of(**settings: Any) -> Batch:
+    return make_batch(num_gold=11, num_corpus=20, vocabulary=VOCABULARY, gold_is_captured=True, scale=2.0, **settings)
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 64])
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_in_chunks_as_through_whole_logits(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = HEADS[name](), batch_of()
+    loss, sums, grads = gradients(model, batch, fused=False, diagnose=True)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(head, "LEAST_CHUNK", chunk)
+    monkeypatch.setattr(head, "BLOCK", 3)
+    found_loss, found_sums, found_grads = gradients(model, batch, fused=True, diagnose=True)
+    assert found_loss == pytest.approx(float(loss), rel=1e-5)
+    assert torch.allclose(found_sums, sums, rtol=1e-4, atol=1e-4)
+    assert found_grads.keys() == grads.keys()
+    assert grads
+    for key, grad in grads.items():
+        assert torch.allclose(found_grads[key], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max())), key
+
+
+def test_padding_rows_of_the_head_get_no_gradient() -> None:
+    model = llama(tie_word_embeddings=False)
+    _, _, found = gradients(model, batch_of(), fused=True)
+    assert found["lm_head.weight"].shape == (ROWS, HIDDEN)
+    assert found["lm_head.weight"][:VOCABULARY].abs().min(dim=1).values.max() > 0
+    assert (found["lm_head.weight"][VOCABULARY:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "bias", "softcap", "LoRA on the head"])
+def test_bfloat16_within_its_rounding(name: str) -> None:
+    """The head's gradients in bf16, against those of the same numbers in fp32: off by about one rounding, 2^-8.
+
+    Without `confidence`, whose target is the largest logit: of two that are almost alike rounding may choose the other.
+    """
+    batch, terms = batch_of(), {name: TERMS[name] for name in ("lm", "kd", "hard")}
+    model = HEADS[name]().to(torch.bfloat16)
+    hidden_NH = torch.randn(31, HIDDEN, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+
+    def found(model: nn.Module, hidden_NH: Tensor, *, fused: bool) -> dict[str, Tensor]:
+        hidden_NH = hidden_NH.clone().requires_grad_()
+        model.zero_grad()
+        loss, _ = speak(model, hidden_NH, batch, terms, FACTORS, vocabulary_size=VOCABULARY, fused=fused)
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {
+            "hidden": hidden_NH.grad
+        }
+        return {name: grad.clone() for name, grad in grads.items() if grad is not None}
+
+    ours = found(model, hidden_NH, fused=True)
+    assert all(grad.dtype == torch.bfloat16 for grad in ours.values())
+    exact = found(model.float(), hidden_NH.float(), fused=False)
+    errors = {key: float((ours[key].float() - exact[key]).norm() / exact[key].norm()) for key in exact}
+    assert max(errors.values()) < 2**-6, errors
+    assert errors["hidden"] < 2**-7, errors
+
+
+def test_where_nothing_is_supervised_nothing_reaches_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = llama(tie_word_embeddings=False), []
+    monkeypatch.setattr(head, "_block", lambda z_NV, *rest: seen.append(len(z_NV)) or real(z_NV, *rest))
+    batch = make_batch(num_gold=4, num_corpus=30, vocabulary=VOCABULARY)
+    terms = {"lm": TermOptions(on=("gold",))}
+    speak(model, torch.randn(34, HIDDEN), batch, terms, {"lm": 1.0}, vocabulary_size=VOCABULARY)
+    assert sum(seen) == 4
+
+
+real = head._block
+
+
+def test_heads_that_are_not_linear_are_refused_with_the_way_out() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd = nn.Sequential(nn.Linear(HIDDEN, ROWS), nn.Tanh())
+            self.config = SimpleNamespace()
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.odd
+
+    hidden_NH, batch = torch.randn(31, HIDDEN), batch_of()
+    with pytest.raises(InputError, match=re.escape("expected a linear layer, found Sequential; use loss.head=full")):
+        speak(Odd(), hidden_NH, batch, TERMS, FACTORS, vocabulary_size=VOCABULARY)
+    loss, sums = speak(Odd(), hidden_NH, batch, TERMS, FACTORS, vocabulary_size=VOCABULARY, fused=False)
+    assert torch.isfinite(loss)
+    assert len(sums) == len(sum_names(TERMS))
+    dora = lora(target_modules=["lm_head"], use_dora=True)
+    with pytest.raises(InputError, match="expected plain LoRA, found a variant"):
+        speak(dora, hidden_NH, batch, TERMS, FACTORS, vocabulary_size=VOCABULARY)
+
+
+def test_scales_of_real_architectures_are_read_off_their_configuration() -> None:
+    granite, cohere = PretrainedConfig(logits_scaling=8.0), PretrainedConfig(logit_scale=0.0625)
+    assert head_rules(granite) == (0.125, None)
+    assert head_rules(cohere) == (0.0625, None)
+    assert head_rules(PretrainedConfig()) == (1.0, None)
+
+
+def head_rules(config: PretrainedConfig) -> tuple[float, float | None]:
+    return logit_rules(SimpleNamespace(config=config))

@@ -1,0 +1,443 @@
+"""Every term against a slow fp64 twin, through the fused head and through whole logits; counts; extreme inputs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pipeline.core.topk import hybrid, sampled, smoothed, top_k
+from pipeline.core.types import Batch, InputError
+from pipeline.objective.class_prior import hardened, moved
+from pipeline.objective.divergences import DIVERGENCES, NEEDS_TAIL, forward_kl, jsd, reverse_kl
+from pipeline.objective.fused_head import speak, sum_names
+from pipeline.objective.gates import Gate
+from pipeline.objective.position_groups import kd_of_logits
+from pipeline.objective.terms import TERMS, TermOptions, count_positions, read_positions
+from support.twin import make_batch, twin
+
+TEMPERATURES = (0.5, 1.0, 2.0)
+ALL = ("gold", "corpus")
+NAMED = (*DIVERGENCES, "jsd")
+
+
+class OwnLogits(nn.Module):
+    """A model whose hidden states are its logits: the head is the identity."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(vocabulary, vocabulary, bias=False)
+        self.config = SimpleNamespace()
+        nn.init.eye_(self.head.weight)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+
+def ours(
+    logits_NV: Tensor,
+    batch: Batch,
+    terms: dict[str, TermOptions],
+    factors: dict[str, float],
+    *,
+    fused: bool,
+    **more: Any,
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """(loss, gradient on the logits, sums)."""
+    leaf = logits_NV.float().detach().clone().requires_grad_()
+    vocabulary = logits_NV.shape[1]
+    model = OwnLogits(vocabulary)
+    loss, sums = speak(model, leaf, batch, terms, factors, vocabulary_size=vocabulary, fused=fused, **more)
+    loss.backward()
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad, dict(zip(sum_names(terms), sums.tolist(), strict=True))
+
+
+def exact(
+    logits_NV: Tensor, batch: Batch, terms: dict[str, TermOptions], factors: dict[str, float]
+) -> tuple[Tensor, Tensor]:
+    leaf = logits_NV.double().detach().requires_grad_()
+    reads = {name: read_positions(batch, name, options).nonzero().flatten().tolist() for name, options in terms.items()}
+    value = twin(leaf, batch, reads, terms, factors)
+    value.backward()
+    assert leaf.grad is not None
+    return value.detach(), leaf.grad
+
+
+def close(ours: Tensor, exact: Tensor, *, relative: float = 1e-5) -> bool:
+    if exact.numel() == 0:
+        return ours.shape == exact.shape
+    scale = exact.abs().max().clamp(min=1.0)
+    return bool((ours.double() - exact.double()).abs().max() <= relative * scale)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("divergence", NAMED)
+@settings(deadline=None, max_examples=12)
+@given(
+    num=st.integers(1, 6),
+    vocabulary=st.integers(2, 30),
+    k=st.integers(1, 30),
+    seed=st.integers(0, 10_000),
+    scale=st.sampled_from([0.1, 1.0, 4.0]),
+    beta=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+)
+def test_every_divergence_at_every_temperature_against_the_twin(
+    divergence: str,
+    temperature: float,
+    fused: bool,
+    num: int,
+    vocabulary: int,
+    k: int,
+    seed: int,
+    scale: float,
+    beta: float,
+) -> None:
+    batch = make_batch(
+        num_gold=0, num_corpus=num, vocabulary=vocabulary, k=k, temperatures=TEMPERATURES, scale=scale, seed=seed
+    )
+    options = TermOptions(on=("corpus",), temperature=temperature, divergence=divergence, beta=beta)
+    logits_NV = torch.randn(num, vocabulary, generator=torch.Generator().manual_seed(seed + 1)) * scale
+    value, grad, _ = ours(logits_NV, batch, {"kd": options}, {"kd": 1.0}, fused=fused)
+    expected, expected_grad = exact(logits_NV, batch, {"kd": options}, {"kd": 1.0})
+    assert close(value, expected)
+    assert close(grad, expected_grad)
+    if divergence not in ("truncated", "renormalised"):
+        assert value >= -1e-5 * num
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@settings(deadline=None, max_examples=40)
+@given(
+    num_gold=st.integers(0, 4),
+    num_corpus=st.integers(0, 5),
+    vocabulary=st.integers(2, 25),
+    known=st.sampled_from([0.0, 0.5, 1.0]),
+    gold_is_captured=st.booleans(),
+    chosen=st.sets(st.sampled_from(list(TERMS)), min_size=1),
+    on=st.sampled_from([ALL, ("gold",), ("corpus",)]),
+    temperature=st.sampled_from([1.0, 2.0]),
+    take=st.sampled_from(["said", "likeliest"]),
+    gate=st.sampled_from([Gate(), Gate(min_confidence=0.2), Gate(max_entropy=2.0), Gate(drop_wrong=True)]),
+    seed=st.integers(0, 10_000),
+)
+def test_any_mix_of_terms_masks_and_gates_against_the_twin(
+    fused: bool,
+    num_gold: int,
+    num_corpus: int,
+    vocabulary: int,
+    known: float,
+    gold_is_captured: bool,
+    chosen: set[str],
+    on: tuple[str, ...],
+    temperature: float,
+    take: str,
+    gate: Gate,
+    seed: int,
+) -> None:
+    sizes = {"num_gold": num_gold, "num_corpus": num_corpus, "vocabulary": vocabulary, "seed": seed}
+    batch = make_batch(**sizes, known=known, gold_is_captured=gold_is_captured, scale=2.0)
+    terms = {
+        name: TermOptions(on=on, temperature=temperature if name == "kd" else 1.0, take=take, gate=gate)
+        for name in sorted(chosen)
+    }
+    factors = {name: 0.3 + i for i, name in enumerate(terms)}
+    logits_NV = torch.randn(num_gold + num_corpus, vocabulary, generator=torch.Generator().manual_seed(seed + 1)) * 2
+    for diagnose in (False, True):
+        value, grad, sums = ours(logits_NV, batch, terms, factors, fused=fused, diagnose=diagnose)
+        expected, expected_grad = exact(logits_NV, batch, terms, factors)
+        assert close(value, expected)
+        assert close(grad, expected_grad)
+        total = sum(factors[name] * sums[name] for name in terms)
+        assert abs(total - float(expected)) <= 1e-5 * max(abs(float(expected)), 1.0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+@pytest.mark.parametrize("divergence", [name for name in NAMED if name not in NEEDS_TAIL])
+def test_drawn_targets_against_the_twin(kind: str, divergence: str, fused: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    teacher_NV = torch.randn(6, 25, generator=generator)
+    uniforms_ND = torch.rand(6, 9, dtype=torch.float64, generator=generator)
+    drawn = {"sampled": lambda: sampled(teacher_NV, uniforms_ND=uniforms_ND)}
+    drawn["hybrid"] = lambda: hybrid(teacher_NV, k=4, uniforms_ND=uniforms_ND)
+    batch = make_batch(num_gold=0, num_corpus=6, vocabulary=25, top=drawn[kind]())
+    options = {"kd": TermOptions(on=("corpus",), divergence=divergence)}
+    logits_NV = torch.randn(6, 25, generator=generator)
+    value, grad, _ = ours(logits_NV, batch, options, {"kd": 1.0}, fused=fused)
+    expected, expected_grad = exact(logits_NV, batch, options, {"kd": 1.0})
+    assert close(value, expected)
+    assert close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+def test_the_mean_gradient_over_many_draws_is_the_dense_one(kind: str) -> None:
+    """Each logit's mean gradient over 20,000 captures within 5 standard errors of q - p."""
+    generator = torch.Generator().manual_seed(3)
+    teacher_1V, student_1V = (torch.randn(1, 10, generator=generator) * scale for scale in (2.0, 1.0))
+    repeats = 20_000
+    uniforms_ND = torch.rand(repeats, 6, generator=generator, dtype=torch.float64)
+    many_NV = teacher_1V.expand(repeats, -1)
+    top = sampled(many_NV, uniforms_ND=uniforms_ND)
+    if kind == "hybrid":
+        top = hybrid(many_NV, k=2, uniforms_ND=uniforms_ND)
+    batch = make_batch(num_gold=0, num_corpus=repeats, vocabulary=10, top=top)
+    terms = {"kd": TermOptions(on=("corpus",))}
+    _, grad_NV, _ = ours(student_1V.expand(repeats, -1), batch, terms, {"kd": 1.0}, fused=True)
+    exact_V = (torch.softmax(student_1V.double(), 1) - torch.softmax(teacher_1V.double(), 1))[0]
+    standard_error_V = grad_NV.double().std(dim=0) / repeats**0.5
+    assert ((grad_NV.double().mean(dim=0) - exact_V).abs() <= 5 * standard_error_V + 1e-3).all()
+
+
+# ---------------------------------------------------------------------------------------- known cases
+
+
+def test_k_equal_to_the_vocabulary_is_dense_kl() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher_NV, student_NV = (torch.randn(7, 50, generator=generator) for _ in range(2))
+    top = top_k(teacher_NV, k=50, temperatures=(1.0,))
+    value = kd_of_logits(student_NV, top, TermOptions(on=())).item()
+    stored_NV = torch.zeros_like(teacher_NV).scatter(1, top.ids_NK, top.relative_logits_NK.float())
+    # stored logits are fp16: 2**-11 of the spread
+    for dense_NV, tolerance in ((teacher_NV, {"abs": 1e-2}), (stored_NV, {"rel": 1e-5})):
+        dense = torch.nn.functional.kl_div(
+            student_NV.double().log_softmax(1), dense_NV.double().log_softmax(1), log_target=True, reduction="sum"
+        )
+        assert value == pytest.approx(dense.item(), **tolerance)
+
+
+@pytest.mark.parametrize("divergence", [name for name in NAMED if name not in ("renormalised", "truncated")])
+def test_a_perfect_copy_costs_nothing_and_pulls_nowhere(divergence: str) -> None:
+    logits_NV = torch.randn(4, 40, generator=torch.Generator().manual_seed(1))
+    logits_NV = (logits_NV - logits_NV.max(1, keepdim=True).values).half().float()
+    batch = make_batch(num_gold=0, num_corpus=4, vocabulary=40, top=top_k(logits_NV, k=8, temperatures=(1.0,)))
+    options = {"kd": TermOptions(on=("corpus",), divergence=divergence)}
+    value, grad, sums = ours(logits_NV, batch, options, {"kd": 1.0}, fused=True, diagnose=True)
+    assert value.abs() < 1e-5
+    assert divergence == "total_variation" or grad.abs().max() < 1e-6
+    assert sums["agreement"] == 4
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_closed_form_gradient_of_the_design(temperature: float) -> None:
+    """On K: (q - p)/T; on the tail: q (P - Q)/(1 - Q)/T."""
+    batch = make_batch(num_gold=0, num_corpus=5, vocabulary=20, k=6, temperatures=TEMPERATURES)
+    assert batch.teacher is not None
+    top = batch.teacher
+    logits_NV = torch.randn(5, 20)
+    options = {"kd": TermOptions(on=("corpus",), temperature=temperature, temperature_squared=False)}
+    _, grad, _ = ours(logits_NV, batch, options, {"kd": 1.0}, fused=True)
+    q_NV = torch.softmax(logits_NV.double() / temperature, 1)
+    relative_NK = top.relative_logits_NK.double() / temperature
+    column = top.temperatures.index(temperature)
+    z_N = torch.logaddexp(torch.logsumexp(relative_NK, 1), top.log_tail_NC[:, column].double())
+    p_NK = (relative_NK - z_N[:, None]).exp()
+    P, Q = p_NK.sum(1, keepdim=True), q_NV.gather(1, top.ids_NK).sum(1, keepdim=True)
+    expected = (q_NV * (P - Q) / (1 - Q)).scatter(1, top.ids_NK, q_NV.gather(1, top.ids_NK) - p_NK) / temperature
+    assert close(grad, expected)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_temperature_squared_multiplies_what_is_differentiated(squared: bool) -> None:
+    batch, logits_NV = make_batch(num_gold=0, num_corpus=6), torch.randn(6, 30)
+    plain = {"kd": TermOptions(on=("corpus",), temperature=2.0, temperature_squared=False)}
+    asked = {"kd": TermOptions(on=("corpus",), temperature=2.0, temperature_squared=squared)}
+    value, grad, _ = ours(logits_NV, batch, asked, {"kd": 1.0}, fused=True)
+    expected, expected_grad, _ = ours(logits_NV, batch, plain, {"kd": 1.0}, fused=True)
+    factor = 4.0 if squared else 1.0
+    assert close(value, factor * expected)
+    assert close(grad, factor * expected_grad)
+
+
+def test_jsd_tends_to_both_divergences_at_its_ends() -> None:
+    generator = torch.Generator().manual_seed(2)
+    log_p, log_q = (torch.randn(5, 9, dtype=torch.float64, generator=generator).log_softmax(1) for _ in range(2))
+    for small in (1e-4, 1e-6):
+        near_forward, near_reverse = jsd(log_p, log_q, beta=small) / small, jsd(log_p, log_q, beta=1 - small) / small
+        assert torch.allclose(near_forward, forward_kl(log_p, log_q), rtol=20 * small)
+        assert torch.allclose(near_reverse, reverse_kl(log_p, log_q), rtol=20 * small)
+    assert torch.equal(jsd(log_p, log_q, beta=0.0), forward_kl(log_p, log_q))
+    assert torch.equal(jsd(log_p, log_q, beta=1.0), reverse_kl(log_p, log_q))
+
+
+def test_truncated_may_be_negative_and_is_not_clamped() -> None:
+    top = top_k(torch.tensor([[3.0, 2.0, 2.9, 2.8]]), k=1, temperatures=(1.0,))
+    sure = torch.tensor([[9.0, 0.0, 0.0, 0.0]])
+    assert kd_of_logits(sure, top, TermOptions(on=(), divergence="truncated")) < -0.1
+
+
+EXTREMES = {
+    "one-hot teacher": (torch.tensor([[0.0, -1e4, -1e4, -1e4, -1e4]]), torch.randn(1, 5)),
+    "ties": (torch.zeros(1, 5), torch.zeros(1, 5)),
+    "-inf teacher": (torch.tensor([[1.0, 0.5, -torch.inf, -torch.inf, -torch.inf]]), torch.randn(1, 5)),
+    "tiny tail": (torch.tensor([[0.0, -1.0, -28.0, -28.0, -28.0]]), torch.randn(1, 5)),
+    "certain student": (torch.randn(1, 5), torch.tensor([[80.0, 0.0, 0.0, 0.0, 0.0]])),
+    "student beyond fp32's exp": (torch.randn(1, 5), torch.tensor([[300.0, 0.0, 0.0, -200.0, 0.0]])),
+    "student tail of 1e-12": (torch.randn(1, 5), torch.tensor([[0.0, 0.0, -28.0, -28.0, -28.0]])),
+    "both certain, of different things": (torch.tensor([[0.0, 90.0, 0, 0, 0]]), torch.tensor([[90.0, 0.0, 0, 0, 0]])),
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("divergence", NAMED)
+def test_extremes_are_finite_and_never_negative(name: str, k: int, divergence: str, fused: bool) -> None:
+    teacher_NV, student_NV = EXTREMES[name]
+    top = top_k(teacher_NV, k=k, temperatures=TEMPERATURES)
+    batch = make_batch(num_gold=0, num_corpus=1, vocabulary=5, top=top, known=1.0)
+    for temperature in TEMPERATURES:
+        terms = {"kd": TermOptions(on=("corpus",), temperature=temperature, divergence=divergence)}
+        terms["lm"] = terms["confidence"] = TermOptions(on=ALL)
+        factors = {"kd": 1.0, "lm": 0.5, "confidence": 0.25}
+        value, grad, sums = ours(student_NV, batch, terms, factors, fused=fused, diagnose=True)
+        assert torch.isfinite(value)
+        assert torch.isfinite(grad).all()
+        assert all(torch.isfinite(torch.tensor(list(sums.values()))))
+        assert divergence in ("renormalised", "truncated") or sums["kd"] >= -1e-5
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("num_gold", "num_corpus"), [(0, 0), (3, 0), (0, 3)])
+def test_a_batch_without_one_of_the_streams(num_gold: int, num_corpus: int, fused: bool) -> None:
+    batch = make_batch(num_gold=num_gold, num_corpus=num_corpus)
+    terms = {"lm": TermOptions(on=("gold",)), "kd": TermOptions(on=("corpus",), temperature=2.0)}
+    hidden_NH, model = torch.randn(num_gold + num_corpus, 30, requires_grad=True), OwnLogits(30)
+    assert count_positions(batch, terms).tolist() == [num_gold, num_corpus]
+    loss, sums = speak(model, hidden_NH, batch, terms, {"lm": 1.0, "kd": 1.0}, vocabulary_size=30, fused=fused)
+    loss.backward()
+    # every parameter gets a gradient on every rank, or its collectives would not meet
+    assert model.head.weight.grad is not None
+    assert hidden_NH.grad is not None
+    assert torch.isfinite(model.head.weight.grad).all()
+    assert torch.isfinite(sums).all()
+
+
+def test_the_gradient_is_not_made_anew_for_a_larger_loss() -> None:
+    batch, hidden_NH, model = (
+        make_batch(num_gold=2, num_corpus=2),
+        torch.randn(4, 30, requires_grad=True),
+        OwnLogits(30),
+    )
+    terms, factors = {"lm": TermOptions(on=("gold",))}, {"lm": 1.0}
+    grads = []
+    for factor in (1.0, 3.0):
+        hidden_NH.grad = model.head.weight.grad = None
+        loss, _ = speak(model, hidden_NH, batch, terms, factors, vocabulary_size=30)
+        (factor * loss).backward()
+        grads.append((hidden_NH.grad, model.head.weight.grad))
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(3.0 * one, other)
+
+
+# ----------------------------------------------------------------------------------- the choice setting
+
+
+def test_thresholds_bring_each_class_to_its_prior() -> None:
+    """A student that leans to one class is hardened as often to each as the teacher is for it, within a few steps."""
+    generator = torch.Generator().manual_seed(0)
+    student_NV, teacher_NV = torch.randn(400, 30, generator=generator), torch.randn(400, 30, generator=generator)
+    student_NV[:, 4] += 3.0  # leans to class 4
+    student_NV[:, 9] += 9.0  # no class at all, though likelier
+    teacher_NV[:, [2, 4, 7]] += torch.tensor([5.0, 4.0, 4.5])
+    top = top_k(teacher_NV, k=8, temperatures=(1.0,))
+    batch = make_batch(num_gold=0, num_corpus=400, top=top)
+    terms, thresholds = {"confidence": TermOptions(on=("corpus",), class_ids=(2, 4, 7))}, (0.0, 0.0, 0.0)
+    for fused in (True, False):
+        for step in range(60):
+            _, _, sums = ours(student_NV, batch, terms, {"confidence": 1.0}, fused=fused, thresholds=thresholds)
+            own = [sums[f"own_{token}"] / 400 for token in (2, 4, 7)]
+            theirs = [sums[f"teachers_{token}"] / 400 for token in (2, 4, 7)]
+            assert sum(own) == pytest.approx(1.0)
+            assert sum(theirs) == pytest.approx(1.0, abs=1e-4)
+            if step == 0 and fused:
+                assert own[1] > theirs[1] + 0.3
+            thresholds = moved(thresholds, own=own, teacher=theirs)
+        assert own == pytest.approx(theirs, abs=0.02)
+    value, grad, _ = ours(student_NV, batch, terms, {"confidence": 1.0}, fused=True, thresholds=thresholds)
+    own_N = hardened(student_NV, (2, 4, 7), thresholds)
+    leaf = student_NV.double().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf, own_N, reduction="sum")
+    expected.backward()
+    assert leaf.grad is not None
+    assert close(value, expected.detach())
+    assert close(grad, leaf.grad)
+
+
+# --------------------------------------------------------------------------------- gates and controls
+
+
+def test_gates_are_what_they_say() -> None:
+    teacher_MV = torch.tensor([[9.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 5.0, 0.0]])
+    top = top_k(teacher_MV, k=2, temperatures=(1.0,))
+    batch = make_batch(num_gold=0, num_corpus=3, vocabulary=3, top=top)
+    entropy_M = torch.special.entr(torch.softmax(teacher_MV, 1)).sum(1)
+    batch = with_fields(batch, entropy_M=entropy_M, target_ids_N=torch.tensor([0, -100, 2]))
+
+    def passed(**settings: Any) -> list[bool]:
+        return read_positions(batch, "kd", TermOptions(on=("corpus",), gate=Gate(**settings))).tolist()
+
+    assert passed() == [True, True, True]
+    assert passed(min_confidence=0.5) == [True, False, True]
+    assert passed(max_entropy=0.01) == [True, False, False]
+    assert passed(drop_wrong=True) == [True, True, False]
+    unknown = with_fields(batch, entropy_M=torch.full((3,), torch.nan))
+    with pytest.raises(InputError, match="expected the teacher's entropy at every position"):
+        read_positions(unknown, "kd", TermOptions(on=("corpus",), gate=Gate(max_entropy=1.0)))
+
+
+def with_fields(batch: Batch, **fields: Any) -> Batch:
+    return Batch(**{name: getattr(batch, name) for name in batch.__slots__} | fields)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 49_152])
+def test_smoothing_keeps_the_first_choice_and_the_entropy(vocabulary: int) -> None:
+    teacher_NV = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
+    entropy_N = torch.special.entr(torch.softmax(teacher_NV.double(), 1)).sum(1)
+    top = top_k(teacher_NV, k=4, temperatures=TEMPERATURES)
+    smooth = smoothed(top, entropy_N.float(), vocabulary_size=vocabulary)
+    relative_N = smooth.relative_logits_NK[:, 1].double()
+    for c, T in enumerate(TEMPERATURES):
+        dense_NV = (relative_N[:, None] / T).expand(-1, vocabulary).clone()
+        dense_NV[:, 0] = 0.0
+        tail_N = torch.logsumexp(dense_NV[:, 4:], 1)
+        assert torch.allclose(smooth.log_tail_NC[:, c].double(), tail_N, atol=1e-5)
+        if T == 1.0:
+            p_NV = torch.softmax(dense_NV, 1)
+            assert torch.allclose(torch.special.entr(p_NV).sum(1), entropy_N, atol=1e-4)
+    assert torch.equal(smooth.ids_NK, top.ids_NK)
+
+
+# --------------------------------------------------------------------------------------- diagnostics
+
+
+def test_cosines_and_norms_are_those_of_the_dense_gradients() -> None:
+    for temperature in (1.0, 2.0):
+        batch = make_batch(num_gold=0, num_corpus=40, known=1.0, scale=3.0, seed=4)
+        assert batch.teacher is not None
+        logits_NV = torch.randn(40, 30, generator=torch.Generator().manual_seed(9))
+        terms = {"lm": TermOptions(on=ALL), "kd": TermOptions(on=ALL, temperature=temperature)}
+        dense = {name: exact(logits_NV, batch, {name: terms[name]}, {name: 1.0})[1] for name in terms}
+        is_right_N = batch.teacher.ids_NK[:, 0] == batch.target_ids_N
+        assert 0 < is_right_N.sum() < 40
+        for fused in (True, False):
+            _, _, sums = ours(logits_NV, batch, terms, {"lm": 1.0, "kd": 1.0}, fused=fused, diagnose=True)
+            for side, mask_N in (("right", is_right_N), ("wrong", ~is_right_N)):
+                expected = {
+                    "count": mask_N.sum(),
+                    "dot": (dense["lm"] * dense["kd"]).sum(1)[mask_N].sum(),
+                    "lm_square": dense["lm"].square().sum(1)[mask_N].sum(),
+                    "kd_square": dense["kd"].square().sum(1)[mask_N].sum(),
+                }
+                for name, value in expected.items():
+                    assert sums[f"{name}_{side}"] == pytest.approx(float(value), rel=1e-4, abs=1e-5), (name, side)
+            assert sums["lm_square"] == pytest.approx(float(dense["lm"].square().sum()), rel=1e-4)
+            assert sums["agreement"] == (logits_NV.argmax(1) == batch.teacher.ids_NK[:, 0]).sum()
+            at_one = exact(logits_NV, batch, {"kd": TermOptions(on=ALL)}, {"kd": 1.0})[0]
+            assert sums["kd_at_T1"] == pytest.approx(float(at_one), rel=1e-4)

@@ -1,0 +1,179 @@
+"""The scripts as a user runs them: options, processes, waiting, what a run left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from pipeline.config.cli import CONF_DIR, register
+from pipeline.config.options import save_config, typed
+from pipeline.config.schema import (
+    ROOTS,
+    CaptureConfig,
+    Dtype,
+    ModelConfig,
+    TextConfig,
+)
+from pipeline.core.files import RunPaths
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str, *arguments: str, cwd: Path, check: bool = True, **settings: Any) -> subprocess.CompletedProcess:
+    """Run scripts/NAME.py as a user does, from some folder of theirs."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **settings,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def train_arguments(student: Path, data: Path, cache: str, **changes: Any) -> list[str]:
+    """A short fp32 run on the tiny models; `changes` are options, dots written as double underscores."""
+    chosen: dict[str, Any] = {
+        "experiment": "combined",
+        "student.path": student,
+        "student.dtype": "float32",
+        "student.attention": "sdpa",
+        "cache": cache,
+        "runs_dir": "runs",
+        "window": 48,
+        "gold.files": f"[{data}/gold.jsonl]",
+        "dev.files": f"[{data}/dev.jsonl]",
+        "test.files": f"[{data}/test.jsonl]",
+        "scoring.teacher_predictions": "null",
+        "global_batch": 4,
+        "micro_batch": 2,
+        "gold_fraction": 0.25,
+        "epochs": "null",
+        "steps": 6,
+        "optimizer.learning_rate": 0.001,
+        "checkpoint.every_steps": 0,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+    return [f"{name}={value}" for name, value in chosen.items()]
+
+
+def capture_arguments(teacher: Path, data: Path, **changes: Any) -> list[str]:
+    chosen: dict[str, Any] = {
+        "name": "tiny",
+        "caches_dir": "caches",
+        "teacher.path": teacher,
+        "teacher.dtype": "float32",
+        "teacher.attention": "sdpa",
+        "corpus.files": f"[{data}/corpus.jsonl]",
+        "window": 48,
+        "k": 8,
+        "temperatures": "[1.0,2.0]",
+        "records_per_shard": 25,
+        "batch_sequences": 4,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+    return [f"{name}={value}" for name, value in chosen.items()]
+
+
+def losses_of(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(arguments: list[str], cwd: Path) -> subprocess.Popen:
+    """The script in the background, its output in a file, so that it can be interrupted."""
+    with (cwd / "output.txt").open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments], cwd=cwd, stdout=output, stderr=output
+        )
+
+
+def wait_for(condition: Any, process: subprocess.Popen | None = None, *, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        assert process is None or process.poll() is None, "ended too soon"
+        time.sleep(0.05)
+
+
+def steps_done(folder: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl"))
+
+
+def composed(root: str, *overrides: str) -> Any:
+    register()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return typed(compose(root, overrides=list(overrides)), ROOTS[root])
+
+
+BIT_BY_BIT = ("model.safetensors", "config.json")
+
+
+def only(folder: Path) -> Path:
+    (found,) = folder.iterdir()
+    return found
+
+
+def stop_at(step: int, arguments: list[str], cwd: Path) -> None:
+    """Start, ask to stop after a step, and wait for the checkpoint."""
+    process = start(arguments, cwd)
+    wait_for(lambda: steps_done(cwd / "runs") >= step, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75, (cwd / "output.txt").read_text()[-3000:]
+
+
+def config_of(teacher: Path, files: Path, folder: Path, **changes: Any) -> CaptureConfig:
+    chosen: dict[str, Any] = {
+        "name": "tiny",
+        "caches_dir": str(folder),
+        "teacher": ModelConfig(path=str(teacher), dtype=Dtype.float32),
+        "corpus": TextConfig(files=[str(files)]),
+        "window": 48,
+        "k": 8,
+        "temperatures": [1.0, 2.0],
+        "records_per_shard": 25,
+        **changes,
+    }
+    return CaptureConfig(**chosen)
+
+
+def prepared(folder: Path, arguments: list[str], *, stop: bool = False) -> Path:
+    folder.mkdir()
+    save_config(composed("train", *arguments), folder / "config.yaml")
+    if stop:
+        RunPaths(folder=folder).stop.touch()
+    return folder
+
+
+def run_ranks(num_ranks: int, folders: list[Path]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    command += [str(ROOT / "tests" / "support" / "zero_worker.py"), *map(str, folders)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system of its own; needs root, as CI is."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0 and not os.environ.get("CI"), reason="mounting needs root")

@@ -1,0 +1,44 @@
+"""Held-out texts scored in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from pipeline.config.schema import Targets
+from pipeline.core.types import Scores
+from pipeline.evaluation.requests import Exam, open_exam
+from pipeline.evaluation.scoring import score
+from pipeline.models import loading as models
+from pipeline.models.compatibility import longest_sequence
+from pipeline.models.tokenizer import load_tokenizer
+from support.tiny import text_of
+
+
+def scored(
+    folder: Path,
+    path: Path,
+    *,
+    teacher: str | None = None,
+    max_new_tokens: int = 0,
+    batch_tokens: int = 300,
+    **settings: Any,
+) -> tuple[Scores, pl.DataFrame]:
+    exam = exam_of(folder, path, max_new_tokens=max_new_tokens, **settings)
+    model = models.load_model(folder, dtype="float32", device=torch.device("cpu"))
+    return score(
+        model,
+        exam,
+        batch_tokens=batch_tokens,
+        teacher_predictions=teacher,
+        log_every_seconds=60,
+    )
+
+
+def exam_of(folder: Path, path: Path, *, max_new_tokens: int = 0, **settings: Any) -> Exam:
+    text = text_of(path, "test", **{"targets": Targets.completion, **settings})
+    longest = longest_sequence(folder)
+    return open_exam(text, load_tokenizer(folder), longest=longest, max_new_tokens=max_new_tokens)
