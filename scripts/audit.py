@@ -19,7 +19,7 @@ read at all or an option is wrong.
 
 import sys
 
-from pipeline.config.cli import hydra_main, take_action
+from pipeline.config.cli import hydra_main, pop_action
 from pipeline.config.schema import AuditConfig, CaptureConfig
 
 ACTIONS = {
@@ -37,7 +37,7 @@ def main(config: AuditConfig | CaptureConfig) -> None:
 
 
 if __name__ == "__main__":
-    action = take_action(ACTIONS, __doc__ or "")
+    action = pop_action(ACTIONS, __doc__ or "")
     root = "capture" if action == "plan" else "audit"
     names = {word.split("=")[0] for word in sys.argv}
     if root == "audit" and "model@teacher" not in names and any(name.startswith("teacher.") for name in names):

@@ -13,9 +13,9 @@ from pipeline.config.schema import TrainConfig
 
 
 def main(config: TrainConfig) -> float | None:
-    from pipeline.training.driver import train  # here, so that a wrong option is refused before torch has loaded
+    from pipeline.training.driver import run  # here, so that a wrong option is refused before torch has loaded
 
-    return train(config)
+    return run(config)
 
 
 if __name__ == "__main__":

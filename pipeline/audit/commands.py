@@ -55,7 +55,7 @@ def finished_manifest(cache: Path) -> Manifest:
     """The manifest of a cache whose shards are all committed; InputError for any other."""
     manifest = load_manifest(cache)
     try:
-        manifests.whole(cache, manifest)
+        manifests.committed_shards(cache, manifest)
     except InputError:
         raise
     except (ValueError, TypeError, KeyError) as error:
@@ -72,7 +72,7 @@ def verify(cache: Path, config: AuditConfig) -> int:
         print(f"{cache}: {len(wrong)} finding{'s' * (len(wrong) > 1)}")
         return 1
     manifest = finished_manifest(cache)
-    infos = manifests.whole(cache, manifest)
+    infos = manifests.committed_shards(cache, manifest)
     print(
         f"{cache}: whole and right: {manifest.num_records} records ({manifest.num_skipped} skipped), "
         f"{sum(info.rows for info in infos)} sequences, {sum(info.targets for info in infos)} targets, "

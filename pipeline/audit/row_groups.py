@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.cache.schema import padded
+from pipeline.cache.schema import pad_entries
 from pipeline.core.types import Manifest, TopK
 
 
@@ -82,7 +82,7 @@ def distributions(columns: Columns, manifest: Manifest) -> TopK:
     relative_E = torch.from_numpy(columns.values["relative_logits"].copy())
     if "kept_counts" in columns.values:
         counts_N = torch.from_numpy(columns.values["kept_counts"].astype(np.int64))
-        ids_NK, relative_NK = padded(ids_E, relative_E, counts_N)
+        ids_NK, relative_NK = pad_entries(ids_E, relative_E, counts_N)
     else:
         ids_NK, relative_NK = ids_E.reshape(-1, manifest.k), relative_E.reshape(-1, manifest.k)
     return TopK(

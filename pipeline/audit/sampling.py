@@ -18,7 +18,7 @@ Sample = tuple[TokenSequence, Captured]
 
 def random_samples(cache: Path, manifest: Manifest, *, rows: int, seed: int) -> list[Sample]:
     """That many different sequences (all, if there are fewer), a function of the seed, in the order of the cache."""
-    infos = manifests.whole(cache, manifest)
+    infos = manifests.committed_shards(cache, manifest)
     places = [(info, group, size) for info in infos for group, size in enumerate(info.row_groups)]
     ends = np.cumsum([size for _, _, size in places])
     total = int(ends[-1]) if len(ends) else 0
@@ -27,7 +27,7 @@ def random_samples(cache: Path, manifest: Manifest, *, rows: int, seed: int) -> 
     in_block = np.searchsorted(ends, chosen, side="right")
     for block in np.unique(in_block):
         info, group, size = places[block]
-        manifests.check_shard(cache, info)
+        manifests.check_shard_hash(cache, info)
         table = pq.ParquetFile(manifests.shard_path(cache, info.index)).read_row_group(group)
         found += _decoded(table, chosen[in_block == block] - (ends[block] - size), manifest)
     return found
@@ -37,8 +37,8 @@ def samples_of_record(cache: Path, manifest: Manifest, record: int) -> list[Samp
     """The sequences that hold a part of a record; refuses one that the cache does not hold."""
     if not 0 <= record < manifest.num_records:
         raise InputError(f"record: expected 0 to {manifest.num_records - 1} (the corpus of {cache}), found {record}")
-    info = manifests.whole(cache, manifest)[record // manifest.records_per_shard]
-    manifests.check_shard(cache, info)
+    info = manifests.committed_shards(cache, manifest)[record // manifest.records_per_shard]
+    manifests.check_shard_hash(cache, info)
     file = pq.ParquetFile(manifests.shard_path(cache, info.index))
     found: list[Sample] = []
     for group in range(file.num_row_groups):

@@ -97,12 +97,12 @@ class Tally:
 
 def summarize(cache: Path, manifest: Manifest, *, log_every_seconds: float = 10.0) -> dict[str, Any]:
     """All figures as plain data; refuses a cache that is not finished or whose bytes are damaged."""
-    infos = manifests.whole(cache, manifest)
+    infos = manifests.committed_shards(cache, manifest)
     tally, sizes = Tally(manifest), Counter[str]()
     total = sum(info.rows for info in infos)
     progress = Progress("summary", total=total, unit=" sequences", log_every_seconds=log_every_seconds)
     for info in infos:
-        manifests.check_shard(cache, info)
+        manifests.check_shard_hash(cache, info)
         path = manifests.shard_path(cache, info.index)
         columns = column_bytes(path)
         sizes += columns

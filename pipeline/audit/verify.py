@@ -39,7 +39,7 @@ def load_manifest(cache: Path) -> Manifest:
     """A manifest whose fields are what they should be; InputError if it cannot be read at all."""
     path = manifests.manifest_path(cache)
     try:
-        manifest = manifests.load(cache)
+        manifest = manifests.load_manifest(cache)
         wrong = [name for name in NUMBERS if type(getattr(manifest, name)) is not int]
         wrong += [name for name in ("fingerprint", "kind") if type(getattr(manifest, name)) is not str]
         wrong += [] if type(manifest.made_of) is dict else ["made_of"]
@@ -156,7 +156,7 @@ def check_shard(cache: Path, manifest: Manifest, index: int) -> tuple[list[str],
     """What is wrong with one shard, and the records that it says were left out."""
     path = manifests.shard_path(cache, index)
     try:
-        info = manifests.describe(path, index)
+        info = manifests.describe_shard(path, index)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         return [f"{path}: expected a whole Parquet file, found it damaged ({_line(error)}); {REDO}"], 0
     wrong = list(_vouched(cache, info))
@@ -183,7 +183,7 @@ def _vouched(cache: Path, info: ShardInfo) -> Iterator[str]:
     if beside.read_bytes() == _written(info):
         return
     try:
-        said = manifests.committed(cache, info.index)
+        said = manifests.shard_info(cache, info.index)
         assert said is not None
     except (ValueError, TypeError, KeyError) as error:
         yield f"{beside}: expected a ShardInfo, found one that cannot be read ({_line(error)}); {REDO}"

@@ -16,17 +16,17 @@ import torch
 
 from pipeline.bench.timing import Figure, Findings, figure, in_turn, ratios, seconds, shown, table
 from pipeline.cache import manifest as manifests
-from pipeline.capture.plan import make, planned
-from pipeline.capture.plan_lookup import request_of
-from pipeline.capture.worker import work
+from pipeline.capture.plan import make_plan, open_sequence_file
+from pipeline.capture.plan_lookup import plan_folder
+from pipeline.capture.worker import run_worker
 from pipeline.config.schema import CaptureConfig, ModelConfig, Targets, TextConfig
-from pipeline.core.runtime import compute_device, keep_memory
+from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import TokenSequence
 from pipeline.data.packing import collate_inputs
 from pipeline.models import loading as models
 from pipeline.models.forward import Model, hidden_states, logits
-from pipeline.models.prepack import laid_out
+from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,10 +40,10 @@ def run(quick: bool) -> Findings:
     Every token is a target here, as in plain text: the demo's one target a record would let capture skip nine tenths
     of the head, and beat the forward that it is compared with.
     """
-    keep_memory()
-    teacher = models.settled(ModelConfig(path=str(MODEL), attention="eager"))
+    keep_allocator_memory()
+    teacher = models.resolve_dtype(ModelConfig(path=str(MODEL), attention="eager"))
     model = models.open_model(teacher, compute_device())
-    prepared = laid_out(models.open_model(teacher, compute_device()))  # as a capture opens it
+    prepared = prepack(models.open_model(teacher, compute_device()))  # as a capture opens it
     tokenizer = load_tokenizer(MODEL)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -52,9 +52,9 @@ def run(quick: bool) -> Findings:
         corpus.write_text("".join(lines[:450] if quick else lines))
         config = options(teacher, corpus, folder / "caches", Targets.all)
         one_target = options(teacher, corpus, folder / "caches", Targets.next)
-        request = request_of(config)
-        make(config, request)
-        sequences = list(planned(request.sequences, 0))
+        request = plan_folder(config)
+        make_plan(config, request)
+        sequences = list(open_sequence_file(request.sequences, 0))
         num_tokens = sum(len(sequence.input_ids_S) for sequence in sequences)
         prompts = [json.loads(line)["prompt"] for line in corpus.read_text().splitlines()]
         things = {
@@ -113,12 +113,12 @@ def forward(model: Model, sequences: Sequence[TokenSequence]) -> None:
 def capture(model: Model, config: CaptureConfig) -> None:
     """From text to committed shards, in a new folder: tokenize, pack, forward, top-k, write, fsync."""
     shutil.rmtree(config.caches_dir, ignore_errors=True)
-    request = request_of(config)
-    manifest = make(config, request)
+    request = plan_folder(config)
+    manifest = make_plan(config, request)
     cache = Path(config.caches_dir) / "cache"
-    manifests.start(cache, manifest)
-    work(config, cache, request.sequences, range(manifest.num_shards), teacher=model)
-    manifests.finish(cache, manifest, stale_seconds=config.lease_seconds)
+    manifests.create_cache(cache, manifest)
+    run_worker(config, cache, request.sequences, range(manifest.num_shards), teacher=model)
+    manifests.finalize_cache(cache, manifest, stale_seconds=config.lease_seconds)
 
 
 @torch.inference_mode()

@@ -22,14 +22,14 @@ from pipeline.bench.capture import CORPUS, MODEL
 from pipeline.bench.timing import Findings, table
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import shard_writer
-from pipeline.capture.teacher import speak
+from pipeline.capture.teacher import capture_positions
 from pipeline.config.schema import Dtype, ModelConfig, Targets, TextConfig
-from pipeline.core.runtime import compute_device, keep_memory
-from pipeline.core.topk import uniforms
+from pipeline.core.runtime import compute_device, keep_allocator_memory
+from pipeline.core.topk import uniform_draws
 from pipeline.core.types import Captured, Manifest, TokenSequence, TopK
 from pipeline.data.packing import collate_inputs
 from pipeline.data.records import open_text
-from pipeline.data.tokenize import known_sequences
+from pipeline.data.tokenize import load_labeled_sequences
 from pipeline.models import loading as models
 from pipeline.models.forward import Model, hidden_states, logits
 from pipeline.models.tokenizer import load_tokenizer
@@ -99,7 +99,7 @@ def run(quick: bool) -> Findings:
     Teacher: SmolLM2-135M. Student: the same with one of its thirty layers left out. Text: titles and descriptions of
     Wikipedia's vital articles, every token a target.
     """
-    keep_memory()
+    keep_allocator_memory()
     scene = set_scene(num_sequences=2 if quick else 16)
     full = {T: gradient(scene, iter(full_differences(scene, T))) for T in sorted({way.temperature for way in WAYS})}
     rows = [row_of(way, scene, full[way.temperature]) for way in WAYS]
@@ -149,7 +149,7 @@ def set_scene(*, num_sequences: int) -> Scene:
         texts = ["\n".join(prompts[i : i + 10]) for i in range(0, len(prompts), 10)]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         text = open_text(TextConfig(files=[str(path)], targets=Targets.all), "text")
-        held = known_sequences(text, tokenizer, window=WINDOW)[:num_sequences]
+        held = load_labeled_sequences(text, tokenizer, window=WINDOW)[:num_sequences]
     hidden_NH, student_NV = read(near(student), held, len(tokenizer))
     _, teacher_NV = read(teacher, held, len(tokenizer))
     targets_N = torch.cat([sequence.target_ids_N for sequence in held])
@@ -197,7 +197,7 @@ def differences(scene: Scene, way: Way, trial: int) -> Iterator[Tensor]:
     parts = zip(*(x.split(POSITIONS) for x in (scene.student_NV, scene.teacher_NV, draws_ND)), strict=True)
     for student_NV, teacher_NV, drawn_ND in parts:
         unknown_N = torch.zeros(len(teacher_NV), dtype=torch.int64)
-        top = way.read(speak(teacher_NV, unknown_N, drawn_ND, _manifest(way, scene)).top)
+        top = way.read(capture_positions(teacher_NV, unknown_N, drawn_ND, _manifest(way, scene)).top)
         logits_NV = student_NV.clone().requires_grad_()
         options = TermOptions(on=(), temperature=way.temperature, temperature_squared=False)
         (found_NV,) = torch.autograd.grad(kd_of_logits(logits_NV, top, options), logits_NV)
@@ -205,7 +205,7 @@ def differences(scene: Scene, way: Way, trial: int) -> Iterator[Tensor]:
 
 
 def _draws(scene: Scene, way: Way, trial: int) -> Tensor:
-    return torch.cat([uniforms(s.key, len(s.target_ids_N), draws=way.draws, seed=trial) for s in scene.sequences])
+    return torch.cat([uniform_draws(s.key, len(s.target_ids_N), draws=way.draws, seed=trial) for s in scene.sequences])
 
 
 def _manifest(way: Way, scene: Scene) -> Manifest:
@@ -233,12 +233,12 @@ def bytes_a_token(scene: Scene, way: Way) -> float:
     counts = [len(sequence.target_ids_N) for sequence in scene.sequences]
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
-        manifests.start(cache, manifest)
+        manifests.create_cache(cache, manifest)
         with shard_writer(cache, manifest, 0) as writer:
             starts = itertools.accumulate(counts, initial=0)
             for sequence, first, count in zip(scene.sequences, starts, counts, strict=False):
                 rows = slice(first, first + count)
-                said = speak(scene.teacher_NV[rows], scene.targets_N[rows], draws_ND[rows], manifest)
+                said = capture_positions(scene.teacher_NV[rows], scene.targets_N[rows], draws_ND[rows], manifest)
                 captured = Captured(top=said.top, next_log_prob_N=said.next_log_prob_N, entropy_N=said.entropy_N)
                 writer.write(sequence, captured)
             writer.commit(num_skipped=0)

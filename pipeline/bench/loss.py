@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.bench.timing import Findings, figure, in_turn, ratios, seconds, shown, table
-from pipeline.core.runtime import compute_device, keep_memory, multiplies_fast
+from pipeline.core.runtime import compute_device, has_fast_matmul, keep_allocator_memory
 from pipeline.core.topk import join, top_k
 from pipeline.core.types import UNKNOWN_TARGET, Batch, TopK
-from pipeline.objective.fused_head import speak
+from pipeline.objective.fused_head import combined_loss
 from pipeline.objective.terms import TermOptions
-from pipeline.training.driver import CPU_MEMORY
+from pipeline.training.driver import ALLOCATOR_SETTINGS
 
 HIDDEN, VOCABULARY, K = 576, 49_152, 64  # SmolLM2-135M's
 TERMS = {"lm": TermOptions(on=("corpus",)), "kd": TermOptions(on=("corpus",))}
@@ -87,7 +87,9 @@ def random_top(num: int, vocabulary: int, k: int) -> TopK:
 def ours(case: Case, hidden_NH: Tensor, *, fused: bool = True) -> Tensor:
     """Both terms in one pass."""
     factors, vocabulary_size = {name: 1.0 / len(hidden_NH) for name in TERMS}, len(case.head.lm_head.weight)
-    return speak(case.head, hidden_NH, case.batch, TERMS, factors, vocabulary_size=vocabulary_size, fused=fused)[0]
+    return combined_loss(
+        case.head, hidden_NH, case.batch, TERMS, factors, vocabulary_size=vocabulary_size, fused=fused
+    )[0]
 
 
 def cross_entropy(case: Case, hidden_NH: Tensor) -> Tensor:
@@ -149,13 +151,13 @@ def once(name: str, case: Case) -> float:
 
 def run(quick: bool) -> Findings:
     """All ways at 2,048 and 8,192 positions; memory; a tenth of the targets; larger vocabularies and K."""
-    fast = multiplies_fast(torch.bfloat16, compute_device())
+    fast = has_fast_matmul(torch.bfloat16, compute_device())
     dtype = torch.bfloat16 if fast else torch.float32
     sizes, runs = ([256], 2) if quick else ([2048, 8192], 5)
     shape = f"{dtype}, H {HIDDEN}, V {VOCABULARY}, K {K}"
     print(f"loss: forward and backward of the head in seconds, {shape}")
     findings = side_by_side(sizes, dtype, runs)
-    keep_memory()  # as training's ranks do
+    keep_allocator_memory()  # as training's ranks do
     return findings | precision(dtype) | proportion(sizes[0], dtype, runs) | growth(sizes[0], dtype, runs, quick)
 
 
@@ -166,7 +168,7 @@ def side_by_side(sizes: Sequence[int], dtype: torch.dtype, runs: int) -> Finding
     has it faulted in page by page.
     """
     findings: Findings = {}
-    settings: dict[str, tuple[dict[str, str], Sequence[int]]] = {"": ({}, sizes), KEPT: (CPU_MEMORY, sizes[:1])}
+    settings: dict[str, tuple[dict[str, str], Sequence[int]]] = {"": ({}, sizes), KEPT: (ALLOCATOR_SETTINGS, sizes[:1])}
     for title, (environment, nums) in settings.items():
         rows = [["positions", *WAYS]]
         for num in nums:

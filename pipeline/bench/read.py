@@ -11,18 +11,18 @@ import torch
 from pipeline.bench.timing import Findings, figure, in_turn, seconds, shown, table
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import ShardReader, shard_writer
-from pipeline.core.runtime import keep_memory
+from pipeline.core.runtime import keep_allocator_memory
 from pipeline.core.topk import top_k
 from pipeline.core.types import Captured, Manifest, TokenSequence
 from pipeline.data.mixture import collate
-from pipeline.data.packing import Segment, sequence
+from pipeline.data.packing import Segment, make_sequence
 
 K, VOCABULARY, WINDOW = 64, 49_152, 512
 
 
 def run(quick: bool) -> Findings:
     """tokens/s over a whole epoch of a cache of random content at K = 64: hash, decompress, decode, collate."""
-    keep_memory()  # as training's ranks do
+    keep_allocator_memory()  # as training's ranks do
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -62,7 +62,7 @@ def random_row(record_id: int, generator: torch.Generator) -> tuple[TokenSequenc
     """One full window with a target at every position; logits fall off as a language model's do."""
     ids = torch.randint(VOCABULARY, (WINDOW,), generator=generator)
     pairs = tuple((s, int(ids[s + 1])) for s in range(WINDOW - 1))
-    one = sequence([Segment(record_id=record_id, ids=tuple(ids.tolist()), targets=pairs)])
+    one = make_sequence([Segment(record_id=record_id, ids=tuple(ids.tolist()), targets=pairs)])
     logits_NV = torch.randn(WINDOW - 1, 4 * K, generator=generator) * 4
     top = top_k(logits_NV, k=K, temperatures=(1.0,))
     spread_NK = (top.ids_NK * (VOCABULARY // (4 * K))) + torch.randint(VOCABULARY // (4 * K), (1,), generator=generator)
@@ -73,7 +73,7 @@ def random_row(record_id: int, generator: torch.Generator) -> tuple[TokenSequenc
 def write_cache(cache: Path, *, num_sequences: int) -> int:
     """A cache of random content; returns its targets."""
     manifest = manifest_of(2, num_sequences, k=K, window=WINDOW, vocabulary=VOCABULARY)
-    manifests.start(cache, manifest)
+    manifests.create_cache(cache, manifest)
     generator, num_targets = torch.Generator().manual_seed(0), 0
     for index in range(manifest.num_shards):
         with shard_writer(cache, manifest, index) as writer:
@@ -82,7 +82,7 @@ def write_cache(cache: Path, *, num_sequences: int) -> int:
                 writer.write(one, captured)
                 num_targets += len(one.target_ids_N)
             writer.commit(num_skipped=0)
-    manifests.finish(cache, manifest, stale_seconds=60)
+    manifests.finalize_cache(cache, manifest, stale_seconds=60)
     return num_targets
 
 

@@ -13,15 +13,15 @@ from torch.nn import functional
 from pipeline.bench.capture import CORPUS, MODEL
 from pipeline.bench.timing import Findings, figure, in_turn, ratios, seconds, shown, table
 from pipeline.config.schema import Dtype, ModelConfig
-from pipeline.core.runtime import compute_device, keep_memory
+from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.topk import top_k
 from pipeline.core.types import Batch, Captured, TokenSequence
 from pipeline.data.mixture import collate
-from pipeline.data.packing import Segment, collate_inputs, sequence
+from pipeline.data.packing import Segment, collate_inputs, make_sequence
 from pipeline.models import loading as models
 from pipeline.models.forward import Model, hidden_states, logits
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
-from pipeline.objective.fused_head import speak
+from pipeline.objective.fused_head import combined_loss
 from pipeline.objective.terms import TermOptions, count_positions
 
 WINDOW, SEQUENCES, K = 256, 4, 64
@@ -32,9 +32,9 @@ TERMS = {"lm": TermOptions(on=("gold",)), "kd": TermOptions(on=("corpus",))}
 
 def run(quick: bool) -> Findings:
     """Forward, backward and AdamW on the same tokens: ours, `model(labels=...)`, and a teacher in the loop."""
-    keep_memory()  # as training's ranks do
+    keep_allocator_memory()  # as training's ranks do
     path = str(MODEL)
-    config = models.settled(ModelConfig(path=path, dtype=Dtype.auto))
+    config = models.resolve_dtype(ModelConfig(path=path, dtype=Dtype.auto))
     device = compute_device()
     _, tokenizer = open_tokenizer(config)
     student = models.open_model(dataclasses.replace(config, num_layers=4 if quick else None), device).train()
@@ -50,7 +50,7 @@ def run(quick: bool) -> Findings:
     def combined() -> Tensor:
         hidden_BSH = hidden_states(student, batch.input_ids_BS, batch.position_ids_BS)
         hidden_NH = hidden_BSH.flatten(0, 1)[batch.flat_positions_N]
-        return speak(student, hidden_NH, batch, TERMS, factors, vocabulary_size=vocabulary)[0]
+        return combined_loss(student, hidden_NH, batch, TERMS, factors, vocabulary_size=vocabulary)[0]
 
     where = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
     known = {"labels": batch.input_ids_BS}  # as transformers calls them
@@ -94,7 +94,7 @@ def windows(ids: list[int]) -> Iterator[TokenSequence]:
     for number, first in enumerate(range(0, SEQUENCES * WINDOW, WINDOW)):
         part = tuple(ids[first : first + WINDOW])
         targets = tuple((s, part[s + 1]) for s in range(WINDOW - 1))
-        yield sequence([Segment(record_id=number, ids=part, targets=targets)])
+        yield make_sequence([Segment(record_id=number, ids=part, targets=targets)])
 
 
 def captured_batch(teacher: Model, sequences: list[TokenSequence], vocabulary: int) -> Batch:

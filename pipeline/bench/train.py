@@ -22,16 +22,16 @@ from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import ShardReader, shard_writer
 from pipeline.config.schema import DeepspeedConfig, Dtype, OptimizerConfig, StudentConfig, TrainConfig
 from pipeline.core.files import RunPaths
-from pipeline.core.runtime import Ranks, StopRequest, keep_memory, ranks_from_environment
+from pipeline.core.runtime import Ranks, StopRequest, keep_allocator_memory, ranks_from_environment
 from pipeline.core.types import Batch, TrainState
-from pipeline.data.mixture import Mixture, prefetched
-from pipeline.data.sampler import Corpus, Order
+from pipeline.data.mixture import Mixture, prefetch
+from pipeline.data.sampler import BatchSampler, CacheStream
 from pipeline.models import loading as models
 from pipeline.models.forward import hidden_states
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 from pipeline.monitoring import health
-from pipeline.monitoring.metrics import Metrics
-from pipeline.objective.fused_head import speak
+from pipeline.monitoring.metrics import MetricsFile
+from pipeline.objective.fused_head import combined_loss
 from pipeline.objective.terms import count_positions
 from pipeline.training import engine as engines
 from pipeline.training.worker import take_steps
@@ -42,7 +42,7 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
 
 def run(quick: bool) -> Findings:
     """Some optimizer steps in a row by `train.take_steps` on one rank at ZeRO 0, and the same ones by the bare loop."""
-    keep_memory()  # as training's ranks do
+    keep_allocator_memory()  # as training's ranks do
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     with ranks_from_environment() as ranks, tempfile.TemporaryDirectory() as name:
@@ -51,7 +51,7 @@ def run(quick: bool) -> Findings:
 
 def compare(ranks: Ranks, folder: Path, quick: bool) -> Findings:
     """Both in turn over the same steps; the waiting is read off the steps that a prefetch could serve."""
-    model = models.settled(StudentConfig(path=str(MODEL), dtype=Dtype.auto, num_layers=4 if quick else None))
+    model = models.resolve_dtype(StudentConfig(path=str(MODEL), dtype=Dtype.auto, num_layers=4 if quick else None))
     together = 50 if ranks.device.type == "cuda" else 3  # steps that are timed as one
     mixture = small_mixture(model, ranks, folder / "cache")
     _, tokenizer = open_tokenizer(model)
@@ -96,7 +96,7 @@ class Ours:
             deepspeed=DeepspeedConfig(zero_stage=0),
         )
         student = models.open_model(config, ranks.device).train()
-        self._size = health.size_of(student)
+        self._size = health.model_size(student)
         self._engine = engines.build(
             engines.StudentWithLoss(student, vocabulary_size=vocabulary, terms=TERMS),
             self._config,
@@ -111,7 +111,7 @@ class Ours:
         last = self._state.step + count
         known = (self._engine, self._mixture, self._state, last, SEQUENCES, TERMS, self._size, None)
         self._state = take_steps(self._config, self._paths, self._ranks, StopRequest(self._paths.stop), *known)
-        self.rows += Metrics.read(self._paths.metrics)[1 - count :]
+        self.rows += MetricsFile.read(self._paths.metrics)[1 - count :]
 
 
 class Bare:
@@ -136,7 +136,7 @@ class Bare:
     def steps(self, count: int) -> None:
         """The next optimizer steps, over batches that are read just as ours are."""
         place = {"rank": 0, "world_size": 1, "micro_batch": SEQUENCES}
-        for _, batches in prefetched(self._mixture, range(self._step, self._step + count), **place):
+        for _, batches in prefetch(self._mixture, range(self._step, self._step + count), **place):
             self._take(batches[0].to(self._ranks.device))
         self._step += count
 
@@ -145,7 +145,7 @@ class Bare:
         factors = {name: 1.0 / max(count, 1) for name, count in counts.items()}
         hidden_BSH = hidden_states(self._student, batch.input_ids_BS, batch.position_ids_BS)
         hidden_NH = hidden_BSH.flatten(0, 1)[batch.flat_positions_N]
-        loss = speak(self._student, hidden_NH, batch, TERMS, factors, vocabulary_size=self._vocabulary)[0]
+        loss = combined_loss(self._student, hidden_NH, batch, TERMS, factors, vocabulary_size=self._vocabulary)[0]
         loss.backward()
         if self._stepped is not self._weights:
             for stepped, weight in zip(self._stepped, self._weights, strict=True):
@@ -167,15 +167,15 @@ def small_mixture(config: StudentConfig, ranks: Ranks, cache: Path) -> Mixture:
     rows = captured_rows(teacher, list(windows(tokenizer(prose)["input_ids"])), vocabulary_size(tokenizer))
     gold, corpus = rows[:GOLD], rows[GOLD:]
     manifest = manifest_of(1, len(corpus), k=K, window=WINDOW, vocabulary=vocabulary_size(tokenizer))
-    manifests.start(cache, manifest)
+    manifests.create_cache(cache, manifest)
     with shard_writer(cache, manifest, 0) as writer:
         for one, captured in corpus:
             assert captured is not None
             writer.write(one, captured)
         writer.commit(num_skipped=0)
-    manifests.finish(cache, manifest, stale_seconds=60)
+    manifests.finalize_cache(cache, manifest, stale_seconds=60)
     reader = ShardReader(cache)
-    whole = Corpus(weight=Fraction(1), parts=(reader.blocks,))
+    whole = CacheStream(weight=Fraction(1), parts=(reader.blocks,))
     fraction = Fraction(GOLD, SEQUENCES)
-    order = Order(seed=1, global_batch=SEQUENCES, gold_fraction=fraction, num_gold=len(gold), corpora=(whole,))
+    order = BatchSampler(seed=1, global_batch=SEQUENCES, gold_fraction=fraction, num_gold=len(gold), corpora=(whole,))
     return Mixture(order=order, gold=gold, readers=[reader])

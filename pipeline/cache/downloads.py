@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.core.object_store import Remote, download
+from pipeline.core.object_store import RemotePath, download
 from pipeline.core.types import InputError
 
 KEPT = re.compile(r"[0-9a-f]{64}")
@@ -30,7 +30,7 @@ class Downloads:
     """The least recently used go first; a shard larger than this is kept alone."""
 
     def fetch(
-        self, remote: Remote, *, sha256: str, size_bytes: int, check: Callable[[Path], None], trusted: bool
+        self, remote: RemotePath, *, sha256: str, size_bytes: int, check: Callable[[Path], None], trusted: bool
     ) -> BinaryIO:
         """An open file with the bytes of an object, which stays readable even if its name is evicted meanwhile.
 
@@ -67,7 +67,7 @@ class Downloads:
             path.unlink(missing_ok=True)
             return None
 
-    def _downloaded(self, remote: Remote, path: Path, size_bytes: int, check: Callable[[Path], None]) -> BinaryIO:
+    def _downloaded(self, remote: RemotePath, path: Path, size_bytes: int, check: Callable[[Path], None]) -> BinaryIO:
         self._make_room(size_bytes)
         temporary = self.folder / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         try:

@@ -14,14 +14,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.core.object_store import Place, Remote, age_seconds, beside
+from pipeline.core.object_store import Location, RemotePath, age_seconds, sibling
 from pipeline.core.types import InputError
 
 BEATS_PER_LEASE = 4
 
 
 @contextlib.contextmanager
-def claim(place: Place, *, lease_seconds: float) -> Iterator[bool]:
+def hold_lease(place: Location, *, lease_seconds: float) -> Iterator[bool]:
     """Hold `place` while the body runs and keep it fresh from a thread; yields False if somebody else holds it."""
     owner = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
     if not _create(place, owner) and not (_is_stale(place, lease_seconds) and _take_over(place, owner)):
@@ -48,15 +48,15 @@ def claim(place: Place, *, lease_seconds: float) -> Iterator[bool]:
                 place.unlink(missing_ok=True)
 
 
-def _is_stale(place: Place, lease_seconds: float) -> bool:
+def _is_stale(place: Location, lease_seconds: float) -> bool:
     try:
         return age_seconds(place) > lease_seconds
     except FileNotFoundError:  # released meanwhile
         return False
 
 
-def _create(place: Place, owner: str) -> bool:
-    if isinstance(place, Remote):
+def _create(place: Location, owner: str) -> bool:
+    if isinstance(place, RemotePath):
         return not place.exists() and _put(place, owner)
     try:
         descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -67,7 +67,7 @@ def _create(place: Place, owner: str) -> bool:
     return True
 
 
-def _put(place: Remote, owner: str) -> bool:
+def _put(place: RemotePath, owner: str) -> bool:
     """Of two that put at once the last one holds the claim; the first may miss that, and then both do the work."""
     place.write_text(owner)
     try:
@@ -76,18 +76,18 @@ def _put(place: Remote, owner: str) -> bool:
         return False
 
 
-def _renew(place: Place, owner: str) -> None:
-    if isinstance(place, Remote):
+def _renew(place: Location, owner: str) -> None:
+    if isinstance(place, RemotePath):
         place.write_text(owner)
     else:
         os.utime(place)
 
 
-def _take_over(place: Place, owner: str) -> bool:
+def _take_over(place: Location, owner: str) -> bool:
     """Two that try at once may both succeed; then both do the work, and the second commit finds it done."""
-    if isinstance(place, Remote):
+    if isinstance(place, RemotePath):
         return _put(place, owner)
-    stale = Path(str(beside(place, "stale")))
+    stale = Path(str(sibling(place, "stale")))
     try:
         place.rename(stale)
     except FileNotFoundError:

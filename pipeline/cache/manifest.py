@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.core.files import content_hash, file_hash, sync_folder
-from pipeline.core.object_store import Place, Remote, age_seconds, names, open_place, upload, write_json
+from pipeline.core.object_store import Location, RemotePath, age_seconds, names, open_location, upload, write_json
 from pipeline.core.types import InputError, Manifest, ShardInfo
 
 REQUESTS_AT_ONCE = 16
@@ -37,17 +37,17 @@ def shard_range(manifest: Manifest, index: int) -> range:
     return range(first, min(first + manifest.records_per_shard, manifest.num_records))
 
 
-def cache_place(manifest: Manifest, *, cache: str | None, caches_dir: str, name: str) -> Place:
+def cache_location(manifest: Manifest, *, cache: str | None, caches_dir: str, name: str) -> Location:
     """Where a cache lies: exactly at `cache`, or in `caches_dir` under its name and fingerprint."""
-    return open_place(caches_dir) / f"{name}-{manifest.fingerprint[:12]}" if cache is None else open_place(cache)
+    return open_location(caches_dir) / f"{name}-{manifest.fingerprint[:12]}" if cache is None else open_location(cache)
 
 
-def manifest_path(cache: Place) -> Place:
+def manifest_path(cache: Location) -> Location:
     """Where a cache's promise is written."""
     return cache / "manifest.json"
 
 
-def shard_file(cache: Place, info: ShardInfo) -> Place:
+def shard_file(cache: Location, info: ShardInfo) -> Location:
     """The Parquet file of a committed shard."""
     return cache / "shards" / info.file
 
@@ -57,20 +57,20 @@ def shard_path(cache: Path, index: int) -> Path:
     return cache / "shards" / f"{index:05d}.parquet"
 
 
-def info_path(cache: Place, index: int) -> Place:
+def info_path(cache: Location, index: int) -> Location:
     """The ShardInfo of a shard; it exists only if the shard is whole."""
     return cache / "shards" / f"{index:05d}.json"
 
 
-def claim_path(cache: Place, index: int) -> Place:
+def lease_path(cache: Location, index: int) -> Location:
     """Who is at work on a shard."""
     return cache / "shards" / f".{index:05d}.claim"
 
 
-def start(cache: Place, manifest: Manifest) -> None:
+def create_cache(cache: Location, manifest: Manifest) -> None:
     """Create a cache folder, or accept the one that is there if it makes the same promise."""
     if manifest_path(cache).exists():
-        check_same(load(cache), manifest.made_of, cache)
+        check_same_inputs(load_manifest(cache), manifest.made_of, cache)
         return
     try:
         if isinstance(cache, Path):
@@ -78,10 +78,12 @@ def start(cache: Place, manifest: Manifest) -> None:
         write_json(manifest_path(cache), dataclasses.asdict(manifest))
     except OSError as error:
         raise InputError(f"{cache}: expected a folder to write into, found {error.strerror}; choose another") from error
-    check_same(load(cache), manifest.made_of, cache)  # somebody may have begun another cache here just now
+    check_same_inputs(
+        load_manifest(cache), manifest.made_of, cache
+    )  # somebody may have begun another cache here just now
 
 
-def load(cache: Place) -> Manifest:
+def load_manifest(cache: Location) -> Manifest:
     """Read a manifest."""
     try:
         plain = json.loads(manifest_path(cache).read_text())
@@ -92,7 +94,7 @@ def load(cache: Place) -> Manifest:
     return Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
 
 
-def check_same(found: Manifest, made_of: dict[str, Any], cache: Place) -> None:
+def check_same_inputs(found: Manifest, made_of: dict[str, Any], cache: Location) -> None:
     """Refuse a cache made of something else, naming the fields that differ."""
     differing = sorted(
         key for key in made_of.keys() | found.made_of.keys() if made_of.get(key) != found.made_of.get(key)
@@ -104,7 +106,7 @@ def check_same(found: Manifest, made_of: dict[str, Any], cache: Place) -> None:
         )
 
 
-def committed(cache: Place, index: int) -> ShardInfo | None:
+def shard_info(cache: Location, index: int) -> ShardInfo | None:
     """The ShardInfo of a committed shard, or None."""
     try:
         plain = json.loads(info_path(cache, index).read_text())
@@ -115,28 +117,28 @@ def committed(cache: Place, index: int) -> ShardInfo | None:
     return ShardInfo(**{"file": f"{index:05d}.parquet", **plain})  # older caches do not name it
 
 
-def uncommitted(cache: Place, indices: Iterable[int]) -> list[int]:
+def missing_shards(cache: Location, indices: Iterable[int]) -> list[int]:
     """Those shards that are not committed; one listing, however many they are."""
     present = set(names(cache / "shards"))
     return [index for index in indices if info_path(cache, index).name not in present]
 
 
-def commit(cache: Place, temporary: Path, index: int) -> None:
+def commit_shard(cache: Location, temporary: Path, index: int) -> None:
     """Publish a finished temporary file as a shard: whole and durable, or not at all; never over another.
 
     The data is there before its name is, and its name before the ShardInfo that vouches for both. A shard that
     somebody else has published meanwhile stays as it is.
     """
-    if isinstance(cache, Remote):
+    if isinstance(cache, RemotePath):
         _commit_remote(cache, temporary, index)
         return
     try:
-        info = describe(temporary, index)
+        info = describe_shard(temporary, index)
         os.link(temporary, shard_path(cache, index))
     except FileExistsError:
-        adopt(cache, index)
+        adopt_orphan(cache, index)
     except FileNotFoundError:  # taken for a dead worker's and swept away
-        if committed(cache, index) is None:
+        if shard_info(cache, index) is None:
             raise
     else:
         sync_folder(cache / "shards")
@@ -144,12 +146,12 @@ def commit(cache: Place, temporary: Path, index: int) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def _commit_remote(cache: Remote, temporary: Path, index: int) -> None:
+def _commit_remote(cache: RemotePath, temporary: Path, index: int) -> None:
     """Two that commit at once, even different bits, leave two objects and a ShardInfo that is right about one.
 
     The other object stays: whoever put it may be about to vouch for it.
     """
-    info = describe(temporary, index)
+    info = describe_shard(temporary, index)
     info = dataclasses.replace(info, file=f"{index:05d}-{info.sha256[:12]}.parquet")
     if not info_path(cache, index).exists():
         upload(temporary, cache / "shards" / info.file)
@@ -158,12 +160,12 @@ def _commit_remote(cache: Remote, temporary: Path, index: int) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def totals(*, targets: int, num_skipped: int, histogram: Sequence[int]) -> dict[str, str]:
+def footer_totals(*, targets: int, num_skipped: int, histogram: Sequence[int]) -> dict[str, str]:
     """What a writer adds to a shard's own metadata, so that the file can vouch for itself."""
     return {"totals": json.dumps({"targets": targets, "num_skipped": num_skipped, "histogram": list(histogram)})}
 
 
-def describe(path: Path, index: int) -> ShardInfo:
+def describe_shard(path: Path, index: int) -> ShardInfo:
     """The ShardInfo of a whole file, under the name that it has in a local cache; ValueError if it is not whole."""
     metadata = pq.read_metadata(path)
     written = json.loads((metadata.metadata or {}).get(b"totals", b"null"))
@@ -183,34 +185,34 @@ def describe(path: Path, index: int) -> ShardInfo:
     )
 
 
-def adopt(cache: Place, index: int) -> bool:
+def adopt_orphan(cache: Location, index: int) -> bool:
     """Vouch for a shard that has its name but, by a crash just then, no ShardInfo; False if there is none."""
-    if isinstance(cache, Remote):  # a name there is no promise that the upload went to its end
+    if isinstance(cache, RemotePath):  # a name there is no promise that the upload went to its end
         return False
     path = shard_path(cache, index)
     if not path.exists():
         return False
-    if committed(cache, index) is None:
+    if shard_info(cache, index) is None:
         try:
-            info = describe(path, index)
+            info = describe_shard(path, index)
         except ValueError as error:
             raise InputError(f"{path}: expected a whole shard, found it damaged ({error}); delete it") from None
         write_json(info_path(cache, index), dataclasses.asdict(info))
     return True
 
 
-def finish(cache: Place, manifest: Manifest, *, stale_seconds: float) -> Manifest:
+def finalize_cache(cache: Location, manifest: Manifest, *, stale_seconds: float) -> Manifest:
     """Write the totals into the manifest once every shard is committed, and sweep out what dead workers left."""
-    infos = whole(cache, manifest)
+    infos = committed_shards(cache, manifest)
     finished = dataclasses.replace(manifest, num_skipped=sum(info.num_skipped for info in infos))
-    if load(cache) != finished:
+    if load_manifest(cache) != finished:
         write_json(manifest_path(cache), dataclasses.asdict(finished))
     _sweep(cache / "shards", stale_seconds)
     return finished
 
 
-def _sweep(shards: Place, stale_seconds: float) -> None:
-    if isinstance(shards, Remote):
+def _sweep(shards: Location, stale_seconds: float) -> None:
+    if isinstance(shards, RemotePath):
         for left in [shards / name for name in names(shards) if name.startswith(".")]:
             with contextlib.suppress(FileNotFoundError):
                 if age_seconds(left) > stale_seconds:
@@ -222,10 +224,10 @@ def _sweep(shards: Place, stale_seconds: float) -> None:
                 path.unlink()
 
 
-def whole(cache: Place, manifest: Manifest) -> list[ShardInfo]:
+def committed_shards(cache: Location, manifest: Manifest) -> list[ShardInfo]:
     """The ShardInfo of every shard of the plan; refuses a cache that is not finished."""
     with ThreadPoolExecutor(1 if isinstance(cache, Path) else REQUESTS_AT_ONCE) as pool:
-        infos = list(pool.map(partial(committed, cache), range(manifest.num_shards)))
+        infos = list(pool.map(partial(shard_info, cache), range(manifest.num_shards)))
     present = [info for info in infos if info is not None]
     if len(present) != manifest.num_shards:
         maker = "scripts/capture.py" if manifest.tail == "exact" else "scripts/import.py"
@@ -236,7 +238,7 @@ def whole(cache: Place, manifest: Manifest) -> list[ShardInfo]:
     return present
 
 
-def check_shard(cache: Place, info: ShardInfo, path: Path | None = None) -> None:
+def check_shard_hash(cache: Location, info: ShardInfo, path: Path | None = None) -> None:
     """Refuse a shard whose bytes are not those that were committed; `path` is where a download of it lies."""
     if path is None:
         assert isinstance(cache, Path)

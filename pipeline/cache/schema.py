@@ -124,7 +124,7 @@ def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[To
         # as int32: half the bytes of int64, which `topk.join` makes of them once, in a batch
         ids, relative = part["topk_ids"].view(torch.int32), part["relative_logits"]
         if "kept_counts" in part:
-            ids, relative = padded(ids, relative, part["kept_counts"].long())
+            ids, relative = pad_entries(ids, relative, part["kept_counts"].long())
         shape = (len(sequence.target_positions_N), -1)
         top = TopK(
             ids_NK=ids.reshape(shape),
@@ -165,7 +165,7 @@ def _sequence(key: bytes, part: dict[str, torch.Tensor]) -> TokenSequence:
     )
 
 
-def padded(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_entries(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Entries that follow one another -> [N, K], padded by -inf and each position's first id."""
     is_kept_NK = torch.arange(int(counts_N.max())) < counts_N[:, None]
     first_N = counts_N.cumsum(0) - counts_N

@@ -23,17 +23,17 @@ from pipeline.cache import manifest as manifests
 from pipeline.cache.downloads import Downloads
 from pipeline.cache.schema import ENCODING, arrow_schema, decode, encode
 from pipeline.core.files import content_hash
-from pipeline.core.object_store import Place
+from pipeline.core.object_store import Location
 from pipeline.core.topk import join, log_probabilities, narrow, select
 from pipeline.core.types import Captured, InputError, Manifest, ShardInfo, TokenSequence, TopK
-from pipeline.data.sampler import POOL_BLOCKS
+from pipeline.data.sampler import SHUFFLE_BLOCKS
 
 pa.set_memory_pool(pa.system_memory_pool())  # malloc's, so that what keeps its memory (`keep_memory`) keeps Arrow's too
 
 ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
 
 
-def shuffled(
+def shuffle_positions(
     rows: Sequence[tuple[TokenSequence, Captured]], *, seed: Sequence[int]
 ) -> list[tuple[TokenSequence, Captured]]:
     """The same sequences, each position with what was captured at another one of them: a control without knowledge."""
@@ -74,7 +74,7 @@ def retained_mass_histogram(top: TopK) -> torch.Tensor:
 class ShardWriter:
     """Writes one shard into a temporary file and publishes it whole; leaving it early leaves nothing behind."""
 
-    def __init__(self, cache: Place, manifest: Manifest, index: int, *, folder: Path) -> None:
+    def __init__(self, cache: Location, manifest: Manifest, index: int, *, folder: Path) -> None:
         self._cache, self._manifest, self._index = cache, manifest, index
         self._temporary = folder / f".{index:05d}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         self._schema = arrow_schema(
@@ -118,14 +118,14 @@ class ShardWriter:
         self._flush()
         histogram = self._histogram.tolist()
         self._file.add_key_value_metadata(
-            manifests.totals(targets=self._targets, num_skipped=num_skipped, histogram=histogram)
+            manifests.footer_totals(targets=self._targets, num_skipped=num_skipped, histogram=histogram)
         )
         self._file.close()
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
         # at an exact address two captures may have begun at once, of which the manifest names one
-        manifests.check_same(manifests.load(self._cache), self._manifest.made_of, self._cache)
-        manifests.commit(self._cache, self._temporary, self._index)
+        manifests.check_same_inputs(manifests.load_manifest(self._cache), self._manifest.made_of, self._cache)
+        manifests.commit_shard(self._cache, self._temporary, self._index)
 
     def abandon(self) -> None:
         """Remove the temporary file of a shard that was not committed."""
@@ -135,7 +135,7 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def shard_writer(cache: Place, manifest: Manifest, index: int) -> Iterator[ShardWriter]:
+def shard_writer(cache: Location, manifest: Manifest, index: int) -> Iterator[ShardWriter]:
     """A ShardWriter whose temporary file, local even where the cache is not, does not outlive an error."""
     writer = None
     try:
@@ -166,22 +166,22 @@ class ShardReader:
 
     def __init__(
         self,
-        cache: Place,
+        cache: Location,
         *,
         k: int | None = None,
         downloads: Downloads | None = None,
         shuffle_seed: int | None = None,
     ) -> None:
-        self.cache, self.manifest = cache, manifests.load(cache)
+        self.cache, self.manifest = cache, manifests.load_manifest(cache)
         if k is not None and self.manifest.kind != "topk":
             raise InputError(f"k: expected null, because {cache} is {self.manifest.kind}, found {k}")
         if k is not None and not 1 <= k <= self.manifest.k:
             raise InputError(f"k: expected 1 to {self.manifest.k} (captured in {cache}), found {k}")
         self._k, self._downloads = k, downloads
-        self._infos = manifests.whole(cache, self.manifest)
+        self._infos = manifests.committed_shards(cache, self.manifest)
         self._places = [(info, group) for info in self._infos for group in range(len(info.row_groups))]
         self.blocks = tuple(rows for info in self._infos for rows in info.row_groups)
-        self._block = lru_cache(maxsize=POOL_BLOCKS + 1)(self._read_block)
+        self._block = lru_cache(maxsize=SHUFFLE_BLOCKS + 1)(self._read_block)
         self._shuffle_seed = shuffle_seed
         self._checked: set[int] = set()
 
@@ -211,7 +211,7 @@ class ShardReader:
 
     def _read_block(self, block: int) -> list[tuple[TokenSequence, Captured]]:
         rows = decode(self._table(block), temperatures=self.manifest.temperatures)
-        return rows if self._shuffle_seed is None else shuffled(rows, seed=[self._shuffle_seed, block])
+        return rows if self._shuffle_seed is None else shuffle_positions(rows, seed=[self._shuffle_seed, block])
 
     def _table(self, block: int, columns: Sequence[str] | None = None) -> pa.Table:
         info, group = self._places[block]
@@ -224,11 +224,11 @@ class ShardReader:
         trusted, place = info.index in self._checked, manifests.shard_file(self.cache, info)
         if isinstance(place, Path):
             if not (trusted and place.exists()):
-                manifests.check_shard(self.cache, info)
+                manifests.check_shard_hash(self.cache, info)
             file: BinaryIO = place.open("rb")
         else:
             assert self._downloads is not None, "a remote cache is read through a folder of downloads"
-            check = partial(manifests.check_shard, self.cache, info)
+            check = partial(manifests.check_shard_hash, self.cache, info)
             file = self._downloads.fetch(place, sha256=info.sha256, size_bytes=info.bytes, check=check, trusted=trusted)
         self._checked.add(info.index)
         return file

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.capture.teacher import Flight, Spoken, depart, joined, mark, speak
-from pipeline.core.topk import sampled, select, uniforms
+from pipeline.capture.teacher import PendingBatch, Spoken, capture_positions, joined, start_copy, timestamp
+from pipeline.core.topk import sampled, select, uniform_draws
 from pipeline.core.types import UNKNOWN_TARGET, Manifest, TokenSequence
-from pipeline.data.packing import completed, pack
+from pipeline.data.packing import pack, with_completion
 from pipeline.models.forward import Model
-from pipeline.models.generation import say
+from pipeline.models.generation import generate
 
 
 @torch.inference_mode()
-def completed_batches(teacher: Model, prompts: Sequence[TokenSequence], manifest: Manifest) -> Iterator[Flight]:
+def completed_batches(teacher: Model, prompts: Sequence[TokenSequence], manifest: Manifest) -> Iterator[PendingBatch]:
     """Complete prompts of like length together, and pack what was said into sequences.
 
     The batches follow from the prompts alone, so that a shard done again says the same.
@@ -26,7 +26,7 @@ def completed_batches(teacher: Model, prompts: Sequence[TokenSequence], manifest
     size = options.get("batch_records", 1)
     for first in range(0, len(by_length), size):
         batch = by_length[first : first + size]
-        started = mark(next(teacher.parameters()).device)
+        started = timestamp(next(teacher.parameters()).device)
         said, spoken = _say(teacher, batch, manifest)
         yield _packed(batch, said, spoken, manifest, started)
 
@@ -38,18 +38,20 @@ def _say(teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest) -> 
     """
     options, device = manifest.made_of["complete"], next(teacher.parameters()).device
     room = [min(options["max_new_tokens"], manifest.window - len(prompt.input_ids_S)) for prompt in batch]
-    draws_BTD = torch.stack([uniforms(p.key, max(room), draws=manifest.draws, seed=manifest.draw_seed) for p in batch])
-    chances_BT1 = torch.stack([uniforms(p.key, max(room), draws=1, seed=~options["seed"]) for p in batch])
+    draws_BTD = torch.stack(
+        [uniform_draws(p.key, max(room), draws=manifest.draws, seed=manifest.draw_seed) for p in batch]
+    )
+    chances_BT1 = torch.stack([uniform_draws(p.key, max(room), draws=1, seed=~options["seed"]) for p in batch])
     unknown_B = torch.full((len(batch),), UNKNOWN_TARGET, device=device)
     spoken: list[Spoken] = []
 
     def choose(t: int, logits_BV: Tensor) -> Tensor:
-        spoken.append(speak(logits_BV, unknown_B, draws_BTD[:, t], manifest))
+        spoken.append(capture_positions(logits_BV, unknown_B, draws_BTD[:, t], manifest))
         return _choose(logits_BV, options, chances_BT1[:, t])
 
     ends = [{manifest.made_of["end_token_id"]}] * len(batch)
     prompts = [prompt.input_ids_S for prompt in batch]
-    said = say(teacher, prompts, choose, room=room, ends=ends, vocabulary_size=manifest.vocabulary_size)
+    said = generate(teacher, prompts, choose, room=room, ends=ends, vocabulary_size=manifest.vocabulary_size)
     return said, spoken
 
 
@@ -62,9 +64,9 @@ def _choose(logits_BV: Tensor, options: dict[str, object], chances_B1: Tensor) -
 
 def _packed(
     batch: Sequence[TokenSequence], said: list[list[int]], spoken: list[Spoken], manifest: Manifest, started: object
-) -> Flight:
+) -> PendingBatch:
     """Prompts and completions as sequences whose targets are what the teacher said; its truth nobody knows."""
-    segments = [completed(prompt, words) for prompt, words in zip(batch, said, strict=True)]
+    segments = [with_completion(prompt, words) for prompt, words in zip(batch, said, strict=True)]
     rows = {prompt.record_ids[0]: b for b, prompt in enumerate(batch)}
     sequences = list(pack(segments, window=manifest.window))
     whole = joined(spoken)  # row t * B + b: step t of prompt b
@@ -76,4 +78,4 @@ def _packed(
         next_log_prob_N=whole.next_log_prob_N[rows_N],
         entropy_N=whole.entropy_N[rows_N],
     )
-    return depart(sequences, kept, weak_ids_N, started)
+    return start_copy(sequences, kept, weak_ids_N, started)

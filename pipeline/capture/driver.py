@@ -15,43 +15,45 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from pipeline.cache import manifest as manifests
-from pipeline.capture.plan_lookup import request_of
+from pipeline.capture.plan_lookup import plan_folder
 from pipeline.config.schema import CaptureConfig
 from pipeline.config.validate import check_capture
-from pipeline.core.object_store import Place
+from pipeline.core.object_store import Location
 from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError, Manifest
 
 DEATHS_WITHOUT_PROGRESS = 5  # killed workers, for each of num_workers, before the cause is no longer chance
 
 
-def run(config: CaptureConfig) -> Place:
+def run(config: CaptureConfig) -> Location:
     """Capture what is not captured yet; returns the cache's folder or address."""
     start_logging()
     check_capture(config)
-    request = request_of(config)
-    manifest = request.recall() or planned(config, with_sequences=False)
-    cache = manifests.cache_place(manifest, cache=config.cache, caches_dir=config.caches_dir, name=config.name)
-    manifests.start(cache, manifest)
-    shards = share_of(config, manifest.num_shards)
-    todo = manifests.uncommitted(cache, shards)
+    request = plan_folder(config)
+    manifest = request.load() or plan_now(config, with_sequences=False)
+    cache = manifests.cache_location(manifest, cache=config.cache, caches_dir=config.caches_dir, name=config.name)
+    manifests.create_cache(cache, manifest)
+    shards = shards_of_share(config, manifest.num_shards)
+    todo = manifests.missing_shards(cache, shards)
     if todo:
         if not request.sequences.exists():  # planned and captured once, and something of it is missing now
-            planned(config, with_sequences=True)
+            plan_now(config, with_sequences=True)
         log.info("capturing %d of %d shards into %s", len(todo), manifest.num_shards, cache)
         if config.num_workers > 1:
             supervise(config, cache, request.sequences, shards)
         else:
-            from pipeline.capture.worker import work  # here, as below, because torch is needed only if there is work
+            from pipeline.capture.worker import (
+                run_worker,  # here, as below, because torch is needed only if there is work
+            )
 
-            work(config, cache, request.sequences, shards)
-    present = manifest.num_shards - len(manifests.uncommitted(cache, range(manifest.num_shards)))
+            run_worker(config, cache, request.sequences, shards)
+    present = manifest.num_shards - len(manifests.missing_shards(cache, range(manifest.num_shards)))
     if present < manifest.num_shards:
         log.info("%s: this share is done; %d of %d shards are there", cache, present, manifest.num_shards)
         return cache
-    finished = manifests.finish(cache, manifest, stale_seconds=config.lease_seconds)
+    finished = manifests.finalize_cache(cache, manifest, stale_seconds=config.lease_seconds)
     shutil.rmtree(request.sequences, ignore_errors=True)
-    infos = manifests.whole(cache, manifest)
+    infos = manifests.committed_shards(cache, manifest)
     log.info(
         "%s: %d records (%d skipped), %d sequences, %d targets, %.1f MB",
         *(cache, finished.num_records, finished.num_skipped, sum(i.rows for i in infos)),
@@ -60,14 +62,14 @@ def run(config: CaptureConfig) -> Place:
     return cache
 
 
-def planned(config: CaptureConfig, *, with_sequences: bool) -> Manifest:
+def plan_now(config: CaptureConfig, *, with_sequences: bool) -> Manifest:
     """The plan, made now: the corpus is read, tokenized and packed."""
-    from pipeline.capture.plan import make
+    from pipeline.capture.plan import make_plan
 
-    return make(config, request_of(config), with_sequences=with_sequences)
+    return make_plan(config, plan_folder(config), with_sequences=with_sequences)
 
 
-def share_of(config: CaptureConfig, num_shards: int) -> list[int]:
+def shards_of_share(config: CaptureConfig, num_shards: int) -> list[int]:
     """The shards of this process: all, or those of its share of a job array."""
     share = config.share
     if share is None and "SLURM_ARRAY_TASK_ID" in os.environ:
@@ -85,7 +87,7 @@ def share_of(config: CaptureConfig, num_shards: int) -> list[int]:
 
 
 def start_worker(
-    config: CaptureConfig, cache: Place, sequences: Path, shards: Sequence[int], worker: int
+    config: CaptureConfig, cache: Location, sequences: Path, shards: Sequence[int], worker: int
 ) -> SpawnProcess:
     """A worker as a process of its own, which ends with this one."""
     from pipeline.capture.worker import worker_process
@@ -97,7 +99,7 @@ def start_worker(
     return process
 
 
-def supervise(config: CaptureConfig, cache: Place, sequences: Path, shards: Sequence[int]) -> None:
+def supervise(config: CaptureConfig, cache: Location, sequences: Path, shards: Sequence[int]) -> None:
     """Run the workers; one that was killed is replaced, unless workers keep dying without a shard committed."""
     workers = {number: start_worker(config, cache, sequences, shards, number) for number in range(config.num_workers)}
     deaths, committed = 0, 0
@@ -111,7 +113,7 @@ def supervise(config: CaptureConfig, cache: Place, sequences: Path, shards: Sequ
                 raise InputError(
                     f"worker {number} stopped with the error above; mend it and run the same command again"
                 )
-            now = len(shards) - len(manifests.uncommitted(cache, shards))
+            now = len(shards) - len(manifests.missing_shards(cache, shards))
             deaths, committed = (1 if now > committed else deaths + 1), now
             if deaths > DEATHS_WITHOUT_PROGRESS * config.num_workers:
                 raise InputError(

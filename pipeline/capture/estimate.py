@@ -15,20 +15,28 @@ import pyarrow.parquet as pq
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import shard_writer
-from pipeline.capture.plan import Planned, corpus_of, planned, promise, shard_name, tokenizer_of, write_sequences
-from pipeline.capture.worker import flights, write
+from pipeline.capture.plan import (
+    SequenceFile,
+    corpus_of,
+    make_manifest,
+    open_sequence_file,
+    shard_name,
+    tokenizer_of,
+    write_sequences,
+)
+from pipeline.capture.worker import teacher_batches, write
 from pipeline.config.schema import CaptureConfig, Kind
 from pipeline.config.validate import check_capture
-from pipeline.core.object_store import is_address
+from pipeline.core.object_store import is_url
 from pipeline.core.progress import readable, start_logging
-from pipeline.core.runtime import compute_device, keep_memory
+from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.types import InputError, Manifest
-from pipeline.data.records import SUFFIXES, Text, pieces
+from pipeline.data.records import SUFFIXES, Text, read_chunks
 from pipeline.models import loading as models
 from pipeline.models.compatibility import check_window
 from pipeline.models.forward import Model
 from pipeline.models.paths import model_folder
-from pipeline.models.prepack import laid_out
+from pipeline.models.prepack import prepack
 
 HEAD_BYTES = 4 << 20  # of each file, to learn how many records a byte holds
 PROBE_RECORDS, PROBE_SECONDS = 2048, 20.0
@@ -51,8 +59,8 @@ def run(config: CaptureConfig) -> int:
     """Print what this capture would take; 1 if it would not fit on the disk."""
     start_logging(level=30)
     check_capture(config)
-    keep_memory()
-    config = dataclasses.replace(config, teacher=models.settled(config.teacher))
+    keep_allocator_memory()
+    config = dataclasses.replace(config, teacher=models.resolve_dtype(config.teacher))
     text = corpus_of(config)
     exact, num_records = count_records(text)
     found = probe(config, text)
@@ -72,7 +80,7 @@ def run(config: CaptureConfig) -> int:
     if total_bytes / num_shards > COMFORTABLE_SHARD_BYTES:
         smaller = max(int(config.records_per_shard * COMFORTABLE_SHARD_BYTES / (total_bytes / num_shards)), 1)
         print(f"advice    a shard would take {readable(total_bytes / num_shards)}: records_per_shard={smaller}")
-    if is_address(config.cache or config.caches_dir):
+    if is_url(config.cache or config.caches_dir):
         return 0
     folder = next(path for path in (Path(config.caches_dir).absolute() / "x").parents if path.exists())
     free = shutil.disk_usage(folder).free
@@ -129,30 +137,30 @@ def probe(config: CaptureConfig, text: Text) -> Probe:
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = tokenizer_of(folder, teacher.trust_remote_code)
     check_window(folder, config.window)
-    group = next(pieces(text.files, size=min(PROBE_RECORDS, config.records_per_shard)))
+    group = next(read_chunks(text.files, size=min(PROBE_RECORDS, config.records_per_shard)))
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / shard_name(0)
         write_sequences(path, group, text, folder, teacher.trust_remote_code, config.window, 0)
-        shard = planned(Path(name), 0)
+        shard = open_sequence_file(Path(name), 0)
         num_records = sum(len(piece.numbers) for piece in group)
-        manifest = promise(config, tokenizer, num_records, hashes={})
-        model = laid_out(models.open_model(teacher, compute_device()))
-        next(iter(flights(model, shard, manifest, config)))  # the first forward pays for what is set up once
+        manifest = make_manifest(config, tokenizer, num_records, hashes={})
+        model = prepack(models.open_model(teacher, compute_device()))
+        next(iter(teacher_batches(model, shard, manifest, config)))  # the first forward pays for what is set up once
         return _captured(config, model, shard, manifest, Path(name) / "cache")
 
 
-def _captured(config: CaptureConfig, model: Model, shard: Planned, manifest: Manifest, cache: Path) -> Probe:
-    manifests.start(cache, manifest)
+def _captured(config: CaptureConfig, model: Model, shard: SequenceFile, manifest: Manifest, cache: Path) -> Probe:
+    manifests.create_cache(cache, manifest)
     started, num_sequences, num_tokens, records = time.monotonic(), 0, 0, 0
     with shard_writer(cache, manifest, 0) as writer:
         for flight in itertools.takewhile(
-            lambda _: time.monotonic() - started < PROBE_SECONDS, flights(model, shard, manifest, config)
+            lambda _: time.monotonic() - started < PROBE_SECONDS, teacher_batches(model, shard, manifest, config)
         ):
             some, tokens, _ = write(writer, flight)
             num_sequences, num_tokens = num_sequences + some, num_tokens + tokens
             records += len({record for sequence in flight.sequences for record in sequence.record_ids})
         writer.commit(num_skipped=0)
-    info = manifests.committed(cache, 0)
+    info = manifests.shard_info(cache, 0)
     assert info is not None
     return Probe(
         num_records=records,

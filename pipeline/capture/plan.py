@@ -25,31 +25,31 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
 from pipeline.cache import manifest as manifests
-from pipeline.cache.leases import claim
+from pipeline.cache.leases import hold_lease
 from pipeline.cache.schema import SCHEMA_VERSION, decode_sequences, encode_sequences, sequence_schema
-from pipeline.capture.plan_lookup import Request, state_of
-from pipeline.config.schema import CaptureConfig, Complete, Kind
+from pipeline.capture.plan_lookup import PlanFolder, state_of
+from pipeline.config.schema import CaptureConfig, CompletionMode, Kind
 from pipeline.core.files import sync_files
 from pipeline.core.object_store import write_json
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Manifest, TokenSequence
-from pipeline.data.records import Piece, Rejections, Text, open_text, pieces, raw_records
-from pipeline.data.tokenize import sequences, text_hash
+from pipeline.data.records import MalformedRecords, RawChunk, Text, open_text, raw_records, read_chunks
+from pipeline.data.tokenize import read_sequences, text_hash
 from pipeline.models import loading as models
 from pipeline.models.compatibility import check_window
 from pipeline.models.paths import model_folder
-from pipeline.models.tokenizer import load_tokenizer, text_rules, tokenizer_hash, vocabulary_size
+from pipeline.models.tokenizer import load_tokenizer, text_settings, tokenizer_hash, vocabulary_size
 
 ROWS_A_GROUP = 2048  # sequences written, and later read, at once: bounds the memory of a shard of any size
 CORPUS_A_PROCESS_BYTES = 4 << 20  # starting a process takes longer than tokenizing this much
 
 
-def make(config: CaptureConfig, request: Request, *, with_sequences: bool = True) -> Manifest:
+def make_plan(config: CaptureConfig, request: PlanFolder, *, with_sequences: bool = True) -> Manifest:
     """Plan a capture, or wait for a process that is planning the same; the result is remembered.
 
     Without `with_sequences` a plan is enough whose sequences are captured and gone.
     """
-    teacher = models.settled(config.teacher)
+    teacher = models.resolve_dtype(config.teacher)
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = tokenizer_of(folder, teacher.trust_remote_code)
     check_window(folder, config.window)
@@ -66,8 +66,8 @@ def make(config: CaptureConfig, request: Request, *, with_sequences: bool = True
             f"{request.folder}: expected a folder to write into, found {error.strerror}; choose another with plans_dir="
         ) from error
     while True:
-        with claim(request.folder / "claim", lease_seconds=config.lease_seconds) as held:
-            manifest = request.recall()
+        with hold_lease(request.folder / "claim", lease_seconds=config.lease_seconds) as held:
+            manifest = request.load()
             if manifest is not None and (request.sequences.exists() or not with_sequences):
                 return manifest
             if held:
@@ -76,7 +76,7 @@ def make(config: CaptureConfig, request: Request, *, with_sequences: bool = True
         time.sleep(min(1.0, config.lease_seconds / 4))
 
 
-def _make(config: CaptureConfig, folder: Path, tokenizer: Any, request: Request) -> Manifest:
+def _make(config: CaptureConfig, folder: Path, tokenizer: Any, request: PlanFolder) -> Manifest:
     text = corpus_of(config)
     before = state_of([*text.files, folder])
     for left in request.folder.glob(".*.tmp"):  # of planners that were killed
@@ -91,7 +91,7 @@ def _make(config: CaptureConfig, folder: Path, tokenizer: Any, request: Request)
             num_records = tokenize(config, text, folder, spool)
             tokenizer_sha256 = tokenizer_hash(tokenizer)
         hashes = {"corpus": corpus_sha256.result(), "teacher_weights": weights_sha256.result()}
-        manifest = promise(config, tokenizer, num_records, {**hashes, "tokenizer": tokenizer_sha256})
+        manifest = make_manifest(config, tokenizer, num_records, {**hashes, "tokenizer": tokenizer_sha256})
         if state_of([*text.files, folder]) != before:
             raise InputError("corpus: expected files that stay as they are, found one changed while it was read; retry")
         sync_files(spool)
@@ -110,11 +110,11 @@ def _make(config: CaptureConfig, folder: Path, tokenizer: Any, request: Request)
 
 def corpus_of(config: CaptureConfig) -> Text:
     """The corpus as it is to be read."""
-    completes = config.complete.how is not Complete.none
+    completes = config.complete.how is not CompletionMode.none
     return dataclasses.replace(open_text(config.corpus, "corpus"), completes=completes)
 
 
-def promise(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dict[str, str]) -> Manifest:
+def make_manifest(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dict[str, str]) -> Manifest:
     """The promise of a cache: all that changes its content (`hashes` of what it is read from), and its shards' size."""
     complete = config.complete
     made_of = {
@@ -122,7 +122,7 @@ def promise(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dic
         "schema_version": SCHEMA_VERSION,
         "teacher_num_layers": config.teacher.num_layers,
         "teacher_dtype": config.teacher.dtype.name,
-        **text_rules(tokenizer),
+        **text_settings(tokenizer),
         "columns": dataclasses.asdict(config.corpus.columns),
         "targets": config.corpus.targets.name,
         "malformed": config.corpus.malformed.name,
@@ -135,7 +135,7 @@ def promise(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dic
         "draw_seed": 0 if config.kind is Kind.topk else config.seed,
         "temperatures": sorted(config.temperatures),
     }
-    if complete.how is not Complete.none:
+    if complete.how is not CompletionMode.none:
         made_of["complete"] = {**dataclasses.asdict(complete), "how": complete.how.name}
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -178,7 +178,7 @@ def tokenize(config: CaptureConfig, text: Text, folder: Path, spool: Path) -> in
                 num_rows, num_skipped = num_rows + rows, num_skipped + skipped
 
         try:
-            for index, group in enumerate(pieces(text.files, size=config.records_per_shard)):
+            for index, group in enumerate(read_chunks(text.files, size=config.records_per_shard)):
                 num_records += sum(len(piece.numbers) for piece in group)
                 first_id = index * config.records_per_shard
                 arguments = (group, text, folder, config.teacher.trust_remote_code, config.window, first_id)
@@ -204,23 +204,23 @@ def tokenizer_of(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def write_sequences(
-    path: Path, group: Sequence[Piece], text: Text, folder: Path, trust_remote_code: bool, window: int, first_id: int
+    path: Path, group: Sequence[RawChunk], text: Text, folder: Path, trust_remote_code: bool, window: int, first_id: int
 ) -> tuple[int, int]:
     """The records of a shard, tokenized and packed, into one file; returns its rows and the records skipped."""
     tokenizer = tokenizer_of(folder, trust_remote_code)
-    rejections = Rejections(skip=text.skip_malformed)
-    packed = sequences(raw_records(group), text, tokenizer, rejections, window=window, first_id=first_id)
+    malformed = MalformedRecords(skip=text.skip_malformed)
+    packed = read_sequences(raw_records(group), text, tokenizer, malformed, window=window, first_id=first_id)
     num_rows = 0
     with pq.ParquetWriter(path, sequence_schema(), compression="zstd", write_page_checksum=True) as file:
         while some := list(itertools.islice(packed, ROWS_A_GROUP)):
             file.write_table(encode_sequences(some))
             num_rows += len(some)
-        file.add_key_value_metadata({"num_skipped": str(rejections.count)})
-    return num_rows, rejections.count
+        file.add_key_value_metadata({"num_skipped": str(malformed.count)})
+    return num_rows, malformed.count
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
+class SequenceFile:
     """The sequences of one shard, waiting to be captured."""
 
     path: Path
@@ -239,11 +239,11 @@ class Planned:
             ) from error
 
 
-def planned(sequences_dir: Path, index: int) -> Planned:
+def open_sequence_file(sequences_dir: Path, index: int) -> SequenceFile:
     """What the plan left for a shard."""
     path = sequences_dir / shard_name(index)
     metadata = pq.read_metadata(path)
-    return Planned(path=path, num_rows=metadata.num_rows, num_skipped=int(metadata.metadata[b"num_skipped"]))
+    return SequenceFile(path=path, num_rows=metadata.num_rows, num_skipped=int(metadata.metadata[b"num_skipped"]))
 
 
 def shard_name(index: int) -> str:

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache import manifest as manifests
-from pipeline.config.options import result_options
+from pipeline.config.options import identity_options
 from pipeline.config.schema import CaptureConfig
 from pipeline.core.files import content_hash
-from pipeline.core.object_store import is_address
+from pipeline.core.object_store import is_url
 from pipeline.core.types import Manifest
 from pipeline.data.records import open_text
 from pipeline.models.paths import model_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class PlanFolder:
     """A plan that is asked for, and where it is kept."""
 
     folder: Path
@@ -32,27 +32,27 @@ class Request:
         """Folder of the tokenized corpus, a file a shard; gone when all of it is captured."""
         return self.folder / "sequences"
 
-    def recall(self) -> Manifest | None:
+    def load(self) -> Manifest | None:
         """The plan, if it was made."""
-        return manifests.load(self.folder) if manifests.manifest_path(self.folder).exists() else None
+        return manifests.load_manifest(self.folder) if manifests.manifest_path(self.folder).exists() else None
 
 
-def request_of(config: CaptureConfig) -> Request:
+def plan_folder(config: CaptureConfig) -> PlanFolder:
     """The request that these options make, of files as they are now."""
     teacher = config.teacher
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     files = [*open_text(config.corpus, "corpus").files, *sorted(path for path in folder.iterdir() if path.is_file())]
     files += sorted(Path(__file__).parents[1].rglob("*.py"))  # another version of us may plan otherwise
     where = [config.cache, config.caches_dir]  # a plan is of one cache: its sequences go when that is whole
-    asked = content_hash([result_options(config), where, state_of(files)])
-    return Request(folder=plans_dir(config) / asked[:16])
+    asked = content_hash([identity_options(config), where, state_of(files)])
+    return PlanFolder(folder=plans_dir(config) / asked[:16])
 
 
 def plans_dir(config: CaptureConfig) -> Path:
     """Where plans are kept: always local, beside the caches where these are local too."""
     if config.plans_dir is not None:
         return Path(config.plans_dir)
-    return Path("caches" if is_address(config.caches_dir) else config.caches_dir) / ".plans"
+    return Path("caches" if is_url(config.caches_dir) else config.caches_dir) / ".plans"
 
 
 def state_of(paths: Sequence[Path]) -> list[tuple[str | int, ...]]:

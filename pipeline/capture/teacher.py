@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.core.topk import hybrid, join, sampled, top_k_and_entropy, uniforms
+from pipeline.core.topk import hybrid, join, sampled, top_k_and_entropy, uniform_draws
 from pipeline.core.types import UNKNOWN_TARGET, Captured, Manifest, TokenSequence, TopK
 from pipeline.data.packing import collate_inputs
 from pipeline.models.forward import Model, hidden_states, logits
@@ -31,7 +31,7 @@ class Spoken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Flight:
+class PendingBatch:
     """A batch on its way from the device into memory; `land` waits for it."""
 
     sequences: Sequence[TokenSequence]
@@ -44,28 +44,28 @@ class Flight:
 
 
 @torch.inference_mode()
-def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest) -> Flight:
+def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest) -> PendingBatch:
     """One forward, and all that is stored of it. Only supervised positions reach the head."""
     device = next(teacher.parameters()).device
-    started = mark(device)
+    started = timestamp(device)
     input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
     hidden_BSH = hidden_states(teacher, input_ids_BS.to(device), position_ids_BS.to(device))
     hidden_NH = hidden_BSH.flatten(0, 1)[flat_N.to(device)]
     targets_N = torch.cat([sequence.target_ids_N for sequence in batch])
     draws_ND = torch.cat(
-        [uniforms(s.key, len(s.target_ids_N), draws=manifest.draws, seed=manifest.draw_seed) for s in batch]
+        [uniform_draws(s.key, len(s.target_ids_N), draws=manifest.draws, seed=manifest.draw_seed) for s in batch]
     )
     parts = [
-        speak(logits(teacher, hidden, manifest.vocabulary_size), targets, drawn, manifest)
+        capture_positions(logits(teacher, hidden, manifest.vocabulary_size), targets, drawn, manifest)
         for hidden, targets, drawn in zip(
             *(part.split(HEAD_POSITIONS) for part in (hidden_NH, targets_N.to(device), draws_ND)), strict=True
         )
     ]
     weak_ids_N = torch.full_like(targets_N, UNKNOWN_TARGET) if "complete" in manifest.made_of else None
-    return depart(batch, joined(parts), weak_ids_N, started)
+    return start_copy(batch, joined(parts), weak_ids_N, started)
 
 
-def speak(logits_NV: Tensor, targets_N: Tensor, uniforms_ND: Tensor, manifest: Manifest) -> Spoken:
+def capture_positions(logits_NV: Tensor, targets_N: Tensor, uniforms_ND: Tensor, manifest: Manifest) -> Spoken:
     """What is kept of some positions: distribution, log-probability of the known target, entropy."""
     k, temperatures = (manifest.k, manifest.temperatures) if manifest.kind == "topk" else (1, (1.0,))
     top, log_z_N, entropy_N = top_k_and_entropy(logits_NV, k=k, temperatures=temperatures)
@@ -91,10 +91,10 @@ def joined(parts: Sequence[Spoken]) -> Spoken:
 # ------------------------------------------------------------------------------- from device to memory
 
 
-def depart(batch: Sequence[TokenSequence], spoken: Spoken, weak_ids_N: Tensor | None, started: Any) -> Flight:
+def start_copy(batch: Sequence[TokenSequence], spoken: Spoken, weak_ids_N: Tensor | None, started: Any) -> PendingBatch:
     """Begin to copy a batch into memory: on a GPU by a side stream into pinned buffers, while the next forward runs."""
     device = spoken.entropy_N.device
-    ended = mark(device)
+    ended = timestamp(device)
     top = spoken.top
     columns = [top.ids_NK, top.relative_logits_NK, top.log_tail_NC, spoken.next_log_prob_N, spoken.entropy_N]
     if device.type == "cuda":
@@ -106,7 +106,7 @@ def depart(batch: Sequence[TokenSequence], spoken: Spoken, weak_ids_N: Tensor | 
                 host.copy_(column, non_blocking=True)
                 column.record_stream(stream)  # the allocator must not hand it out again before it is copied
             columns, ended = pinned, (ended, stream.record_event())
-    return Flight(
+    return PendingBatch(
         sequences=batch,
         spoken=Spoken(
             top=TopK(
@@ -124,7 +124,7 @@ def depart(batch: Sequence[TokenSequence], spoken: Spoken, weak_ids_N: Tensor | 
     )
 
 
-def land(flight: Flight) -> tuple[list[Captured], float]:
+def finish_copy(flight: PendingBatch) -> tuple[list[Captured], float]:
     """Wait until a batch is in memory: what is stored about each sequence, and the forward's seconds."""
     if isinstance(flight.ended, tuple):
         forward_ended, copied = flight.ended
@@ -148,7 +148,7 @@ def land(flight: Flight) -> tuple[list[Captured], float]:
     ], seconds
 
 
-def mark(device: torch.device) -> Any:
+def timestamp(device: torch.device) -> Any:
     """A point in time on a device's own clock."""
     if device.type != "cuda":
         return time.monotonic()

@@ -15,36 +15,36 @@ from pathlib import Path
 from torch import set_num_threads
 
 from pipeline.cache import manifest as manifests
-from pipeline.cache.leases import claim
+from pipeline.cache.leases import hold_lease
 from pipeline.cache.shards import ShardWriter, shard_writer
 from pipeline.capture.completion import completed_batches
-from pipeline.capture.plan import Planned, planned
-from pipeline.capture.teacher import Flight, capture_batch, land
+from pipeline.capture.plan import SequenceFile, open_sequence_file
+from pipeline.capture.teacher import PendingBatch, capture_batch, finish_copy
 from pipeline.config.schema import CaptureConfig, Dtype
-from pipeline.core.object_store import Place
+from pipeline.core.object_store import Location
 from pipeline.core.progress import Progress, log, start_logging
-from pipeline.core.runtime import compute_device, keep_memory
+from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.types import InputError, Manifest
 from pipeline.models import loading as models
 from pipeline.models.forward import Model
-from pipeline.models.prepack import laid_out
+from pipeline.models.prepack import prepack
 
 BATCHES_IN_FLIGHT = 3  # between the teacher and the disk: a slow disk holds the teacher back, memory stays bounded
 
 
-def work(
+def run_worker(
     config: CaptureConfig,
-    cache: Place,
+    cache: Location,
     sequences: Path,
     shards: Sequence[int],
     worker: int = 0,
     teacher: Model | None = None,
 ) -> None:
     """Capture the shards that nobody else does until all are committed; the teacher loads when it is needed."""
-    keep_memory()
-    manifest = manifests.load(cache)
+    keep_allocator_memory()
+    manifest = manifests.load_manifest(cache)
     lease_seconds = config.lease_seconds
-    missing = manifests.uncommitted(cache, shards)
+    missing = manifests.missing_shards(cache, shards)
     progress = Progress(
         f"capture {worker}" if config.num_workers > 1 else "capture",
         total=sum(rows_left(sequences, index) for index in missing),
@@ -53,19 +53,21 @@ def work(
     )
     while missing:
         for index in missing:
-            with claim(manifests.claim_path(cache, index), lease_seconds=lease_seconds) as held:
-                if not held or manifests.committed(cache, index) or manifests.adopt(cache, index):
+            with hold_lease(manifests.lease_path(cache, index), lease_seconds=lease_seconds) as held:
+                if not held or manifests.shard_info(cache, index) or manifests.adopt_orphan(cache, index):
                     continue
                 # as planned, which may have been on a machine with another idea of `auto`
                 options = dataclasses.replace(config.teacher, dtype=Dtype[manifest.made_of["teacher_dtype"]])
-                teacher = teacher or laid_out(models.open_model(options, compute_device(worker)))
+                teacher = teacher or prepack(models.open_model(options, compute_device(worker)))
                 try:
-                    capture_shard(teacher, planned(sequences, index), cache, manifest, index, config, progress)
+                    capture_shard(
+                        teacher, open_sequence_file(sequences, index), cache, manifest, index, config, progress
+                    )
                 except (InputError, FileNotFoundError):
                     # frozen past the lease: others finished the shard, and cleared its plan away
-                    if manifests.committed(cache, index) is None:
+                    if manifests.shard_info(cache, index) is None:
                         raise
-        missing = manifests.uncommitted(cache, missing)
+        missing = manifests.missing_shards(cache, missing)
         if missing:  # others are at work on them: be there if they die
             time.sleep(min(1.0, lease_seconds / 4))
     progress.close()
@@ -74,15 +76,15 @@ def work(
 def rows_left(sequences: Path, index: int) -> int:
     """The sequences that wait for a shard; none if others have made the cache whole this moment and cleared away."""
     try:
-        return planned(sequences, index).num_rows
+        return open_sequence_file(sequences, index).num_rows
     except FileNotFoundError:
         return 0
 
 
 def capture_shard(
     teacher: Model,
-    shard: Planned,
-    cache: Place,
+    shard: SequenceFile,
+    cache: Location,
     manifest: Manifest,
     index: int,
     config: CaptureConfig,
@@ -105,14 +107,16 @@ def capture_shard(
                     outside_forward=max(1.0 - forward_seconds / elapsed, 0.0),
                 )
 
-        for flight in flights(teacher, shard, manifest, config):
+        for flight in teacher_batches(teacher, shard, manifest, config):
             waiting.append(pool.submit(write, writer, flight))
             gather(BATCHES_IN_FLIGHT - 1)
         gather(0)
         writer.commit(num_skipped=shard.num_skipped)
 
 
-def flights(teacher: Model, shard: Planned, manifest: Manifest, config: CaptureConfig) -> Iterator[Flight]:
+def teacher_batches(
+    teacher: Model, shard: SequenceFile, manifest: Manifest, config: CaptureConfig
+) -> Iterator[PendingBatch]:
     """The teacher's forwards over a shard: what has targets in batches as it lies, then prompts to be completed."""
     prompts = []
     speaking = iter(shard)
@@ -123,21 +127,21 @@ def flights(teacher: Model, shard: Planned, manifest: Manifest, config: CaptureC
     yield from completed_batches(teacher, prompts, manifest)
 
 
-def write(writer: ShardWriter, flight: Flight) -> tuple[int, int, float]:
+def write(writer: ShardWriter, flight: PendingBatch) -> tuple[int, int, float]:
     """Wait for a batch to be in memory and write it; returns its sequences, its tokens and its forward's seconds."""
-    captured, forward_seconds = land(flight)
+    captured, forward_seconds = finish_copy(flight)
     for sequence, one in zip(flight.sequences, captured, strict=True):
         writer.write(sequence, one)
     return len(captured), sum(len(sequence.input_ids_S) for sequence in flight.sequences), forward_seconds
 
 
-def worker_process(config: CaptureConfig, cache: Place, sequences: Path, shards: Sequence[int], worker: int) -> None:
+def worker_process(config: CaptureConfig, cache: Location, sequences: Path, shards: Sequence[int], worker: int) -> None:
     """What a worker process runs: its share of the cores, one line where it cannot go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     start_logging()
     set_num_threads(max(len(os.sched_getaffinity(0)) // config.num_workers, 1))
     try:
-        work(config, cache, sequences, shards, worker)
+        run_worker(config, cache, sequences, shards, worker)
     except InputError as error:
         log.error("error: %s", error)
         raise SystemExit(2) from None

@@ -17,9 +17,9 @@ from hydra.types import RunMode
 from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.options import options, plain, typed
+from pipeline.config.options import options, to_plain, to_typed
 from pipeline.config.schema import ROOTS
-from pipeline.config.validate import addresses, check_files
+from pipeline.config.validate import check_files, urls_in
 from pipeline.core.types import InputError, RunFailed
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -38,7 +38,7 @@ def help_text(root: str, story: str) -> str:
         lines.append(f"  {group:<14} {', '.join(choices)}")
     lines += ["", "Options (name=value; -m and a comma-separated list sweep over values):"]
     for name, default, help in options(ROOTS[root]):
-        shown = "must be given" if default is MISSING else plain(default)
+        shown = "must be given" if default is MISSING else to_plain(default)
         lines.append(f"  {name} = {shown}\n      {help}")
     return "\n".join([*lines, "", "Hydra's own flags: --hydra-help.  The configuration as composed: --cfg job."])
 
@@ -80,18 +80,18 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
 
     def job(node: Any) -> float | None:
         try:
-            config: Any = typed(node, ROOTS[root])
+            config: Any = to_typed(node, ROOTS[root])
             check_files(config)
-            for name, location in addresses(config):
+            for name, location in urls_in(config):
                 from pipeline.core.object_store import (
-                    check_address,  # here: pyarrow is slow to load, and most need none
+                    check_url,  # here: pyarrow is slow to load, and most need none
                 )
 
-                check_address(location, name, writing=root == "capture")
+                check_url(location, name, writing=root == "capture")
             return body(config)
         except InputError as error:  # here, before Hydra adds its own words; a sweep goes on with its other runs
             if HydraConfig.get().mode != RunMode.MULTIRUN:
-                refuse(error)
+                exit_with_error(error)
             print(f"error: {error}", file=sys.stderr)
             raise
 
@@ -101,12 +101,12 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         check_override_names(root, sys.argv[1:])
         hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
     except (InputError, RunFailed, OmegaConfBaseException, hydra.errors.HydraException) as error:
-        refuse(error)
+        exit_with_error(error)
     except AssertionError as error:  # how OmegaConf says it
         if "Unexpected type for root: NoneType" not in str(error):
             raise
         given = " ".join(sys.argv[1:])
-        refuse(
+        exit_with_error(
             InputError(
                 f"expected options of groups that are chosen, found one of a null in {given}; choose it, as "
                 "in adapter=lora or text@gold=own"
@@ -117,7 +117,7 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         sys.exit(130)
 
 
-def take_action(actions: Mapping[str, str], story: str) -> str:
+def pop_action(actions: Mapping[str, str], story: str) -> str:
     """Take the first word off the command line; `--help` passes, no or an unknown action ends with exit code 2.
 
     `actions` is each action with its sentence.
@@ -130,10 +130,10 @@ def take_action(actions: Mapping[str, str], story: str) -> str:
     listed = "\n".join(f"  {name:<8} {sentence}" for name, sentence in actions.items())
     found = f"{word!r}" if word else "nothing"
     error = f"expected an action as the first word, found {found}; give one of these, or --help:\n{listed}"
-    return refuse(InputError(error))
+    return exit_with_error(InputError(error))
 
 
-def refuse(error: Exception) -> NoReturn:
+def exit_with_error(error: Exception) -> NoReturn:
     """End the process with the message alone."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -24,7 +24,7 @@ def option(default: Any, help: str, *, result: bool = True, content: bool = Fals
     return field(default=default, metadata=metadata)
 
 
-def typed(node: Any, schema: type[T]) -> T:
+def to_typed(node: Any, schema: type[T]) -> T:
     """The composed configuration as its dataclass; an option that must be said and was not is an InputError."""
     missing = sorted(key for key in OmegaConf.missing_keys(node) if not key.startswith("hydra."))
     if missing:
@@ -42,25 +42,25 @@ def save_config(config: Any, path: Path) -> None:
 
 def load_config(path: Path, schema: type[T]) -> T:
     """Read what `save` wrote."""
-    return typed(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)), schema)
+    return to_typed(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)), schema)
 
 
-def result_options(config: Any) -> dict[str, Any]:
+def identity_options(config: Any) -> dict[str, Any]:
     """The options that decide what comes out, as plain data: files and what is marked `result=False` left out."""
     chosen: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if not item.metadata["result"] or item.metadata["content"]:
             continue
-        chosen[item.name] = result_options(value) if dataclasses.is_dataclass(value) else plain(value)
+        chosen[item.name] = identity_options(value) if dataclasses.is_dataclass(value) else to_plain(value)
     return chosen
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """An option's value as JSON knows it: an enum by its name."""
     if isinstance(value, Enum):
         return value.name
-    return [plain(item) for item in value] if isinstance(value, list) else value
+    return [to_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def options(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -17,23 +17,23 @@ from pipeline.config.options import option
 
 Dtype = Enum("Dtype", ["auto", "float32", "bfloat16", "float16"])
 Targets = Enum("Targets", ["all", "completion", "next"])
-Malformed = Enum("Malformed", ["stop", "skip"])
+MalformedPolicy = Enum("MalformedPolicy", ["stop", "skip"])
 Kind = Enum("Kind", ["topk", "sampled", "hybrid"])
-Complete = Enum("Complete", ["none", "greedy", "sample"])
+CompletionMode = Enum("CompletionMode", ["none", "greedy", "sample"])
 Source = Enum("Source", ["gold", "corpus"])
 Format = Enum("Format", ["distillkit", "axolotl_raw", "axolotl_prepared"])
 Alignment = Enum("Alignment", ["current", "legacy"])
 Shape = Enum("Shape", ["constant", "linear", "cosine", "step", "wsd"])
 Divergence = Enum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation", "renormalised", "truncated"])
-By = Enum("By", ["confidence", "entropy"])
+GateBy = Enum("GateBy", ["confidence", "entropy"])
 Control = Enum("Control", ["none", "smoothed", "shuffled"])
-Take = Enum("Take", ["said", "likeliest"])
+HardLabels = Enum("HardLabels", ["said", "likeliest"])
 HeadPath = Enum("HeadPath", ["fused", "full"])
 Optimizer = Enum("Optimizer", ["adamw", "muon"])
-FractionOf = Enum("FractionOf", ["sequences", "targets"])
+GoldFractionOf = Enum("GoldFractionOf", ["sequences", "targets"])
 Offload = Enum("Offload", ["none", "cpu", "nvme"])
-Export = Enum("Export", ["last", "best"])
-Mirror = Enum("Mirror", ["tensorboard", "wandb", "mlflow"])
+ExportedStep = Enum("ExportedStep", ["last", "best"])
+Tracker = Enum("Tracker", ["tensorboard", "wandb", "mlflow"])
 
 
 @dataclass
@@ -92,15 +92,16 @@ class TextConfig:
     targets: Targets = option(
         Targets.all, "positions to supervise: all, the completion's, or only the next token after the prompt"
     )
-    malformed: Malformed = option(Malformed.stop, "on a malformed record: stop, or skip and count it")
+    malformed: MalformedPolicy = option(MalformedPolicy.stop, "on a malformed record: stop, or skip and count it")
     end_token: bool = option(True, "append the tokenizer's end token to a text or completion")
     columns: ColumnsConfig = option(ColumnsConfig, "names of the input's columns")
 
 
 @dataclass
-class CompleteConfig:
-    how: Complete = option(
-        Complete.none, "records with a prompt alone: none: as they are; greedy or sample: the teacher completes them"
+class CompletionConfig:
+    how: CompletionMode = option(
+        CompletionMode.none,
+        "records with a prompt alone: none: as they are; greedy or sample: the teacher completes them",
     )
     max_new_tokens: int = option(128, "longest completion, in tokens; the window bounds it too")
     temperature: float = option(1.0, "of sampling; what is captured stays the distribution at `temperatures`")
@@ -126,7 +127,9 @@ class CaptureConfig:
     draws: int = option(50, "draws a position for sampled and hybrid")
     seed: int = option(0, "decides those draws")
     temperatures: list[float] = option(lambda: [1.0], "temperatures whose tail is kept; must contain 1")
-    complete: CompleteConfig = option(CompleteConfig, "what the teacher says after a prompt, captured as it says it")
+    complete: CompletionConfig = option(
+        CompletionConfig, "what the teacher says after a prompt, captured as it says it"
+    )
     records_per_shard: int = option(20_000, "records in one shard")
     plans_dir: str | None = option(
         None, "local folder for tokenized text until it is captured; null: .plans beside the caches", result=False
@@ -183,12 +186,12 @@ class GateConfig:
     min_confidence: float = option(0.0, "least probability of the teacher's most likely token, at T = 1")
     max_entropy: float | None = option(None, "most entropy of the teacher's distribution, nats; null: any")
     keep_fraction: float = option(1.0, "of all positions, only this fraction: the surest ones")
-    by: By = option(By.confidence, "what keep_fraction takes for sure: confidence (high) or entropy (low)")
+    by: GateBy = option(GateBy.confidence, "what keep_fraction takes for sure: confidence (high) or entropy (low)")
     drop_wrong: bool = option(False, "where the true target is known: only if it is the teacher's most likely token")
 
 
 @dataclass
-class OvertakenConfig:
+class AdaptiveWeightConfig:
     every_steps: int = option(0, "score the student on dev every so many steps to adapt the weight; 0: never")
     teacher_predictions: str | None = option(
         None, "the teacher's predictions-dev.parquet (or a glob matching one): the score to overtake", content=True
@@ -215,7 +218,9 @@ class KdConfig:
     )
     beta: float = option(0.5, "jsd: from forward KL (0) to reverse KL (1)")
     gate: GateConfig = option(GateConfig, "on which positions the teacher is heard, by kd and confidence alike")
-    overtaken: OvertakenConfig = option(OvertakenConfig, "a weight that falls as the student overtakes the teacher")
+    overtaken: AdaptiveWeightConfig = option(
+        AdaptiveWeightConfig, "a weight that falls as the student overtakes the teacher"
+    )
     control: Control = option(
         Control.none,
         "in the teacher's place: smoothed (its first choice, the rest even, equal entropy), shuffled (other positions)",
@@ -227,8 +232,8 @@ class HardConfig:
     weight: float = option(0.0, "weight of cross entropy with the teacher's hard labels; 0: off")
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(lambda: [Source.corpus], "whose positions it reads")
-    take: Take = option(
-        Take.said, "said: what the teacher completed (capture's complete.how); likeliest: its most likely token"
+    take: HardLabels = option(
+        HardLabels.said, "said: what the teacher completed (capture's complete.how); likeliest: its most likely token"
     )
 
 
@@ -340,8 +345,8 @@ class LauncherConfig:
 
 @dataclass
 class ExportConfig:
-    what: Export = option(
-        Export.last, "whose weights leave the run: the last step's, or those of the step that was best on dev"
+    what: ExportedStep = option(
+        ExportedStep.last, "whose weights leave the run: the last step's, or those of the step that was best on dev"
     )
     shard_bytes: int = option(
         5_000_000_000, "the model's weights are split into safetensors files of at most so many bytes", result=False
@@ -387,8 +392,8 @@ class TrainConfig:
     test: TextConfig | None = option(None, "held-out text for the reported score; null: none")
     window: int = option(512, "longest gold sequence, in tokens; records are packed into it")
     gold_fraction: float = option(MISSING, "fraction of the global batch's sequences that are gold")
-    gold_fraction_of: FractionOf = option(
-        FractionOf.sequences, "sequences, or targets: that fraction of all supervised positions is gold, on average"
+    gold_fraction_of: GoldFractionOf = option(
+        GoldFractionOf.sequences, "sequences, or targets: that fraction of all supervised positions is gold, on average"
     )
     gold_epochs: float | None = option(None, "at most so many passes over gold, then the corpus alone; null: no end")
     global_batch: int = option(8, "sequences in one optimizer step, over all ranks")
@@ -413,7 +418,7 @@ class TrainConfig:
     evaluate_every_steps: int = option(0, "steps between evaluations on dev while training; 0: never")
     early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "an end before the last step, decided on dev")
     health: HealthConfig = option(HealthConfig, "when a step is a sign of trouble", result=False)
-    mirrors: list[Mirror] = option(list, "copies of metrics.jsonl elsewhere: tensorboard, wandb, mlflow", result=False)
+    mirrors: list[Tracker] = option(list, "copies of metrics.jsonl elsewhere: tensorboard, wandb, mlflow", result=False)
     export: ExportConfig = option(ExportConfig, "which weights are written, and how")
     launcher: LauncherConfig = option(LauncherConfig, "how ranks are started", result=False)
     downloads: DownloadsConfig = option(

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config.schema import (
     AuditConfig,
     CaptureConfig,
-    Complete,
+    CompletionMode,
     Kind,
     ModelConfig,
     Targets,
@@ -29,7 +29,7 @@ def check_capture(config: CaptureConfig) -> None:
         temperatures=min(config.temperatures, default=1.0),
         log_every_seconds=config.log_every_seconds,
     )
-    if config.complete.how is not Complete.none and config.corpus.targets is not Targets.completion:
+    if config.complete.how is not CompletionMode.none and config.corpus.targets is not Targets.completion:
         raise InputError(
             f"complete.how={config.complete.how.name}: expected corpus.targets=completion, because what the teacher "
             f"says is what it supervises, found {config.corpus.targets.name}"
@@ -86,7 +86,7 @@ def check_files(config: Any, prefix: str = "") -> None:
                     )
 
 
-def addresses(config: Any) -> Iterator[tuple[str, str]]:
+def urls_in(config: Any) -> Iterator[tuple[str, str]]:
     """The options of a root that name a place in an object store, with their values."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)

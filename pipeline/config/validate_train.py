@@ -7,20 +7,20 @@ from typing import Any
 
 from pipeline.config.schema import (
     Dtype,
-    Export,
-    Mirror,
+    ExportedStep,
     Offload,
     Optimizer,
     Source,
+    Tracker,
     TrainConfig,
 )
 from pipeline.config.validate import at_least, fraction, positive
 from pipeline.core.types import InputError
 
-MIRROR_PACKAGES = {  # what is imported, what pip calls it
-    Mirror.tensorboard: ("tensorboard", "tensorboard"),
-    Mirror.wandb: ("wandb", "wandb"),
-    Mirror.mlflow: ("mlflow", "mlflow-skinny"),
+TRACKER_PACKAGES = {  # what is imported, what pip calls it
+    Tracker.tensorboard: ("tensorboard", "tensorboard"),
+    Tracker.wandb: ("wandb", "wandb"),
+    Tracker.mlflow: ("mlflow", "mlflow-skinny"),
 }
 
 
@@ -44,8 +44,8 @@ def check_train(config: TrainConfig) -> None:
     fraction(gold_fraction=config.gold_fraction, warmup_fraction=config.optimizer.warmup_fraction)
     fraction(decay_fraction=config.optimizer.decay_fraction)
     _check_objective(config, terms)
-    _check_looks(config)
-    check_mirrors(config.mirrors)
+    _check_dev_evaluation(config)
+    check_trackers(config.mirrors)
     if (config.steps is None) == (config.epochs is None):
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
     if config.gold_fraction > 0 and config.gold is None and config.gold_cache is None:
@@ -193,7 +193,7 @@ def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
             )
 
 
-def _check_looks(config: TrainConfig) -> None:
+def _check_dev_evaluation(config: TrainConfig) -> None:
     early = config.early_stopping
     at_least(0, evaluate_every_steps=config.evaluate_every_steps, early_stopping_patience=early.patience)
     at_least(0, early_stopping_min_delta=early.min_delta)
@@ -209,17 +209,17 @@ def _check_looks(config: TrainConfig) -> None:
             f"early_stopping.patience={early.patience}: expected evaluate_every_steps of 1 or more, found 0; say how "
             "often dev decides, or use early_stopping.patience=0"
         )
-    if config.export.what is Export.best and config.evaluate_every_steps == 0:
+    if config.export.what is ExportedStep.best and config.evaluate_every_steps == 0:
         raise InputError(
             "export.what=best: expected dev and evaluate_every_steps of 1 or more, found 0; say how often dev decides, "
             "or use export.what=last"
         )
 
 
-def check_mirrors(mirrors: list[Mirror]) -> None:
+def check_trackers(mirrors: list[Tracker]) -> None:
     """Refuse a mirror whose package is not there, before any rank starts."""
     for mirror in mirrors:
-        module, package = MIRROR_PACKAGES[mirror]
+        module, package = TRACKER_PACKAGES[mirror]
         if importlib.util.find_spec(module) is None:
             raise InputError(
                 f"mirrors: expected the package {module} for {mirror.name}, found none; pip install {package}"

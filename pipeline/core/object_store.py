@@ -30,7 +30,7 @@ SECRET = re.compile(r"secret|token|key|sig|password|credential", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Remote:
+class RemotePath:
     """A place in an object store: an object, or what a folder would be."""
 
     filesystem: Any = field(compare=False, repr=False)
@@ -41,8 +41,8 @@ class Remote:
     """As people know it, without the query; no secret can be in it, because `open_place` takes none."""
     query: str = ""
 
-    def __truediv__(self, name: str) -> Remote:
-        return Remote(
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(
             filesystem=self.filesystem,
             path=f"{self.path}/{name}",
             address=f"{self.address}/{name if self.address.startswith('fsspec+') else quote(name)}",
@@ -53,7 +53,7 @@ class Remote:
         return self.address + self.query
 
     def __reduce__(self) -> Any:  # to a worker process: opened anew there
-        return open_place, (str(self),)
+        return open_location, (str(self),)
 
     @property
     def name(self) -> str:
@@ -61,10 +61,10 @@ class Remote:
         return self.path.rsplit("/", 1)[-1]
 
     @property
-    def parent(self) -> Remote:
+    def parent(self) -> RemotePath:
         """The place that holds this one."""
         path, address = self.path.rsplit("/", 1)[0], self.address.rsplit("/", 1)[0]
-        return Remote(filesystem=self.filesystem, path=path, address=address, query=self.query)
+        return RemotePath(filesystem=self.filesystem, path=path, address=address, query=self.query)
 
     def exists(self) -> bool:
         """Whether there is an object."""
@@ -94,17 +94,17 @@ class Remote:
                     raise
 
 
-Place = Path | Remote
+Location = Path | RemotePath
 
 
-def is_address(location: str) -> bool:
+def is_url(location: str) -> bool:
     """Whether a location is an address rather than a local path."""
     return "://" in location
 
 
-def open_place(location: str, *, patience: dict[str, Any] | None = None) -> Place:
+def open_location(location: str, *, patience: dict[str, Any] | None = None) -> Location:
     """The place that a local path, a file:// address or the address of a store names."""
-    if not is_address(location):
+    if not is_url(location):
         return Path(location)
     parts = urlsplit(location)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
@@ -126,19 +126,19 @@ def open_place(location: str, *, patience: dict[str, Any] | None = None) -> Plac
         raise InputError(
             f"cache: expected an object store or a local path, found {address}; mount it and give its path"
         )
-    return Remote(
+    return RemotePath(
         filesystem=_bounded(filesystem, **(patience or PATIENT)), path=path.rstrip("/"), address=address, query=query
     )
 
 
-def one_place(location: str, what: str) -> Place:
+def one_location(location: str, what: str) -> Location:
     """The place of an address, or the one existing path that a name or glob stands for."""
-    return open_place(location) if is_address(location) else files.one_path(location, what)
+    return open_location(location) if is_url(location) else files.one_path(location, what)
 
 
-def check_address(location: str, what: str, *, writing: bool) -> None:
+def check_url(location: str, what: str, *, writing: bool) -> None:
     """Refuse, within seconds, an address where no cache can be written, or where there is none to read."""
-    if isinstance(place := open_place(location, patience=BRISK), Path):
+    if isinstance(place := open_location(location, patience=BRISK), Path):
         return
     if place.filesystem.type_name in ("s3", "gcs", "abfs"):
         bucket = place.path.split("/")[0]
@@ -159,7 +159,7 @@ def check_address(location: str, what: str, *, writing: bool) -> None:
         )
 
 
-def write_json(place: Place, value: Any) -> None:
+def write_json(place: Location, value: Any) -> None:
     """Write plain data as JSON for people, whole or not at all."""
     if isinstance(place, Path):
         files.write_json(place, value)
@@ -167,7 +167,7 @@ def write_json(place: Place, value: Any) -> None:
         place.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def upload(local: Path, remote: Remote) -> None:
+def upload(local: Path, remote: RemotePath) -> None:
     """Put a file as an object and check its size; an exception on the way may leave a part of it behind."""
     with _answering(remote, needs_it=False):
         _make_folder(remote.parent)
@@ -180,13 +180,13 @@ def upload(local: Path, remote: Remote) -> None:
         )
 
 
-def download(remote: Remote, local: Path) -> None:
+def download(remote: RemotePath, local: Path) -> None:
     """Fetch an object into a file; FileNotFoundError if there is none."""
     with _answering(remote), remote.filesystem.open_input_stream(remote.path) as stream, local.open("wb") as file:
         shutil.copyfileobj(stream, file, CHUNK_BYTES)
 
 
-def modified(place: Place) -> float:
+def modified(place: Location) -> float:
     """When a file or object was last written, seconds, by the clock of its disk or store."""
     if isinstance(place, Path):
         return place.stat().st_mtime
@@ -199,9 +199,9 @@ def modified(place: Place) -> float:
         return float(place.filesystem.handler.fs.modified(place.path).timestamp())
 
 
-def age_seconds(place: Place) -> float:
+def age_seconds(place: Location) -> float:
     """How long ago a file or object was last written, against one written just now beside it: one clock only."""
-    now = beside(place, "now")
+    now = sibling(place, "now")
     try:
         now.write_text("")
         return modified(now) - modified(place)
@@ -209,12 +209,12 @@ def age_seconds(place: Place) -> float:
         now.unlink(missing_ok=True)
 
 
-def beside(place: Place, ending: str) -> Place:
+def sibling(place: Location, ending: str) -> Location:
     """A name of its own in the same folder, which listings pass over."""
     return place.parent / f".{place.name}.{secrets.token_hex(4)}.{ending}"
 
 
-def names(folder: Place) -> list[str]:
+def names(folder: Location) -> list[str]:
     """The names of the files in a folder; none if there is no folder."""
     if isinstance(folder, Path):
         return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -228,7 +228,7 @@ def names(folder: Place) -> list[str]:
 
 
 @contextlib.contextmanager
-def _answering(place: Remote, *, needs_it: bool = True) -> Iterator[None]:
+def _answering(place: RemotePath, *, needs_it: bool = True) -> Iterator[None]:
     """Whatever the store, or the library behind it, has against a request becomes an InputError."""
     try:
         yield
@@ -264,22 +264,22 @@ def _bounded(filesystem: Any, *, attempts: int, connect_seconds: float, answer_s
     )
 
 
-def _put(place: Remote, content: bytes) -> None:
+def _put(place: RemotePath, content: bytes) -> None:
     with place.filesystem.open_output_stream(place.path) as stream:
         stream.write(content)
 
 
-def _info(place: Remote) -> Any:
+def _info(place: RemotePath) -> Any:
     with _answering(place):
         _forget_listings(place)
         return place.filesystem.get_file_info(place.path)
 
 
-def _make_folder(place: Remote) -> None:
+def _make_folder(place: RemotePath) -> None:
     if place.filesystem.type_name.startswith("py::"):  # what fsspec knows may have folders
         place.filesystem.create_dir(place.path, recursive=True)
 
 
-def _forget_listings(place: Remote) -> None:
+def _forget_listings(place: RemotePath) -> None:
     if place.filesystem.type_name.startswith("py::"):  # fsspec answers from memory, and others write too
         place.filesystem.handler.fs.invalidate_cache()

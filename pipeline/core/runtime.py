@@ -28,13 +28,13 @@ class Ranks:
     world_size: int
     device: torch.device
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum over all ranks, on every rank."""
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
         return values
 
-    def first(self, values: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """The first rank's values, on every rank: what is decided by them is decided alike."""
         if self.world_size > 1:
             torch.distributed.broadcast(values, src=0)
@@ -42,9 +42,9 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all ranks agree on the answer."""
-        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+        return bool(self.all_reduce(torch.tensor(int(flag), device=self.device)).item())
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return once every rank is here."""
         if self.world_size > 1:
             torch.distributed.barrier()
@@ -73,7 +73,7 @@ def ranks_from_environment() -> Iterator[Ranks]:
         torch.distributed.destroy_process_group()
 
 
-def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
+def has_fast_matmul(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether matrices of this type are multiplied as fast as they should be, or faster than as float32.
 
     A CPU without instructions for a half type takes 6 to 180 times as long for it as for float32 (measured on AVX2).
@@ -83,12 +83,12 @@ def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype != torch.float16 or device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def whole_numel(parameter: torch.nn.Parameter) -> int:
+def full_numel(parameter: torch.nn.Parameter) -> int:
     """Numbers in a parameter; partitioned by ZeRO-3, it looks empty."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def keep_memory() -> None:
+def keep_allocator_memory() -> None:
     """Have glibc keep the memory it is given back: temporaries of a few MB, made anew a thousand times a second.
 
     Otherwise each is mapped, faulted in page by page and unmapped: the top-k of a position over 49,152 tokens took
@@ -139,7 +139,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def leave() -> NoReturn:
+def exit_rank() -> NoReturn:
     """End a rank whose work is done and on disk, without tearing the process down.
 
     On a busy machine a thread of the communication libraries is sometimes still joinable when C++ destroys its static

@@ -49,7 +49,7 @@ def _read_off(logits_NV: Tensor, k: int, temperatures: tuple[float, ...]) -> tup
     <l> its mean logit: entropy = log z - sum_K p (l - max) - P (<l> - max).
     """
     work_NV = logits_NV.to(torch.float32, copy=True)
-    found_NK, found_ids_NK = largest(work_NV, min(k + 1, logits_NV.shape[1]))
+    found_NK, found_ids_NK = largest_k(work_NV, min(k + 1, logits_NV.shape[1]))
     ids_NK, relative_NK = found_ids_NK[:, :k], found_NK[:, :k] - found_NK[:, :1]
     tail_max_N, tail_max_ids_N1 = found_NK[:, -1], found_ids_NK[:, -1:]
     lowest = torch.finfo(torch.float32).min  # not -inf: 0 * -inf would be NaN
@@ -70,7 +70,7 @@ def _read_off(logits_NV: Tensor, k: int, temperatures: tuple[float, ...]) -> tup
     return ids_NK, relative_NK, torch.stack([tails[T] for T in temperatures], dim=1), log_z_N, entropy_N
 
 
-def largest(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest_k(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values and their ids, by falling value.
 
     The k largest lie in the k blocks with the largest maxima, so only those blocks are searched. Block j holds
@@ -142,7 +142,7 @@ def _from_weights(ids_NK: Tensor, weights_NK: Tensor) -> TopK:
     )
 
 
-def uniforms(key: bytes, count: int, *, draws: int, seed: int) -> Tensor:
+def uniform_draws(key: bytes, count: int, *, draws: int, seed: int) -> Tensor:
     """fp64 [N, D] in [0, 1): a function of (seed, sequence key, position), so that a redone shard draws the same."""
     digest = hashlib.blake2b(seed.to_bytes(8, "little", signed=True) + key, digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -152,7 +152,7 @@ def uniforms(key: bytes, count: int, *, draws: int, seed: int) -> Tensor:
 def join(tops: Sequence[TopK]) -> TopK:
     """The distributions of several, one after another, as wide as the widest."""
     width = max(top.ids_NK.shape[1] for top in tops)
-    tops = [widen(top, width) for top in tops]
+    tops = [pad_to_width(top, width) for top in tops]
     return TopK(
         ids_NK=torch.cat([top.ids_NK for top in tops]).long(),
         relative_logits_NK=torch.cat([top.relative_logits_NK for top in tops]),
@@ -190,7 +190,7 @@ def from_log_probabilities(ids_NK: Tensor, log_p_NK: Tensor, *, has_tail: bool) 
     )
 
 
-def widen(top: TopK, width: int) -> TopK:
+def pad_to_width(top: TopK, width: int) -> TopK:
     """The same distributions with padding up to `width` entries."""
     missing = width - top.ids_NK.shape[1]
     if missing == 0:
@@ -224,7 +224,7 @@ def log_probabilities(top: TopK, *, temperature: float, dtype: torch.dtype = tor
     return scaled_NK - log_z_N[:, None], log_tail_N - log_z_N
 
 
-def smoothed(top: TopK, entropy_N: Tensor, *, vocabulary_size: int) -> TopK:
+def label_smoothed(top: TopK, entropy_N: Tensor, *, vocabulary_size: int) -> TopK:
     """Label smoothing of equal entropy in the teacher's place: its likeliest token, and all others alike.
 
     p = (1 - e) onehot + e / V with e such that H(p) is the teacher's; how much of distillation is that is the question

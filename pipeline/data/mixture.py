@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.cache.shards import ShardReader
-from pipeline.core.topk import join, smoothed
+from pipeline.core.topk import join, label_smoothed
 from pipeline.core.types import UNKNOWN_TARGET, Batch, Captured, InputError, TokenSequence
 from pipeline.data.curriculum import Curriculum
 from pipeline.data.packing import collate_inputs
-from pipeline.data.sampler import Order, Slot
+from pipeline.data.sampler import BatchSampler, Slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
     """What a run reads and how it is mixed."""
 
-    order: Order
+    order: BatchSampler
     gold: Sequence[tuple[TokenSequence, Captured | None]]
     """With the teacher's distributions where gold was captured too."""
     readers: Sequence[ShardReader]
@@ -57,7 +57,7 @@ class Mixture:
             return batch
         assert self.smooth_over is not None
         assert batch.entropy_M is not None
-        top = smoothed(batch.teacher, batch.entropy_M, vocabulary_size=self.smooth_over)
+        top = label_smoothed(batch.teacher, batch.entropy_M, vocabulary_size=self.smooth_over)
         return dataclasses.replace(batch, teacher=top)
 
 
@@ -96,7 +96,7 @@ def collate(rows: Sequence[tuple[TokenSequence, Captured | None]], from_gold: Se
     )
 
 
-def prefetched(
+def prefetch(
     mixture: Mixture, steps: range, *, rank: int, world_size: int, micro_batch: int
 ) -> Generator[tuple[int, list[Batch]]]:
     """(step, micro-batches) in order; the next step is read while this one computes."""

@@ -25,7 +25,7 @@ class Segment:
     """(position s, token s+1), ascending in s."""
 
 
-def completed(prompt: TokenSequence, words: Sequence[int]) -> Segment:
+def with_completion(prompt: TokenSequence, words: Sequence[int]) -> Segment:
     """A prompt and what the teacher said after it, to be supervised there; the truth of it nobody knows."""
     first = len(prompt.input_ids_S) - 1
     return Segment(
@@ -44,7 +44,7 @@ def pack(parts: Iterable[Segment], *, window: int) -> Iterator[TokenSequence]:
     rooms: list[int] = []  # tokens that still fit into each
     for segment in parts:
         if not segment.targets:
-            yield sequence([segment])
+            yield make_sequence([segment])
             continue
         size = len(segment.ids)
         chosen = next((w for w, room in enumerate(rooms) if room >= size), len(rooms))
@@ -54,12 +54,12 @@ def pack(parts: Iterable[Segment], *, window: int) -> Iterator[TokenSequence]:
         open_windows[chosen].append(segment)
         rooms[chosen] -= size
         if len(open_windows) > OPEN_WINDOWS:
-            yield sequence(open_windows.pop(0))
+            yield make_sequence(open_windows.pop(0))
             rooms.pop(0)
-    yield from map(sequence, open_windows)
+    yield from map(make_sequence, open_windows)
 
 
-def sequence(parts: Sequence[Segment]) -> TokenSequence:
+def make_sequence(parts: Sequence[Segment]) -> TokenSequence:
     """Segments laid end to end."""
     lengths = tuple(len(part.ids) for part in parts)
     starts = itertools.accumulate(lengths, initial=0)

@@ -29,7 +29,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 Raw = tuple[str, str, Any]  # (place, "json" | "text" | "row", unparsed bytes or a Parquet row)
 
 
-class Rejections:
+class MalformedRecords:
     """What to do with a record that cannot be used: stop, or count it and go on."""
 
     def __init__(self, *, skip: bool) -> None:
@@ -41,7 +41,7 @@ class Rejections:
             raise InputError(f"{where}: {reason}; mend the record, or set malformed=skip to count such and go on")
         self.count += 1
 
-    def tell(self, what: str) -> None:
+    def log_count(self, what: str) -> None:
         """Say how many were left out."""
         if self.count:
             log.warning("%s: %d malformed records skipped", what, self.count)
@@ -95,7 +95,7 @@ def open_text(config: TextConfig, what: str) -> Text:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class RawChunk:
     """Consecutive records of one file, not yet parsed: small to send to another process."""
 
     file: Path
@@ -106,9 +106,9 @@ class Piece:
     lines: tuple[bytes, ...] = ()
 
 
-def pieces(files: Sequence[Path], *, size: int) -> Iterator[list[Piece]]:
+def read_chunks(files: Sequence[Path], *, size: int) -> Iterator[list[RawChunk]]:
     """The records of some files in groups of `size` (the last may be smaller); blank lines are no records."""
-    group: list[Piece] = []
+    group: list[RawChunk] = []
     missing = size
     for file in files:
         with _readable(file):
@@ -124,7 +124,7 @@ def pieces(files: Sequence[Path], *, size: int) -> Iterator[list[Piece]]:
         yield group
 
 
-def raw_records(group: Iterable[Piece]) -> Iterator[Raw]:
+def raw_records(group: Iterable[RawChunk]) -> Iterator[Raw]:
     """Place, kind and unparsed content of the records of some pieces."""
     for piece in group:
         if piece.kind != "row":
@@ -138,7 +138,7 @@ def raw_records(group: Iterable[Piece]) -> Iterator[Raw]:
 
 def all_records(files: Sequence[Path]) -> Iterator[Raw]:
     """Every record of some files, in order."""
-    return itertools.chain.from_iterable(map(raw_records, pieces(files, size=LINES_A_PIECE)))
+    return itertools.chain.from_iterable(map(raw_records, read_chunks(files, size=LINES_A_PIECE)))
 
 
 @contextlib.contextmanager
@@ -149,12 +149,12 @@ def _readable(file: Path) -> Iterator[None]:
         raise InputError(f"{file}: expected a readable file, found it damaged ({error}); replace it") from None
 
 
-def _cut(piece: Piece, start: int, stop: int) -> Piece:
-    return Piece(file=piece.file, kind=piece.kind, numbers=piece.numbers[start:stop], lines=piece.lines[start:stop])
+def _cut(piece: RawChunk, start: int, stop: int) -> RawChunk:
+    return RawChunk(file=piece.file, kind=piece.kind, numbers=piece.numbers[start:stop], lines=piece.lines[start:stop])
 
 
-def _row_ranges(file: Path) -> Iterator[Piece]:
-    yield Piece(file=file, kind="row", numbers=range(1, pq.read_metadata(file).num_rows + 1))
+def _row_ranges(file: Path) -> Iterator[RawChunk]:
+    yield RawChunk(file=file, kind="row", numbers=range(1, pq.read_metadata(file).num_rows + 1))
 
 
 def _rows(file: Path, numbers: Sequence[int]) -> Iterator[Any]:
@@ -169,7 +169,7 @@ def _rows(file: Path, numbers: Sequence[int]) -> Iterator[Any]:
     return itertools.islice(rows, first - starts[wanted[0]], stop - starts[wanted[0]])
 
 
-def _lines(file: Path) -> Iterator[Piece]:
+def _lines(file: Path) -> Iterator[RawChunk]:
     kind = "text" if file.suffix == ".txt" else "json"
     compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
     with pa.input_stream(str(file), compression=compression) as stream:
@@ -177,31 +177,31 @@ def _lines(file: Path) -> Iterator[Piece]:
         while some := list(itertools.islice(numbered, LINES_A_PIECE)):
             records = [(number, line) for number, line in some if line.strip()]
             numbers, lines = tuple(n for n, _ in records), tuple(line for _, line in records)
-            yield Piece(file=file, kind=kind, numbers=numbers, lines=lines)
+            yield RawChunk(file=file, kind=kind, numbers=numbers, lines=lines)
 
 
 # -------------------------------------------------------------------------------------------- records
 
 
 def parse_records(
-    raw: Iterable[Raw], text: Text, tokenizer: Any, rejections: Rejections, *, first_id: int = 0
+    raw: Iterable[Raw], text: Text, tokenizer: Any, malformed: MalformedRecords, *, first_id: int = 0
 ) -> Iterator[Record]:
-    """Raw lines -> records, numbered from `first_id`; what is malformed goes to `rejections`."""
+    """Raw lines -> records, numbered from `first_id`; what is malformed goes to `malformed`."""
     for record_id, (where, kind, content) in enumerate(raw, first_id):
         try:
             row = content if kind == "row" else _row(kind, content, text.columns)
             yield _record(row, where, record_id, text.columns, tokenizer)
         except InputError as error:
-            rejections.reject(where, str(error))
+            malformed.reject(where, str(error))
 
 
 def read_records(text: Text, tokenizer: Any) -> list[Record]:
     """All records of a text, in memory; refuses an empty one."""
-    rejections = Rejections(skip=text.skip_malformed)
-    records = list(parse_records(all_records(text.files), text, tokenizer, rejections))
+    malformed = MalformedRecords(skip=text.skip_malformed)
+    records = list(parse_records(all_records(text.files), text, tokenizer, malformed))
     if not records:
         raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
-    rejections.tell(text.what)
+    malformed.log_count(text.what)
     return records
 
 

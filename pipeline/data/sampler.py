@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-POOL_BLOCKS = 8  # row groups shuffled together: sorted corpora mix better, and memory stays bounded
+SHUFFLE_BLOCKS = 8  # row groups shuffled together: sorted corpora mix better, and memory stays bounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Corpus:
+class CacheStream:
     """One cache as the order sees it."""
 
     weight: Fraction
@@ -45,7 +45,7 @@ class Corpus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class BatchSampler:
     """All that decides which sequences a step sees."""
 
     seed: int
@@ -53,7 +53,7 @@ class Order:
     gold_fraction: Fraction
     """Of the sequences."""
     num_gold: int
-    corpora: tuple[Corpus, ...]
+    corpora: tuple[CacheStream, ...]
     most_gold: int | None = None
     """Gold sequences, repeats included, after which only the corpus is left; None: no end."""
 
@@ -97,7 +97,7 @@ def fraction_of_sequences(of_targets: Fraction, *, gold: Fraction, corpus: Fract
     return wanted_gold / (wanted_gold + wanted_corpus)
 
 
-def meant(fraction: float) -> Fraction:
+def exact_fraction(fraction: float) -> Fraction:
     """The fraction that is meant: the nearest with a denominator up to a million, so that 0.1 is one tenth."""
     return Fraction(fraction).limit_denominator(1_000_000)
 
@@ -132,7 +132,7 @@ def stream_at(index: int, *, stream: str, seed: int, blocks: tuple[int, ...]) ->
 @lru_cache(maxsize=64)
 def _pools(stream: str, seed: int, epoch: int, blocks: tuple[int, ...]) -> list[tuple[tuple[int, ...], int]]:
     order = _permutation(len(blocks), stream, seed, epoch)
-    pools = [tuple(order[i : i + POOL_BLOCKS]) for i in range(0, len(order), POOL_BLOCKS)]
+    pools = [tuple(order[i : i + SHUFFLE_BLOCKS]) for i in range(0, len(order), SHUFFLE_BLOCKS)]
     return [(pool, sum(blocks[b] for b in pool)) for pool in pools]
 
 

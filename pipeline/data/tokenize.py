@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.core.files import file_hash
 from pipeline.core.types import UNKNOWN_TARGET, InputError, Record, TokenSequence
 from pipeline.data.packing import Segment, pack
-from pipeline.data.records import Raw, Rejections, Text, all_records, parse_records
+from pipeline.data.records import MalformedRecords, Raw, Text, all_records, parse_records
 
 RECORDS_PER_CALL = 1024  # records handed to the tokenizer at once
 
@@ -23,7 +23,7 @@ def segments(
     records: Iterable[Record],
     text: Text,
     tokenizer: Any,
-    rejections: Rejections,
+    malformed: MalformedRecords,
     *,
     window: int,
     require_targets: bool = False,
@@ -43,7 +43,7 @@ def segments(
                 else:
                     yield from _segments_of(record.record_id, head, tail, window, text.targets, require_targets)
             except InputError as error:
-                rejections.reject(record.where, str(error))
+                malformed.reject(record.where, str(error))
 
 
 def _encode(records: list[Record], tokenizer: Any, end_token: bool) -> list[tuple[list[int], list[int] | None]]:
@@ -115,34 +115,34 @@ def _prompt_of(record_id: int, head: list[int], window: int) -> Segment:
     return Segment(record_id=record_id, ids=tuple(head), targets=())
 
 
-def sequences(
+def read_sequences(
     raw: Iterable[Raw],
     text: Text,
     tokenizer: Any,
-    rejections: Rejections,
+    malformed: MalformedRecords,
     *,
     window: int,
     first_id: int = 0,
     require_targets: bool = False,
 ) -> Iterator[TokenSequence]:
     """The whole way from raw records to packed sequences."""
-    records = parse_records(raw, text, tokenizer, rejections, first_id=first_id)
-    parts = segments(records, text, tokenizer, rejections, window=window, require_targets=require_targets)
+    records = parse_records(raw, text, tokenizer, malformed, first_id=first_id)
+    parts = segments(records, text, tokenizer, malformed, window=window, require_targets=require_targets)
     return pack(parts, window=window)
 
 
-def known_sequences(text: Text, tokenizer: Any, *, window: int) -> list[TokenSequence]:
+def load_labeled_sequences(text: Text, tokenizer: Any, *, window: int) -> list[TokenSequence]:
     """A whole text with known targets, packed, in memory."""
-    rejections = Rejections(skip=text.skip_malformed)
+    malformed = MalformedRecords(skip=text.skip_malformed)
     raw = all_records(text.files)
-    return list(sequences(raw, text, tokenizer, rejections, window=window, require_targets=True))
+    return list(read_sequences(raw, text, tokenizer, malformed, window=window, require_targets=True))
 
 
 # -------------------------------------------------------------------------------------------- packing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
+class TextSummary:
     """What a text is, whatever its files are called."""
 
     num_records: int
@@ -150,14 +150,14 @@ class Survey:
     sha256: str
 
 
-def survey(text: Text, tokenizer: Any, *, window: int, require_targets: bool = False) -> Survey:
+def check_text(text: Text, tokenizer: Any, *, window: int, require_targets: bool = False) -> TextSummary:
     """Read, parse and tokenize every record once, and hash the files: what cannot be used stops before a model loads.
 
     Refuses a text with no usable record.
     """
     if text.end_token and tokenizer.eos_token_id is None:
         raise InputError(f"{text.what}: expected a tokenizer with an end token, found none; set end_token=false")
-    rejections, num_records = Rejections(skip=text.skip_malformed), 0
+    malformed, num_records = MalformedRecords(skip=text.skip_malformed), 0
 
     def counted() -> Iterator[Raw]:
         nonlocal num_records
@@ -165,13 +165,13 @@ def survey(text: Text, tokenizer: Any, *, window: int, require_targets: bool = F
             num_records += 1
             yield raw
 
-    records = parse_records(counted(), text, tokenizer, rejections)
-    parts = segments(records, text, tokenizer, rejections, window=window, require_targets=require_targets)
+    records = parse_records(counted(), text, tokenizer, malformed)
+    parts = segments(records, text, tokenizer, malformed, window=window, require_targets=require_targets)
     if sum(1 for _ in parts) == 0:
         files = ", ".join(map(str, text.files))
-        raise InputError(f"{text.what}: expected usable records, found none in {files} ({rejections.count} malformed)")
-    rejections.tell(text.what)
-    return Survey(num_records=num_records, sha256=text_hash(text))
+        raise InputError(f"{text.what}: expected usable records, found none in {files} ({malformed.count} malformed)")
+    malformed.log_count(text.what)
+    return TextSummary(num_records=num_records, sha256=text_hash(text))
 
 
 def text_hash(text: Text) -> str:

@@ -9,10 +9,12 @@ import polars as pl
 
 from pipeline.core.files import one_path
 from pipeline.core.types import InputError, Scores
-from pipeline.evaluation.requests import Exam, record_key
+from pipeline.evaluation.requests import EvaluationSet, record_key
 
 
-def predictions_table(exam: Exam, log_probs: list[list[float]], answers: dict[int, tuple[str, bool]]) -> pl.DataFrame:
+def predictions_table(
+    exam: EvaluationSet, log_probs: list[list[float]], answers: dict[int, tuple[str, bool]]
+) -> pl.DataFrame:
     own: dict[int, list[float]] = {record.record_id: [] for record in exam.records}
     choices: dict[int, list[float]] = {record.record_id: [] for record in exam.records}
     for item, values in zip(exam.items, log_probs, strict=True):
@@ -55,7 +57,7 @@ def predictions_table(exam: Exam, log_probs: list[list[float]], answers: dict[in
     return pl.DataFrame(rows, schema=schema)
 
 
-def teacher_choices(exam: Exam, predictions: str) -> pl.Series:
+def teacher_choices(exam: EvaluationSet, predictions: str) -> pl.Series:
     """The teacher's choice on each record, joined by what the record says, never by its position."""
     path = one_path(predictions, "scoring.teacher_predictions")
     teacher = pl.read_parquet(path).select("record_key", "predicted").unique("record_key")
@@ -71,7 +73,7 @@ def teacher_choices(exam: Exam, predictions: str) -> pl.Series:
     return joined
 
 
-def teacher_score(exam: Exam, predictions: str) -> float:
+def teacher_score(exam: EvaluationSet, predictions: str) -> float:
     """The teacher's score on an exam by its predictions, as `decisive` has it."""
     path = one_path(predictions, "loss.kd.overtaken.teacher_predictions")
     mine = pl.DataFrame({"record_key": [record_key(record) for record in exam.records]})
@@ -85,10 +87,10 @@ def teacher_score(exam: Exam, predictions: str) -> float:
             f"{unknown}; score the teacher on the same text, with scoring.max_new_tokens={exam.max_new_tokens}"
         )
     rows = rows.with_columns(exact=pl.when(asked).then(pl.col("exact")))  # what is not asked here decides nothing
-    return decisive(scores_of(rows))
+    return main_score(scores_of(rows))
 
 
-def decisive(scores: Scores) -> float:
+def main_score(scores: Scores) -> float:
     """One number, more is better: accuracy over choices, else exact match if measured, else minus the nll."""
     for fraction in (scores.accuracy, scores.exact_match):
         if fraction is not None:

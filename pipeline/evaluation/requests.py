@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.core.types import InputError, Record
-from pipeline.data.records import Rejections, Text, read_records
+from pipeline.data.records import MalformedRecords, Text, read_records
 from pipeline.data.tokenize import segments
 
 Pairs = tuple[tuple[int, int], ...]  # (position, token): what to score
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
+class LikelihoodRequest:
     """One continuation of one record: the tokens read and the (position, token) pairs to score."""
 
     record_id: int
@@ -27,7 +27,7 @@ class Item:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class GenerationRequest:
     """A record without choices whose completion the model is to say."""
 
     record_id: int
@@ -40,26 +40,26 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Exam:
+class EvaluationSet:
     """A held-out text, read and tokenized: all that can be wrong with it is found before a model loads."""
 
     records: tuple[Record, ...]
-    items: tuple[Item, ...]
-    questions: tuple[Question, ...]
+    items: tuple[LikelihoodRequest, ...]
+    questions: tuple[GenerationRequest, ...]
     """Empty where `max_new_tokens` is 0."""
     max_new_tokens: int
     tokenizer: Any
 
 
-def open_exam(text: Text, tokenizer: Any, *, longest: int | None, max_new_tokens: int) -> Exam:
+def open_evaluation_set(text: Text, tokenizer: Any, *, longest: int | None, max_new_tokens: int) -> EvaluationSet:
     """Read a held-out text; refuses one that asks nothing, and records longer than the model's positions.
 
     With `max_new_tokens` above 0 the model is to complete, in so many tokens at most, what has no choices.
     """
-    rejections = Rejections(skip=text.skip_malformed)
+    malformed = MalformedRecords(skip=text.skip_malformed)
     records: list[Record] = []
-    items: list[Item] = []
-    questions: list[Question] = []
+    items: list[LikelihoodRequest] = []
+    questions: list[GenerationRequest] = []
     special = frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
     for record in read_records(text, tokenizer):
         try:
@@ -70,17 +70,17 @@ def open_exam(text: Text, tokenizer: Any, *, longest: int | None, max_new_tokens
             if longest is not None and most > longest:
                 raise InputError(f"expected at most {longest} tokens, the model's positions, found {most}")
         except InputError as error:
-            rejections.reject(record.where, str(error))
+            malformed.reject(record.where, str(error))
             continue
         records.append(record)
         items += asked
         questions += free
-    rejections.tell(text.what)
+    malformed.log_count(text.what)
     if not items:
         raise InputError(
             f"{text.what}: expected records with targets or choices, found none; there is nothing to score"
         )
-    return Exam(
+    return EvaluationSet(
         records=tuple(records),
         items=tuple(items),
         questions=tuple(questions),
@@ -89,7 +89,7 @@ def open_exam(text: Text, tokenizer: Any, *, longest: int | None, max_new_tokens
     )
 
 
-def check_questions(exams: Sequence[Exam]) -> None:
+def check_generation_requests(exams: Sequence[EvaluationSet]) -> None:
     """Refuse to ask for exact match where nothing can be asked."""
     if any(exam.max_new_tokens > 0 for exam in exams) and not any(exam.questions for exam in exams):
         raise InputError(
@@ -98,11 +98,11 @@ def check_questions(exams: Sequence[Exam]) -> None:
         )
 
 
-def _own_items(record: Record, text: Text, tokenizer: Any) -> Iterator[Item]:
+def _own_items(record: Record, text: Text, tokenizer: Any) -> Iterator[LikelihoodRequest]:
     if record.completion is None:
         return
-    for segment in segments([record], text, tokenizer, Rejections(skip=False), window=1 << 30):
-        yield Item(
+    for segment in segments([record], text, tokenizer, MalformedRecords(skip=False), window=1 << 30):
+        yield LikelihoodRequest(
             record_id=record.record_id,
             choice=None,
             ids=segment.ids[: segment.targets[-1][0] + 1],
@@ -110,7 +110,7 @@ def _own_items(record: Record, text: Text, tokenizer: Any) -> Iterator[Item]:
         )
 
 
-def _choice_items(record: Record, text: Text, tokenizer: Any) -> Iterator[Item]:
+def _choice_items(record: Record, text: Text, tokenizer: Any) -> Iterator[LikelihoodRequest]:
     if not record.choices:
         return
     if record.prompt is None:
@@ -123,10 +123,10 @@ def _choice_items(record: Record, text: Text, tokenizer: Any) -> Iterator[Item]:
             raise InputError("expected choices of which none begins another, found such; set end_token=true")
     for index, ids in enumerate(choices):
         pairs = tuple((len(prompt) - 1 + j, token) for j, token in enumerate(ids))
-        yield Item(record_id=record.record_id, choice=index, ids=prompt + ids[:-1], pairs=pairs)
+        yield LikelihoodRequest(record_id=record.record_id, choice=index, ids=prompt + ids[:-1], pairs=pairs)
 
 
-def _questions(record: Record, text: Text, tokenizer: Any, special: frozenset[int]) -> list[Question]:
+def _questions(record: Record, text: Text, tokenizer: Any, special: frozenset[int]) -> list[GenerationRequest]:
     if record.choices or record.prompt is None or record.completion is None:
         return []
     ids = tokenizer(record.prompt, add_special_tokens=not record.templated)["input_ids"]
@@ -140,10 +140,14 @@ def _questions(record: Record, text: Text, tokenizer: Any, special: frozenset[in
             "set end_token=true (a chat template has to end a turn with one), or use scoring.max_new_tokens=0"
         )
     ends = special & {*wanted, tokenizer.eos_token_id}
-    return [Question(record_id=record.record_id, ids=tuple(ids), ends=ends, wanted=said(tokenizer, wanted))]
+    return [
+        GenerationRequest(
+            record_id=record.record_id, ids=tuple(ids), ends=ends, wanted=decode_answer(tokenizer, wanted)
+        )
+    ]
 
 
-def said(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
     """Tokens as text: no special ones, no spaces around it."""
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 

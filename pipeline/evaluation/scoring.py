@@ -17,12 +17,18 @@ from pipeline.core.types import Scores
 from pipeline.data.packing import Segment, collate_inputs, pack
 from pipeline.data.records import open_text
 from pipeline.evaluation.predictions import predictions_table, scores_of, teacher_choices
-from pipeline.evaluation.requests import Exam, Item, check_questions, open_exam, said
+from pipeline.evaluation.requests import (
+    EvaluationSet,
+    LikelihoodRequest,
+    check_generation_requests,
+    decode_answer,
+    open_evaluation_set,
+)
 from pipeline.models import loading as models
-from pipeline.models.compatibility import longest_sequence
+from pipeline.models.compatibility import max_positions
 from pipeline.models.forward import Model, hidden_states, logits
-from pipeline.models.generation import batches_of_like_length, say
-from pipeline.models.prepack import laid_out
+from pipeline.models.generation import batches_of_like_length, generate
+from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 
 SHORTEST_WINDOW = 128  # tokens; a wider window would only add attention between segments that is masked away
@@ -33,12 +39,14 @@ def run(config: EvaluateConfig) -> Scores:
     """Score a model folder; print, and write scores.json and predictions.parquet if asked."""
     start_logging()
     folder, tokenizer = open_tokenizer(config.model)
-    longest, max_new_tokens = longest_sequence(folder), config.scoring.max_new_tokens
-    exam = open_exam(open_text(config.text, "text"), tokenizer, longest=longest, max_new_tokens=max_new_tokens)
-    check_questions([exam])
+    longest, max_new_tokens = max_positions(folder), config.scoring.max_new_tokens
+    exam = open_evaluation_set(
+        open_text(config.text, "text"), tokenizer, longest=longest, max_new_tokens=max_new_tokens
+    )
+    check_generation_requests([exam])
     if config.scoring.teacher_predictions is not None:
         teacher_choices(exam, config.scoring.teacher_predictions)
-    model = laid_out(models.open_model(config.model, compute_device()))
+    model = prepack(models.open_model(config.model, compute_device()))
     scores, predictions = score(
         model,
         exam,
@@ -59,7 +67,7 @@ def run(config: EvaluateConfig) -> Scores:
 
 def score(
     model: Model,
-    exam: Exam,
+    exam: EvaluationSet,
     *,
     batch_tokens: int,
     teacher_predictions: str | None,
@@ -79,7 +87,7 @@ def score(
     return scores_of(predictions), predictions
 
 
-def _merged(items: Sequence[Item]) -> tuple[list[Segment], list[tuple[int, int]]]:
+def _merged(items: Sequence[LikelihoodRequest]) -> tuple[list[Segment], list[tuple[int, int]]]:
     """Segments to forward, and for each item its (segment, first pair in it).
 
     An item whose tokens begin another item of the same record is read off that one's positions: eleven
@@ -110,7 +118,7 @@ def _merged(items: Sequence[Item]) -> tuple[list[Segment], list[tuple[int, int]]
 
 @torch.inference_mode()
 def _log_probs(
-    model: Model, items: Sequence[Item], vocabulary_size: int, batch_tokens: int, log_every_seconds: float
+    model: Model, items: Sequence[LikelihoodRequest], vocabulary_size: int, batch_tokens: int, log_every_seconds: float
 ) -> list[list[float]]:
     """Log-probability (nats) of every pair of every item."""
     merged, places = _merged(items)
@@ -151,7 +159,7 @@ def _pair_log_probs(
 
 @torch.inference_mode()
 def _answers(
-    model: Model, exam: Exam, batch_tokens: int, log_every_seconds: float, ranks: Ranks | None
+    model: Model, exam: EvaluationSet, batch_tokens: int, log_every_seconds: float, ranks: Ranks | None
 ) -> dict[int, tuple[str, bool]]:
     """Of each record with a question: what the model said, greedily, and whether that is what was wanted."""
     questions, found = exam.questions, {}
@@ -161,11 +169,11 @@ def _answers(
     def choose(_: int, logits_BV: torch.Tensor) -> torch.Tensor:
         likeliest_B = logits_BV.argmax(dim=1)
         # at ZeRO 3 a rank that ends earlier, by a tie that it breaks otherwise, would leave the others waiting
-        return likeliest_B if ranks is None else ranks.first(likeliest_B)
+        return likeliest_B if ranks is None else ranks.broadcast(likeliest_B)
 
     for rows in batches_of_like_length(lengths, batch_tokens=batch_tokens, max_new_tokens=exam.max_new_tokens):
         asked = [questions[row] for row in rows]
-        words = say(
+        words = generate(
             model,
             [torch.tensor(question.ids) for question in asked],
             choose,
@@ -174,7 +182,7 @@ def _answers(
             vocabulary_size=vocabulary_size(exam.tokenizer),
         )
         for question, ids in zip(asked, words, strict=True):
-            answer = said(exam.tokenizer, ids)
+            answer = decode_answer(exam.tokenizer, ids)
             found[question.record_id] = (answer, answer == question.wanted)
         progress.advance(len(asked))
     progress.close()

@@ -24,7 +24,7 @@ from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
 from pipeline.data.packing import sequence_key
 from pipeline.importers.decode import ForeignRow, foreign_row
 from pipeline.importers.sources import Row, Source, open_source, rows
-from pipeline.models.tokenizer import load_tokenizer, text_rules, tokenizer_hash, vocabulary_size
+from pipeline.models.tokenizer import load_tokenizer, text_settings, tokenizer_hash, vocabulary_size
 
 ALIGNMENT_POSITIONS = 1000  # positions whose true token tells which way a data set is aligned
 ALIGNMENT_NATS = 1.0  # by how much the other alignment may be better and still be chance
@@ -44,11 +44,11 @@ def run(config: ImportConfig) -> Path:
     made_of = identity(config, source)
     cache = Path(config.caches_dir) / f"{config.name}-{manifests.fingerprint(made_of)[:12]}"
     if manifests.manifest_path(cache).exists():
-        manifests.check_same(manifests.load(cache), made_of, cache)
+        manifests.check_same_inputs(manifests.load_manifest(cache), made_of, cache)
     else:
-        manifests.start(cache, plan(config, source, made_of))
-    manifest = manifests.load(cache)
-    todo = [index for index in range(manifest.num_shards) if manifests.committed(cache, index) is None]
+        manifests.create_cache(cache, plan(config, source, made_of))
+    manifest = manifests.load_manifest(cache)
+    todo = [index for index in range(manifest.num_shards) if manifests.shard_info(cache, index) is None]
     progress = Progress(
         "import",
         total=sum(len(manifests.shard_range(manifest, index)) for index in todo),
@@ -59,14 +59,14 @@ def run(config: ImportConfig) -> Path:
     at = manifests.shard_range(manifest, todo[0]).start if todo else manifest.num_records
     stream = rows(source, range(at, manifest.num_records))
     for index in todo:
-        if not manifests.adopt(cache, index):
+        if not manifests.adopt_orphan(cache, index):
             records = manifests.shard_range(manifest, index)
             taken = itertools.islice(stream, records.start - at, records.stop - at)
             import_shard(source, taken, cache, manifest, index, progress)
             at = records.stop
     progress.close()
-    finished = manifests.finish(cache, manifest, stale_seconds=ABANDONED_SECONDS)
-    infos = manifests.whole(cache, manifest)
+    finished = manifests.finalize_cache(cache, manifest, stale_seconds=ABANDONED_SECONDS)
+    infos = manifests.committed_shards(cache, manifest)
     log.info(
         "%s: %d rows (%d with nothing kept), %d targets, %.1f MB, tail %s",
         *(cache, finished.num_records, finished.num_skipped, sum(i.targets for i in infos)),
@@ -104,7 +104,7 @@ def identity(config: ImportConfig, source: Source) -> dict[str, Any]:
         "alignment": source.alignment,
         "columns": dict(source.columns),
         "tokenizer": tokenizer_hash(source.tokenizer),
-        **text_rules(source.tokenizer),
+        **text_settings(source.tokenizer),
         "records_per_shard": config.records_per_shard,
     }
 

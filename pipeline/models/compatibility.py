@@ -56,7 +56,7 @@ def check_packing(model: Model) -> None:
         )
 
 
-def longest_sequence(folder: Path) -> int | None:
+def max_positions(folder: Path) -> int | None:
     """The positions that a model knows, or None if it does not say."""
     if not (folder / "config.json").exists():
         raise InputError(f"{folder}: expected a model in Hugging Face layout, found no config.json; check the path")
@@ -66,6 +66,6 @@ def longest_sequence(folder: Path) -> int | None:
 
 def check_window(folder: Path, window: int) -> None:
     """Refuse a window longer than the positions that a model knows."""
-    longest = longest_sequence(folder)
+    longest = max_positions(folder)
     if longest is not None and window > longest:
         raise InputError(f"window: expected at most {longest} (the positions of {folder}), found {window}")

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pipeline.models.forward import Model, logits
 
-MOST_TEXTS = 512  # completed together: bounds the [B, V] matrix of their next tokens
+MAX_BATCH = 512  # completed together: bounds the [B, V] matrix of their next tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Reading:
+class DecodingState:
     """Texts that a model has read, one a row, and where it stands in them."""
 
     hidden_BH: Tensor
@@ -27,7 +27,7 @@ class Reading:
     lengths_B: Tensor
 
 
-def read_prompts(model: Model, prompts: Sequence[Tensor]) -> Reading:
+def prefill(model: Model, prompts: Sequence[Tensor]) -> DecodingState:
     """Read texts of different lengths, padded at the left, and keep what is needed to read on."""
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     longest = int(lengths_B.max())
@@ -39,12 +39,12 @@ def read_prompts(model: Model, prompts: Sequence[Tensor]) -> Reading:
     read = model.get_decoder()(
         input_ids=input_ids_BS.to(model.device), attention_mask=mask_BS, position_ids=position_ids_BS, use_cache=True
     )
-    return Reading(
+    return DecodingState(
         hidden_BH=read.last_hidden_state[:, -1], cache=read.past_key_values, mask_BS=mask_BS, lengths_B=lengths_B
     )
 
 
-def read_next(model: Model, reading: Reading, next_B: Tensor) -> Reading:
+def decode_step(model: Model, reading: DecodingState, next_B: Tensor) -> DecodingState:
     """Read one more token of each text."""
     mask_BS = torch.cat([reading.mask_BS, torch.ones_like(reading.mask_BS[:, :1])], dim=1)
     read = model.get_decoder()(
@@ -54,7 +54,7 @@ def read_next(model: Model, reading: Reading, next_B: Tensor) -> Reading:
         past_key_values=reading.cache,
         use_cache=True,
     )
-    return Reading(
+    return DecodingState(
         hidden_BH=read.last_hidden_state[:, -1],
         cache=read.past_key_values,
         mask_BS=mask_BS,
@@ -62,7 +62,7 @@ def read_next(model: Model, reading: Reading, next_B: Tensor) -> Reading:
     )
 
 
-def say(
+def generate(
     model: Model,
     prompts: Sequence[Tensor],
     choose: Callable[[int, Tensor], Tensor],
@@ -77,7 +77,7 @@ def say(
     """
     said: list[list[int]] = [[] for _ in prompts]
     speaking = set(range(len(prompts)))
-    state = read_prompts(model, prompts)
+    state = prefill(model, prompts)
     for t in range(max(room)):
         next_B = choose(t, logits(model, state.hidden_BH, vocabulary_size))
         for b, token in enumerate(next_B.tolist()):
@@ -87,7 +87,7 @@ def say(
                     speaking.remove(b)
         if not speaking:
             break
-        state = read_next(model, state, next_B)
+        state = decode_step(model, state, next_B)
     return said
 
 
@@ -95,6 +95,6 @@ def batches_of_like_length(lengths: Sequence[int], *, batch_tokens: int, max_new
     """Texts to be completed together: the longest first, so many that their KV caches hold `batch_tokens` at most."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        size = min(max(batch_tokens // (lengths[order[0]] + max_new_tokens), 1), MOST_TEXTS)
+        size = min(max(batch_tokens // (lengths[order[0]] + max_new_tokens), 1), MAX_BATCH)
         yield order[:size]
         order = order[size:]

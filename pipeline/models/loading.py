@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.config.schema import Dtype, ModelConfig
 from pipeline.core.files import content_hash, file_hash
 from pipeline.core.progress import log
-from pipeline.core.runtime import compute_device, multiplies_fast
+from pipeline.core.runtime import compute_device, has_fast_matmul
 from pipeline.core.types import InputError
 from pipeline.models.compatibility import check_architecture
 from pipeline.models.forward import Model
@@ -26,23 +26,23 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def settled(config: C) -> C:
+def resolve_dtype(config: C) -> C:
     """The same options with `auto` made definite: what is recorded, hashed and run.
 
     Without instructions for it, a CPU multiplies bfloat16 at an eighth of float32's speed (measured on AVX2).
     """
     if config.dtype is Dtype.auto:
-        is_fast = multiplies_fast(torch.bfloat16, compute_device())
+        is_fast = has_fast_matmul(torch.bfloat16, compute_device())
         return dataclasses.replace(config, dtype=Dtype.bfloat16 if is_fast else Dtype.float32)
     dtype = config.dtype.name
-    if not multiplies_fast(getattr(torch, dtype), compute_device()):
+    if not has_fast_matmul(getattr(torch, dtype), compute_device()):
         log.warning("%s: this machine has no fast %s; dtype=float32 would be many times faster", config.path, dtype)
     return config
 
 
 def check_trained_dtype(config: ModelConfig) -> None:
     """Refuse to train in float16 where DeepSpeed does not."""
-    if config.dtype is Dtype.float16 and not multiplies_fast(torch.float16, compute_device()):
+    if config.dtype is Dtype.float16 and not has_fast_matmul(torch.float16, compute_device()):
         raise InputError(
             "student.dtype: expected float32 or bfloat16 on a CPU without float16 instructions, found float16; "
             "use bfloat16, or a GPU"
@@ -51,7 +51,7 @@ def check_trained_dtype(config: ModelConfig) -> None:
 
 def open_model(config: ModelConfig, device: torch.device, partition: dict[str, Any] | None = None) -> Model:
     """From options to a value: the model they describe, on a device; in parts over the ranks with `partition`."""
-    config = settled(config)
+    config = resolve_dtype(config)
     return load_model(
         model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code),
         dtype=config.dtype.name,
@@ -114,7 +114,7 @@ def _architecture(folder: Path, *, num_layers: int | None, trust_remote_code: bo
     return config
 
 
-def skeleton(config: ModelConfig) -> Model:
+def meta_model(config: ModelConfig) -> Model:
     """The model that options describe, without weights: its modules and their names, on no device."""
     folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
     trust = config.trust_remote_code

@@ -16,24 +16,24 @@ from torch import Tensor
 
 from pipeline.config.schema import AdapterConfig, StudentConfig
 from pipeline.core.progress import log
-from pipeline.core.runtime import whole_numel
+from pipeline.core.runtime import full_numel
 from pipeline.core.types import InputError
 from pipeline.models import loading as models
 from pipeline.models.forward import Model
 from pipeline.models.paths import is_hub_name, model_folder
 
 
-def check(config: StudentConfig) -> None:
+def check_adapter(config: StudentConfig) -> None:
     """Refuse an adapter that does not fit the student, by its modules alone: no weight is read."""
     if config.adapter is not None:
-        _insert(models.skeleton(config), config.adapter)
+        _insert(models.meta_model(config), config.adapter)
 
 
-def attach(student: Model, options: AdapterConfig, *, seed: int) -> None:
+def add_adapter(student: Model, options: AdapterConfig, *, seed: int) -> None:
     """Freeze the student and put the adapter's layers into it; the seed alone decides how they begin, on every rank."""
     torch.manual_seed(seed)
     layers = _insert(student, options)
-    sizes = [(whole_numel(p), p.requires_grad) for p in student.parameters()]
+    sizes = [(full_numel(p), p.requires_grad) for p in student.parameters()]
     trained, kinds = sum(size for size, is_trained in sizes if is_trained), sorted({n.split(".")[-1] for n in layers})
     log.info(
         "adapter on %d layers (%s): %d of %d parameters are trained",
@@ -41,7 +41,7 @@ def attach(student: Model, options: AdapterConfig, *, seed: int) -> None:
     )
 
 
-def merged(config: StudentConfig, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def merge_adapter(config: StudentConfig, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Write the adapter alone, as peft reads it; returns the student's weights with the adapter in them.
 
     `weights` is the whole state dict of a student with its adapter, none of which is changed. A skeleton takes them as
@@ -50,7 +50,7 @@ def merged(config: StudentConfig, weights: dict[str, Tensor], folder: Path) -> d
     import peft
 
     assert config.adapter is not None
-    student = models.skeleton(config)
+    student = models.meta_model(config)
     settings, whole = _settings(student, config.adapter), _trained_whole(student, config.adapter)
     settings.modules_to_save, settings.revision = whole or None, config.revision
     with warnings.catch_warnings():  # of tied matrices trained whole, which are right because they are written twice

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.core.runtime import multiplies_fast
+from pipeline.core.runtime import has_fast_matmul
 from pipeline.models.forward import Model
 
 
-class LaidOutLinear(torch.nn.Module):
+class PrepackedLinear(torch.nn.Module):
     """A linear layer whose weight lies in oneDNN's own layout; the same bits come out, without a gradient.
 
     Otherwise each product lays the whole weight out anew: 5 % of a forward over 1,024 tokens, and two fifths to
@@ -26,14 +26,14 @@ class LaidOutLinear(torch.nn.Module):
         return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
 
 
-def laid_out(model: Model) -> Model:
+def prepack(model: Model) -> Model:
     """The model with its bfloat16 linear layers laid out for a CPU, in place; elsewhere there is nothing to do.
 
     Nothing is held twice but a head that is tied to the embeddings.
     """
-    if model.device.type == "cpu" and multiplies_fast(torch.bfloat16, model.device):
+    if model.device.type == "cpu" and has_fast_matmul(torch.bfloat16, model.device):
         for name, layer in list(model.named_modules()):
             # no subclass: what else it does, this one would not
             if type(layer) is torch.nn.Linear and layer.weight.dtype == torch.bfloat16:
-                model.set_submodule(name, LaidOutLinear(layer))
+                model.set_submodule(name, PrepackedLinear(layer))
     return model

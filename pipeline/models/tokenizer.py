@@ -40,7 +40,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return content_hash(state)
 
 
-def text_rules(tokenizer: Any) -> dict[str, Any]:
+def text_settings(tokenizer: Any) -> dict[str, Any]:
     """What else decides how text becomes ids: part of a fingerprint, not of whether two models can share ids."""
     return {"chat_template": tokenizer.chat_template, "end_token_id": tokenizer.eos_token_id}
 

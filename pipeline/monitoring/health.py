@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.core.progress import log
-from pipeline.core.runtime import Ranks, whole_numel
+from pipeline.core.runtime import Ranks, full_numel
 from pipeline.core.types import Batch
 
 # Dense bf16 FLOP/s by NVIDIA's data sheets, under the exact name that the driver gives the device: a variant of other
@@ -35,7 +35,7 @@ RECENT, FEWEST = 100, 10  # gradient norms that a median is taken of: at most, a
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
+class ModelSize:
     """What a model's arithmetic depends on."""
 
     body: int
@@ -49,22 +49,22 @@ class Size:
     frozen_head: int = 0
 
 
-def size_of(student: Any) -> Size:
+def model_size(student: Any) -> ModelSize:
     """A model's size."""
     text = student.config.get_text_config()
     head, embedding = student.get_output_embeddings().weight, student.get_input_embeddings().weight
     body = [p for p in student.parameters() if p is not head and p is not embedding]
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Size(
-        body=sum(map(whole_numel, body)),
-        head=whole_numel(head),
+    return ModelSize(
+        body=sum(map(full_numel, body)),
+        head=full_numel(head),
         attention=text.num_hidden_layers * text.num_attention_heads * head_size,
-        frozen_body=sum(whole_numel(p) for p in body if not p.requires_grad),
-        frozen_head=0 if head.requires_grad else whole_numel(head),
+        frozen_body=sum(full_numel(p) for p in body if not p.requires_grad),
+        frozen_head=0 if head.requires_grad else full_numel(head),
     )
 
 
-def model_flops(size: Size, *, tokens: int, supervised: int, window: int) -> float:
+def model_flops(size: ModelSize, *, tokens: int, supervised: int, window: int) -> float:
     """The arithmetic of a forward and a backward: 6 N + 12 L H Q T a token.
 
     Chowdhery et al., PaLM (2022), appendix B: N parameters, L layers of H heads of size Q, a window of T tokens;
@@ -89,7 +89,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def spent(ranks: Ranks, batches: Sequence[Batch], size: Size) -> dict[str, Any]:
+def step_totals(ranks: Ranks, batches: Sequence[Batch], size: ModelSize) -> dict[str, Any]:
     """Tokens and FLOPs of a step over all ranks, and the largest of their peaks of memory, by one sum."""
     values = torch.zeros(2 + ranks.world_size, dtype=torch.float64)
     for batch in batches:
@@ -98,11 +98,11 @@ def spent(ranks: Ranks, batches: Sequence[Batch], size: Size) -> dict[str, Any]:
         values[0] += tokens
         values[1] += model_flops(size, tokens=tokens, supervised=supervised, window=window)
     values[2 + ranks.rank] = peak_memory(ranks.device)
-    tokens_sum, flops, *peaks = ranks.sum(values.to(ranks.device)).tolist()
+    tokens_sum, flops, *peaks = ranks.all_reduce(values.to(ranks.device)).tolist()
     return {"tokens": int(tokens_sum), "model_flops": flops, "peak_memory_bytes": int(max(peaks))}
 
 
-def rates(figures: dict[str, Any], *, world_size: int, peak: float | None) -> dict[str, float]:
+def throughput(figures: dict[str, Any], *, world_size: int, peak: float | None) -> dict[str, float]:
     """Speed and waiting of a step as the first rank saw it; `mfu` only where the devices' peak is known."""
     whole = figures["seconds"] + figures["data_wait_seconds"]
     found = {
@@ -112,7 +112,7 @@ def rates(figures: dict[str, Any], *, world_size: int, peak: float | None) -> di
     return found if peak is None else found | {"mfu": figures["model_flops"] / (whole * world_size * peak)}
 
 
-class Watch:
+class GradientMonitor:
     """Looks at each step's gradient: ends a run that learns nothing any more, warns once of a norm that explodes."""
 
     def __init__(

@@ -14,10 +14,10 @@ from pipeline.core.progress import Progress
 from pipeline.core.runtime import Ranks
 from pipeline.core.types import Batch
 from pipeline.monitoring import health
-from pipeline.monitoring.trackers import Mirrors
+from pipeline.monitoring.trackers import Trackers
 
 
-class Ledger:
+class StepLogger:
     """Every rank measures and judges; the first one writes."""
 
     def __init__(
@@ -25,7 +25,7 @@ class Ledger:
         config: TrainConfig,
         paths: RunPaths,
         ranks: Ranks,
-        size: health.Size,
+        size: health.ModelSize,
         *,
         done: int,
         num_steps: int,
@@ -36,19 +36,21 @@ class Ledger:
         self._progress = Progress(
             config.name, total=num_steps, unit=" steps", done=done, log_every_seconds=every_seconds, quiet=quiet
         )
-        self._metrics = None if quiet else Metrics(paths.metrics, keep_steps=done)
-        self._mirrors = Mirrors([] if quiet else config.mirrors, paths, name=config.name, step=done)
-        rows = [] if quiet else Metrics.read(paths.metrics)
-        self._watch = health.Watch(**dataclasses.asdict(config.health), rows=rows, skipped_steps=skipped_steps)
+        self._metrics = None if quiet else MetricsFile(paths.metrics, keep_steps=done)
+        self._mirrors = Trackers([] if quiet else config.mirrors, paths, name=config.name, step=done)
+        rows = [] if quiet else MetricsFile.read(paths.metrics)
+        self._watch = health.GradientMonitor(
+            **dataclasses.asdict(config.health), rows=rows, skipped_steps=skipped_steps
+        )
         self._peak = health.peak_flops(ranks.device, config.student.dtype.name)
 
-    def weigh(self, figures: dict[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
+    def measure(self, figures: dict[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
         """The figures of a step and what they say of the run's health; FloatingPointError if it cannot go on."""
-        figures = figures | health.spent(self._ranks, batches, self._size)
-        figures |= health.rates(figures, world_size=self._ranks.world_size, peak=self._peak)
+        figures = figures | health.step_totals(self._ranks, batches, self._size)
+        figures |= health.throughput(figures, world_size=self._ranks.world_size, peak=self._peak)
         return figures | self._watch.look(figures)
 
-    def write(self, figures: dict[str, Any], *, show: Sequence[str]) -> None:
+    def append(self, figures: dict[str, Any], *, show: Sequence[str]) -> None:
         """One more step, in the file, in its mirrors and to those who wait."""
         if self._metrics is not None:
             self._metrics.append(figures)
@@ -61,7 +63,7 @@ class Ledger:
         self._mirrors.close()
 
 
-class Metrics:
+class MetricsFile:
     """metrics.jsonl: one line a step, cut back to the steps that a resumed run will not do again."""
 
     def __init__(self, file: Path, *, keep_steps: int) -> None:

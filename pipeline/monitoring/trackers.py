@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.config.schema import Mirror
+from pipeline.config.schema import Tracker
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import log
 
@@ -18,10 +18,10 @@ Write = Callable[[int, dict[str, float]], None]
 Close = Callable[[], None]
 
 
-class Mirrors:
+class Trackers:
     """The mirrors of one run, from its checkpoint's step on."""
 
-    def __init__(self, chosen: Sequence[Mirror], paths: RunPaths, *, name: str, step: int) -> None:
+    def __init__(self, chosen: Sequence[Tracker], paths: RunPaths, *, name: str, step: int) -> None:
         self._open: dict[str, tuple[Write, Close]] = {}
         for mirror in chosen:
             try:
@@ -99,4 +99,4 @@ def _mlflow(paths: RunPaths, name: str, step: int) -> tuple[Write, Close]:
     return write, lambda: client.set_terminated(run_id)
 
 
-OPEN = {Mirror.tensorboard: _tensorboard, Mirror.wandb: _wandb, Mirror.mlflow: _mlflow}
+OPEN = {Tracker.tensorboard: _tensorboard, Tracker.wandb: _wandb, Tracker.mlflow: _mlflow}

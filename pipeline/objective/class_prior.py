@@ -17,7 +17,7 @@ from pipeline.core.types import TopK
 RATE = 1.0  # nats that a threshold moves a step where a class is predicted always and the teacher never is for it
 
 
-def hardened(logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[float]) -> Tensor:
+def harden(logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[float]) -> Tensor:
     """int64 [N]: the class token whose logit is largest over its threshold."""
     ids_L = torch.tensor(class_ids, device=logits_NV.device)
     return ids_L[(logits_NV.detach()[:, ids_L] - torch.tensor(thresholds, device=logits_NV.device)).argmax(dim=1)]
@@ -41,6 +41,8 @@ def class_names(class_ids: Sequence[int]) -> tuple[str, ...]:
     return (*(f"own_{token}" for token in class_ids), *(f"teachers_{token}" for token in class_ids))
 
 
-def moved(thresholds: Sequence[float], *, own: Sequence[float], teacher: Sequence[float]) -> tuple[float, ...]:
+def updated_thresholds(
+    thresholds: Sequence[float], *, own: Sequence[float], teacher: Sequence[float]
+) -> tuple[float, ...]:
     """The thresholds of the next step, from the fractions of positions hardened to each class: found and wanted."""
     return tuple(t + RATE * (mine - theirs) for t, mine, theirs in zip(thresholds, own, teacher, strict=True))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pipeline.core.types import TopK
 from pipeline.objective.divergences import forward_kl
-from pipeline.objective.gates import likeliest
-from pipeline.objective.terms import NamedLogits, log_p_categories
+from pipeline.objective.gates import top_token
+from pipeline.objective.terms import SelectedLogits, log_p_categories
 
 ON_KD = ("kd_at_T1", "agreement", "teacher_tail", "student_tail")
 GRADIENTS = ("lm_square", "kd_square")
@@ -24,7 +24,7 @@ NAMES = (*ON_KD, *GRADIENTS, *(f"{name}_{side}" for side in ("right", "wrong") f
 """Sums over the positions that kd reads; over each term's; over those of both, by whether the teacher is right."""
 
 
-def sums(student: NamedLogits, ids_NJ: Tensor, top: TopK | None, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def sums(student: SelectedLogits, ids_NJ: Tensor, top: TopK | None, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sums over some positions that the same terms read; `values` are the terms', [N] each."""
     found: dict[str, Tensor] = {}
     pulls = {name: _pull(student, ids_NJ, values[name]) for name in ("lm", "kd") if name in values}
@@ -34,7 +34,7 @@ def sums(student: NamedLogits, ids_NJ: Tensor, top: TopK | None, values: Mapping
         return found
     with torch.no_grad():
         log_p_NC, log_q_NC = log_p_categories(top, temperature=1.0), student.log_q_categories(1.0)
-        teacher_N = likeliest(top)
+        teacher_N = top_token(top)
         largest_N = torch.maximum(student.logits_NJ.amax(dim=1), student.largest_rest_N)
         is_teachers_NJ = ids_NJ == teacher_N[:, None]
         theirs_N = student.logits_NJ.masked_fill(~is_teachers_NJ, -torch.inf).amax(dim=1)
@@ -58,7 +58,7 @@ def sums(student: NamedLogits, ids_NJ: Tensor, top: TopK | None, values: Mapping
     return found
 
 
-def _pull(student: NamedLogits, ids_NJ: Tensor, value_N: Tensor) -> tuple[Tensor, dict[float, Tensor]]:
+def _pull(student: SelectedLogits, ids_NJ: Tensor, value_N: Tensor) -> tuple[Tensor, dict[float, Tensor]]:
     """A term's gradient on the logits of the named tokens, each token in one column, and on log_rest."""
     leaves = [student.logits_NJ, *student.log_rest.values()]
     named_NJ, *rests = torch.autograd.grad(value_N.sum(), leaves, retain_graph=True, materialize_grads=True)
@@ -71,7 +71,7 @@ def _pull(student: NamedLogits, ids_NJ: Tensor, value_N: Tensor) -> tuple[Tensor
 
 
 def _dot(
-    student: NamedLogits, one: tuple[Tensor, dict[float, Tensor]], other: tuple[Tensor, dict[float, Tensor]]
+    student: SelectedLogits, one: tuple[Tensor, dict[float, Tensor]], other: tuple[Tensor, dict[float, Tensor]]
 ) -> Tensor:
     total_N = (one[0] * other[0]).sum(dim=1)
     for (S, T), overlap_N in student.overlap.items():

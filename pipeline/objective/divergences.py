@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-NOTHING = -1e30  # the log of no mass: finite, so that 0 * log 0 is 0 and gradients stay numbers
-LEAST_LOG_P = -100.0  # where the student is the one who averages, a teacher's zero would cost infinity
+LOG_ZERO = -1e30  # the log of no mass: finite, so that 0 * log 0 is 0 and gradients stay numbers
+MIN_LOG_P = -100.0  # where the student is the one who averages, a teacher's zero would cost infinity
 
 
 def forward_kl(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
@@ -24,8 +24,8 @@ def forward_kl(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
 
 def reverse_kl(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
     """KL(q || p) = sum q (log q - log p), with log p at least LEAST_LOG_P."""
-    exists_NC = log_q_NC > NOTHING / 2
-    difference_NC = log_q_NC - torch.where(exists_NC, log_p_NC.clamp(min=LEAST_LOG_P), log_q_NC)
+    exists_NC = log_q_NC > LOG_ZERO / 2
+    difference_NC = log_q_NC - torch.where(exists_NC, log_p_NC.clamp(min=MIN_LOG_P), log_q_NC)
     return (log_q_NC.exp() * difference_NC).sum(dim=1)
 
 
@@ -62,7 +62,7 @@ def truncated(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
-def named(name: str, *, beta: float) -> Divergence:
+def divergence_by_name(name: str, *, beta: float) -> Divergence:
     """A divergence by the name that it has among the options."""
     return partial(jsd, beta=beta) if name == "jsd" else DIVERGENCES[name]
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.core.runtime import multiplies_fast
+from pipeline.core.runtime import has_fast_matmul
 from pipeline.core.types import Batch
 from pipeline.models.forward import Model, linear_head, logits
 from pipeline.objective import diagnostics
 from pipeline.objective.class_prior import class_names, class_sums
-from pipeline.objective.divergences import NOTHING
-from pipeline.objective.position_groups import Group, groups_of, read_fully
-from pipeline.objective.terms import TERMS, NamedLogits, TermOptions, classes_of, temperatures_of
+from pipeline.objective.divergences import LOG_ZERO
+from pipeline.objective.position_groups import PositionGroup, group_positions, select_logits
+from pipeline.objective.terms import TERMS, SelectedLogits, TermOptions, classes_of, temperatures_of
 
 CHUNK_BYTES = 100_000_000  # logits of one matmul: large enough that the weight's gradient is not added to often
 LEAST_CHUNK = 256  # positions: with a large vocabulary, memory gives way to speed here
@@ -35,10 +35,10 @@ BLOCK = 32  # positions whose logits a CPU's cache holds while they are read and
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Work:
+class LossInputs:
     """What one micro-batch asks of the head."""
 
-    groups: list[Group]
+    groups: list[PositionGroup]
     terms: dict[str, TermOptions]
     coefficients: dict[str, float]
     """weight / N of each term: what its sum is multiplied by."""
@@ -51,13 +51,13 @@ class Work:
     loss_scale: float = 1.0
     """What the loss will be multiplied by before the backward, so that gradients in float16 do not vanish."""
 
-    def temperatures(self, group: Group) -> tuple[float, ...]:
+    def temperatures(self, group: PositionGroup) -> tuple[float, ...]:
         """Where the student is looked at: where the terms read it, and at 1 for diagnostics."""
         found = temperatures_of(self.terms, group.names)
         return tuple(sorted({*found, 1.0})) if self.diagnose else found
 
 
-def speak(
+def combined_loss(
     model: Model,
     hidden_NH: Tensor,
     batch: Batch,
@@ -75,8 +75,8 @@ def speak(
     `hidden_NH` belongs to the batch's supervised positions. Without `fused`, the same through full logits and autograd:
     slower and larger, for heads that are not linear. `thresholds`: of the classes of `confidence`, if it has some.
     """
-    groups = groups_of(batch, terms)
-    work = Work(
+    groups = group_positions(batch, terms)
+    work = LossInputs(
         groups=groups,
         terms=terms,
         coefficients=coefficients,
@@ -96,7 +96,7 @@ def speak(
     return _Fused.apply(work, head.bias_V, *pairs)
 
 
-def _value(student: NamedLogits, group: Group, work: Work) -> tuple[Tensor, Tensor]:
+def _value(student: SelectedLogits, group: PositionGroup, work: LossInputs) -> tuple[Tensor, Tensor]:
     """The loss of some positions, and the sums of each term and diagnostic, in the order of `sum_names`."""
     values = {name: TERMS[name].value(student, group.top, work.terms[name]) for name in group.names}
     sums = {name: value_N.sum() for name, value_N in values.items()}
@@ -119,7 +119,7 @@ def sum_names(terms: dict[str, TermOptions]) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------ through full logits
 
 
-def _plain(logits_NV: Tensor, work: Work) -> tuple[Tensor, Tensor]:
+def _plain(logits_NV: Tensor, work: LossInputs) -> tuple[Tensor, Tensor]:
     # begun like this, a micro-batch with nothing to read still has a gradient for every weight
     losses, first = [0.0 * logits_NV[:0].sum().double()], 0
     sums = [logits_NV.new_zeros(len(sum_names(work.terms)), dtype=torch.float64)]
@@ -127,7 +127,7 @@ def _plain(logits_NV: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         mine_NV = logits_NV[first : first + len(group.rows_N)]
         first += len(group.rows_N)
         group = group.with_own(mine_NV, work.class_ids, work.thresholds)
-        student = read_fully(mine_NV, group, work.temperatures(group), overlap=work.diagnose)
+        student = select_logits(mine_NV, group, work.temperatures(group), overlap=work.diagnose)
         loss, found = _value(student, group, work)
         losses.append(loss)
         sums.append(found)
@@ -141,7 +141,7 @@ class _Fused(torch.autograd.Function):
     """(work, bias, features, weight, ...) -> (loss, sums); logits = bias + sum of features @ weight^T."""
 
     @staticmethod
-    def forward(ctx: Any, work: Work, bias_V: Tensor | None, *maps: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, work: LossInputs, bias_V: Tensor | None, *maps: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradients at once: they would need the same logits."""
         loss, sums, gradients = _one_pass(work, bias_V, maps, ctx.needs_input_grad[1:])
         ctx.gradients, ctx.loss_scale = gradients, work.loss_scale
@@ -159,10 +159,10 @@ class _Fused(torch.autograd.Function):
 
 
 def _one_pass(
-    work: Work, bias_V: Tensor | None, maps: Sequence[Tensor], wanted: Sequence[bool]
+    work: LossInputs, bias_V: Tensor | None, maps: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Loss, sums, and the gradients of (bias, features, weight, ...) where wanted."""
-    dtype = maps[0].dtype if multiplies_fast(maps[0].dtype, maps[0].device) else torch.float32
+    dtype = maps[0].dtype if has_fast_matmul(maps[0].dtype, maps[0].device) else torch.float32
     features = [x_NH.to(dtype) for x_NH in maps[0::2]]
     weights = [w_VH[: work.vocabulary_size].to(dtype) for w_VH in maps[1::2]]
     num, vocabulary = len(features[0]), len(weights[0])
@@ -220,7 +220,7 @@ def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
         total_SH += left_SC @ right_CH
 
 
-def _blocks(groups: Sequence[Group], rows: slice) -> Iterator[tuple[Group, slice]]:
+def _blocks(groups: Sequence[PositionGroup], rows: slice) -> Iterator[tuple[PositionGroup, slice]]:
     """The positions of a chunk in blocks of one group each: (their group, their rows in the chunk)."""
     first_of_group = 0
     for group in groups:
@@ -234,7 +234,7 @@ def _blocks(groups: Sequence[Group], rows: slice) -> Iterator[tuple[Group, slice
         first_of_group = last_of_group
 
 
-def _block(logits_NV: Tensor, group: Group, work: Work) -> tuple[Tensor, Tensor]:
+def _block(logits_NV: Tensor, group: PositionGroup, work: LossInputs) -> tuple[Tensor, Tensor]:
     """Loss and sums of some positions; their logits are replaced by the gradient of the loss."""
     z_NV = logits_NV.float()  # the same memory where the logits are float32
     if work.scale != 1.0:
@@ -274,10 +274,12 @@ def _factor(gradient_N: Tensor | None, temperature: float, sum_N: Tensor) -> Ten
     return (gradient_N / (temperature * sum_N))[:, None]
 
 
-def _look(z_NV: Tensor, group: Group, work: Work) -> tuple[NamedLogits, dict[float, tuple[Tensor, Tensor]]]:
+def _look(
+    z_NV: Tensor, group: PositionGroup, work: LossInputs
+) -> tuple[SelectedLogits, dict[float, tuple[Tensor, Tensor]]]:
     """What the terms read, and exp((z - max) / T) of the unnamed tokens with its sum, by T; the last lies in `z_NV`."""
     logits_NJ = z_NV.gather(1, group.ids_NJ)
-    z_NV.scatter_(1, group.ids_NJ, NOTHING)
+    z_NV.scatter_(1, group.ids_NJ, LOG_ZERO)
     largest_N = z_NV.amax(dim=1)
     z_NV.sub_(largest_N[:, None])
     temperatures = work.temperatures(group)
@@ -289,7 +291,7 @@ def _look(z_NV: Tensor, group: Group, work: Work) -> tuple[NamedLogits, dict[flo
     overlap = {}
     if work.diagnose:
         overlap = {(S, T): (a * b).sum(dim=1) / (m * n) for S, (a, m) in spread.items() for T, (b, n) in spread.items()}
-    student = NamedLogits(
+    student = SelectedLogits(
         logits_NJ=logits_NJ,
         log_rest={T: largest_N / T + sum_N.log() for T, (_, sum_N) in spread.items()},
         repeats_NJ=group.repeats_NJ,

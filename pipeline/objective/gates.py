@@ -27,7 +27,7 @@ class Gate:
         return self == Gate()
 
 
-def passes(batch: Batch, gate: Gate) -> Tensor:
+def gate_mask(batch: Batch, gate: Gate) -> Tensor:
     """bool [M]: of the positions with a captured distribution, those on which the teacher is heard."""
     assert batch.teacher is not None
     passed_M = confidence(batch.teacher) >= gate.min_confidence
@@ -40,7 +40,7 @@ def passes(batch: Batch, gate: Gate) -> Tensor:
             )
         passed_M &= batch.entropy_M <= gate.max_entropy
     if gate.drop_wrong:
-        passed_M &= agrees(batch) | ~is_known(batch)[batch.weak_N]
+        passed_M &= teacher_is_right(batch) | ~is_known(batch)[batch.weak_N]
     return passed_M
 
 
@@ -49,15 +49,15 @@ def confidence(top: TopK) -> Tensor:
     return log_probabilities(top, temperature=1.0)[0].amax(dim=1).exp()
 
 
-def likeliest(top: TopK) -> Tensor:
+def top_token(top: TopK) -> Tensor:
     """int64 [M]: the teacher's most likely token."""
     return top.ids_NK.gather(1, top.relative_logits_NK.argmax(dim=1, keepdim=True)).squeeze(1).long()
 
 
-def agrees(batch: Batch) -> Tensor:
+def teacher_is_right(batch: Batch) -> Tensor:
     """bool [M]: the teacher's most likely token is the known target."""
     assert batch.teacher is not None
-    return likeliest(batch.teacher) == batch.target_ids_N[batch.weak_N]
+    return top_token(batch.teacher) == batch.target_ids_N[batch.weak_N]
 
 
 def is_known(batch: Batch) -> Tensor:

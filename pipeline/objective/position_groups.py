@@ -11,13 +11,13 @@ from torch import Tensor
 
 from pipeline.core.topk import select
 from pipeline.core.types import Batch, TopK
-from pipeline.objective.class_prior import hardened
-from pipeline.objective.divergences import NOTHING
-from pipeline.objective.terms import TERMS, NamedLogits, TermOptions, read_positions, weak_labels
+from pipeline.objective.class_prior import harden
+from pipeline.objective.divergences import LOG_ZERO
+from pipeline.objective.terms import TERMS, SelectedLogits, TermOptions, term_positions, weak_labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Group:
+class PositionGroup:
     """Positions that the same terms read."""
 
     rows_N: Tensor
@@ -32,28 +32,28 @@ class Group:
     repeats_NJ: Tensor
     top: TopK | None
 
-    def with_own(self, logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[float]) -> Group:
+    def with_own(self, logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[float]) -> PositionGroup:
         """The same, knowing the student's likeliest token (among the classes, if there are) if it is an extra."""
         if "own" not in self.extras:
             return self
         ids_NJ, column = self.ids_NJ.clone(), self.extras.index("own")
-        own_N = hardened(logits_NV, class_ids, thresholds) if class_ids else logits_NV.detach().argmax(dim=1)
+        own_N = harden(logits_NV, class_ids, thresholds) if class_ids else logits_NV.detach().argmax(dim=1)
         ids_NJ[:, column] = own_N
         repeats_NJ = repeated(ids_NJ, self.padding_NJ, len(self.extras))
         return dataclasses.replace(self, ids_NJ=ids_NJ, repeats_NJ=repeats_NJ)
 
-    def part(self, rows: slice) -> Group:
+    def part(self, rows: slice) -> PositionGroup:
         """Some of its positions."""
         top = None if self.top is None else select(self.top, rows)
         cut = {name: getattr(self, name)[rows] for name in ("rows_N", "ids_NJ", "padding_NJ", "repeats_NJ")}
-        return Group(names=self.names, extras=self.extras, top=top, **cut)
+        return PositionGroup(names=self.names, extras=self.extras, top=top, **cut)
 
 
-def groups_of(batch: Batch, terms: dict[str, TermOptions]) -> list[Group]:
+def group_positions(batch: Batch, terms: dict[str, TermOptions]) -> list[PositionGroup]:
     """The positions that any term reads, by the terms that read them; the others never reach the head."""
     codes_N = torch.zeros_like(batch.target_ids_N)
     for bit, (name, options) in enumerate(terms.items()):
-        codes_N += read_positions(batch, name, options).long() << bit
+        codes_N += term_positions(batch, name, options).long() << bit
     groups = []
     for code in [int(code) for code in codes_N.unique() if code > 0]:
         names = tuple(name for bit, name in enumerate(terms) if code >> bit & 1)
@@ -61,7 +61,7 @@ def groups_of(batch: Batch, terms: dict[str, TermOptions]) -> list[Group]:
     return groups
 
 
-def _group(batch: Batch, terms: dict[str, TermOptions], names: tuple[str, ...], rows_N: Tensor) -> Group:
+def _group(batch: Batch, terms: dict[str, TermOptions], names: tuple[str, ...], rows_N: Tensor) -> PositionGroup:
     wanted = {token for name in names for token in TERMS[name].reads}
     tokens, top = {}, None
     if "target" in wanted:
@@ -76,7 +76,7 @@ def _group(batch: Batch, terms: dict[str, TermOptions], names: tuple[str, ...], 
     return make_group(rows_N, names, tokens, top)
 
 
-def make_group(rows_N: Tensor, names: tuple[str, ...], tokens: dict[str, Tensor], top: TopK | None) -> Group:
+def make_group(rows_N: Tensor, names: tuple[str, ...], tokens: dict[str, Tensor], top: TopK | None) -> PositionGroup:
     """Positions, the terms that read them, and the tokens that these name: extras by name, [N] each, and the kept."""
     columns = [ids_N[:, None] for ids_N in tokens.values()]
     padding = [torch.zeros_like(column, dtype=torch.bool) for column in columns]
@@ -87,7 +87,7 @@ def make_group(rows_N: Tensor, names: tuple[str, ...], tokens: dict[str, Tensor]
         padding.append(is_padding_NK)
     ids_NJ, padding_NJ = torch.cat(columns, dim=1), torch.cat(padding, dim=1)
     named = {"ids_NJ": ids_NJ, "padding_NJ": padding_NJ, "repeats_NJ": repeated(ids_NJ, padding_NJ, len(tokens))}
-    return Group(rows_N=rows_N, names=names, extras=tuple(tokens), top=top, **named)
+    return PositionGroup(rows_N=rows_N, names=names, extras=tuple(tokens), top=top, **named)
 
 
 def repeated(ids_NJ: Tensor, padding_NJ: Tensor, num_extras: int) -> Tensor:
@@ -100,11 +100,13 @@ def repeated(ids_NJ: Tensor, padding_NJ: Tensor, num_extras: int) -> Tensor:
     return repeats_NJ
 
 
-def read_fully(logits_NV: Tensor, group: Group, temperatures: Sequence[float], *, overlap: bool = False) -> NamedLogits:
+def select_logits(
+    logits_NV: Tensor, group: PositionGroup, temperatures: Sequence[float], *, overlap: bool = False
+) -> SelectedLogits:
     """What the terms read of whole logits, differentiable by autograd: slow and simple."""
-    rest_NV = logits_NV.scatter(1, group.ids_NJ, NOTHING)
+    rest_NV = logits_NV.scatter(1, group.ids_NJ, LOG_ZERO)
     spread = {T: torch.softmax(rest_NV / T, dim=1) for T in temperatures} if overlap else {}
-    return NamedLogits(
+    return SelectedLogits(
         logits_NJ=logits_NV.gather(1, group.ids_NJ),
         log_rest={T: torch.logsumexp(rest_NV / T, dim=1) for T in temperatures},
         repeats_NJ=group.repeats_NJ,
@@ -117,4 +119,4 @@ def read_fully(logits_NV: Tensor, group: Group, temperatures: Sequence[float], *
 def kd_of_logits(logits_NV: Tensor, top: TopK, options: TermOptions) -> Tensor:
     """The kd term of whole logits, summed over the positions: for whom the head is not at hand."""
     group = make_group(torch.arange(len(logits_NV)), ("kd",), {}, top)
-    return TERMS["kd"].value(read_fully(logits_NV.float(), group, (options.temperature,)), top, options).sum()
+    return TERMS["kd"].value(select_logits(logits_NV.float(), group, (options.temperature,)), top, options).sum()

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import UNKNOWN_TARGET, Batch, TopK
-from pipeline.objective.divergences import NOTHING, named
-from pipeline.objective.gates import Gate, likeliest, passes
+from pipeline.objective.divergences import LOG_ZERO, divergence_by_name
+from pipeline.objective.gates import Gate, gate_mask, top_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class TermOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class NamedLogits:
+class SelectedLogits:
     """A student at N positions: its logits at J named tokens and, exactly, the mass of all the others.
 
     With it    log z(T) = log( sum over named of exp(logit / T) + exp(log_rest(T)) ).
@@ -79,7 +79,7 @@ class NamedLogits:
 
     # a few numbers a position: float64 costs nothing here, and where student and teacher are 60 nats apart it is needed
     def _counted(self, temperature: float) -> Tensor:
-        return (self.logits_NJ.double() / temperature).masked_fill(self.repeats_NJ, NOTHING)
+        return (self.logits_NJ.double() / temperature).masked_fill(self.repeats_NJ, LOG_ZERO)
 
     def _log_z(self, temperature: float) -> Tensor:
         return torch.logsumexp(torch.cat([self._counted(temperature), self.log_rest[temperature][:, None]], 1), dim=1)
@@ -91,18 +91,18 @@ class Term:
 
     speaks_on: Callable[[Batch, TermOptions], Tensor]
     """bool [N]: the positions where it has what it needs and wants to be heard."""
-    value: Callable[[NamedLogits, TopK | None, TermOptions], Tensor]
+    value: Callable[[SelectedLogits, TopK | None, TermOptions], Tensor]
     """(student, teacher at the same positions, options) -> nats a position, float64 [N]."""
     reads: tuple[str, ...]
     """The tokens it names: "target", "weak" (the teacher's hard label), "own" (the student's likeliest), "kept"."""
 
 
-def lm(student: NamedLogits, top: TopK | None, options: TermOptions) -> Tensor:
+def lm(student: SelectedLogits, top: TopK | None, options: TermOptions) -> Tensor:
     """Cross entropy with known targets: -log q_y. Gradient on the logits: q - onehot(y)."""
     return -student.log_q_of("target")
 
 
-def kd(student: NamedLogits, top: TopK | None, options: TermOptions) -> Tensor:
+def kd(student: SelectedLogits, top: TopK | None, options: TermOptions) -> Tensor:
     """A divergence from the teacher on the kept entries and, as one more category, the tail; times T^2 if asked.
 
     By default sum_K p log(p/q) + (1-P) log((1-P)/(1-Q)) at temperature T; P and Q are the mass of the kept entries
@@ -110,17 +110,17 @@ def kd(student: NamedLogits, top: TopK | None, options: TermOptions) -> Tensor:
     """
     assert top is not None
     T = options.temperature
-    divergence = named(options.divergence, beta=options.beta)
+    divergence = divergence_by_name(options.divergence, beta=options.beta)
     value_N = divergence(log_p_categories(top, temperature=T), student.log_q_categories(T))
     return value_N * T**2 if options.temperature_squared else value_N
 
 
-def hard(student: NamedLogits, top: TopK | None, options: TermOptions) -> Tensor:
+def hard(student: SelectedLogits, top: TopK | None, options: TermOptions) -> Tensor:
     """Cross entropy with the teacher's hard labels: sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947)."""
     return -student.log_q_of("weak")
 
 
-def confidence(student: NamedLogits, top: TopK | None, options: TermOptions) -> Tensor:
+def confidence(student: SelectedLogits, top: TopK | None, options: TermOptions) -> Tensor:
     """Cross entropy with the student's own hardened prediction: -log q at argmax q, no gradient through the argmax.
 
     Beside `kd`, at weights 1 - a and a, this is the auxiliary confidence loss of Burns et al. 2023 (arXiv 2312.09390,
@@ -131,14 +131,14 @@ def confidence(student: NamedLogits, top: TopK | None, options: TermOptions) -> 
 
 TERMS: dict[str, Term] = {
     "lm": Term(speaks_on=lambda batch, _: batch.target_ids_N != UNKNOWN_TARGET, value=lm, reads=("target",)),
-    "kd": Term(speaks_on=lambda batch, options: heard(batch, options.gate), value=kd, reads=("kept",)),
+    "kd": Term(speaks_on=lambda batch, options: teacher_positions(batch, options.gate), value=kd, reads=("kept",)),
     "hard": Term(
         speaks_on=lambda batch, options: weak_labels(batch, options.take) != UNKNOWN_TARGET,
         value=hard,
         reads=("weak",),
     ),
     "confidence": Term(
-        speaks_on=lambda batch, options: heard(batch, options.gate), value=confidence, reads=("own", "kept")
+        speaks_on=lambda batch, options: teacher_positions(batch, options.gate), value=confidence, reads=("own", "kept")
     ),
 }
 
@@ -146,14 +146,14 @@ TERMS: dict[str, Term] = {
 def log_p_categories(top: TopK, *, temperature: float) -> Tensor:
     """float64 [N, K + 1]: the teacher's log-probabilities of its kept entries and of the tail as one."""
     log_p_NK, log_p_tail_N = log_probabilities(top, temperature=temperature, dtype=torch.float64)
-    return torch.cat([log_p_NK, log_p_tail_N[:, None]], dim=1).clamp(min=NOTHING)
+    return torch.cat([log_p_NK, log_p_tail_N[:, None]], dim=1).clamp(min=LOG_ZERO)
 
 
-def heard(batch: Batch, gate: Gate) -> Tensor:
+def teacher_positions(batch: Batch, gate: Gate) -> Tensor:
     """bool [N]: the positions with a captured distribution that pass a gate."""
     if batch.teacher is None or gate.is_open:
         return batch.weak_N
-    return batch.weak_N.masked_scatter(batch.weak_N, passes(batch, gate))
+    return batch.weak_N.masked_scatter(batch.weak_N, gate_mask(batch, gate))
 
 
 def weak_labels(batch: Batch, take: str) -> Tensor:
@@ -161,10 +161,10 @@ def weak_labels(batch: Batch, take: str) -> Tensor:
     if take == "said":
         return batch.weak_ids_N
     unknown_N = torch.full_like(batch.target_ids_N, UNKNOWN_TARGET)
-    return unknown_N if batch.teacher is None else unknown_N.masked_scatter(batch.weak_N, likeliest(batch.teacher))
+    return unknown_N if batch.teacher is None else unknown_N.masked_scatter(batch.weak_N, top_token(batch.teacher))
 
 
-def read_positions(batch: Batch, name: str, options: TermOptions) -> Tensor:
+def term_positions(batch: Batch, name: str, options: TermOptions) -> Tensor:
     """bool [N]: the positions that a term reads in a batch."""
     from_gold_N = batch.gold_N if "gold" in options.on else torch.zeros_like(batch.gold_N)
     from_corpus_N = ~batch.gold_N if "corpus" in options.on else torch.zeros_like(batch.gold_N)
@@ -173,7 +173,7 @@ def read_positions(batch: Batch, name: str, options: TermOptions) -> Tensor:
 
 def count_positions(batch: Batch, terms: dict[str, TermOptions]) -> Tensor:
     """int64, one entry a term: how many positions each reads. Known before any forward."""
-    return torch.stack([read_positions(batch, name, options).sum() for name, options in terms.items()])
+    return torch.stack([term_positions(batch, name, options).sum() for name, options in terms.items()])
 
 
 def temperatures_of(terms: dict[str, TermOptions], names: Sequence[str]) -> tuple[float, ...]:

@@ -13,16 +13,16 @@ import torch
 
 from pipeline.cache.downloads import Downloads
 from pipeline.cache.shards import ShardReader
-from pipeline.config.options import result_options
-from pipeline.config.schema import By, Control, FractionOf, KdConfig, LossConfig, OptimizerConfig, TrainConfig
-from pipeline.core.object_store import one_place
+from pipeline.config.options import identity_options
+from pipeline.config.schema import Control, GateBy, GoldFractionOf, KdConfig, LossConfig, OptimizerConfig, TrainConfig
+from pipeline.core.object_store import one_location
 from pipeline.core.progress import log
 from pipeline.core.types import Captured, InputError, TokenSequence
 from pipeline.data.curriculum import Curriculum, by_entropy
 from pipeline.data.mixture import Mixture
 from pipeline.data.records import open_text
-from pipeline.data.sampler import Corpus, Order, fraction_of_sequences, meant
-from pipeline.data.tokenize import known_sequences
+from pipeline.data.sampler import BatchSampler, CacheStream, exact_fraction, fraction_of_sequences
+from pipeline.data.tokenize import load_labeled_sequences
 from pipeline.objective.gates import Gate, confidence, threshold
 from pipeline.objective.terms import TERMS, TermOptions
 from pipeline.training import schedules as ramps
@@ -38,7 +38,7 @@ def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
         captured = open_reader(config, config.gold_cache, "gold_cache")
         gold = [captured.row(block, row) for block, size in enumerate(captured.blocks) for row in range(size)]
     elif config.gold_fraction > 0 and config.gold is not None:
-        sequences = known_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
+        sequences = load_labeled_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
         gold = [(sequence, None) for sequence in sequences]
     if config.cache is not None and config.gold_fraction < 1:
         addresses = [config.cache, *config.more_caches]
@@ -60,36 +60,38 @@ def open_order(
     gold: Sequence[TokenSequence],
     readers: Sequence[ShardReader],
     curriculum: Sequence[Curriculum | None],
-) -> Order:
+) -> BatchSampler:
     """Which sequences each step sees."""
     sizes = [sum(reader.blocks) for reader in readers]
     weights = (
-        [meant(weight) for weight in config.cache_weights] if config.cache_weights else [Fraction(n) for n in sizes]
+        [exact_fraction(weight) for weight in config.cache_weights]
+        if config.cache_weights
+        else [Fraction(n) for n in sizes]
     )
     corpora = tuple(
-        Corpus(weight=weight / sum(weights), parts=(reader.blocks,) if parts is None else parts.sizes)
+        CacheStream(weight=weight / sum(weights), parts=(reader.blocks,) if parts is None else parts.sizes)
         for weight, reader, parts in zip(weights, readers, curriculum, strict=True)
     )
-    fraction = meant(config.gold_fraction)
-    if config.gold_fraction_of is FractionOf.targets and 0 < fraction < 1:
+    fraction = exact_fraction(config.gold_fraction)
+    if config.gold_fraction_of is GoldFractionOf.targets and 0 < fraction < 1:
         corpus = sum(one.weight * reader.mean_targets for one, reader in zip(corpora, readers, strict=True))
         of_gold = Fraction(sum(len(sequence.target_ids_N) for sequence in gold), len(gold))
         fraction = fraction_of_sequences(fraction, gold=of_gold, corpus=Fraction(corpus))
         log.info("gold_fraction=%g of targets is %.4f of sequences", config.gold_fraction, fraction)
-    return Order(
+    return BatchSampler(
         seed=config.seed,
         global_batch=config.global_batch,
         gold_fraction=fraction,
         num_gold=len(gold),
         corpora=corpora,
-        most_gold=None if config.gold_epochs is None else math.ceil(meant(config.gold_epochs) * len(gold)),
+        most_gold=None if config.gold_epochs is None else math.ceil(exact_fraction(config.gold_epochs) * len(gold)),
     )
 
 
 def open_reader(config: TrainConfig, address: str, what: str) -> ShardReader:
     """A cache as this run reads it."""
     return ShardReader(
-        one_place(address, what),
+        one_location(address, what),
         k=config.k,
         downloads=Downloads(folder=Path(config.downloads.dir), limit_bytes=config.downloads.bytes),
         shuffle_seed=config.seed if config.loss.kd.control is Control.shuffled else None,
@@ -104,7 +106,7 @@ def steps_of(config: TrainConfig, mixture: Mixture) -> int:
     order = mixture.order
     if not order.corpora:
         return max(math.ceil(config.epochs * len(mixture.gold) / config.global_batch), 1)
-    wanted = meant(config.epochs) * sum(sum(reader.blocks) for reader in mixture.readers)
+    wanted = exact_fraction(config.epochs) * sum(sum(reader.blocks) for reader in mixture.readers)
     steps = wanted / (order.global_batch * (1 - order.gold_fraction))
     if order.most_gold is not None:  # gold ends, and the corpus has the batches to itself
         steps = min(steps, (wanted + order.most_gold) / order.global_batch)
@@ -158,7 +160,7 @@ def open_gate(kd: KdConfig, readers: Sequence[ShardReader]) -> Gate:
     step = math.ceil(len(reader.blocks) / SAMPLE_BLOCKS)
     blocks = range(0, len(reader.blocks), step)
     rows = [reader.row(block, row)[1] for block in blocks for row in range(reader.blocks[block])]
-    if kd.gate.by is By.confidence:
+    if kd.gate.by is GateBy.confidence:
         least = threshold(torch.cat([confidence(c.top) for c in rows]), kd.gate.keep_fraction, largest=True)
         gate = dataclasses.replace(gate, min_confidence=max(gate.min_confidence, least))
     else:
@@ -175,7 +177,7 @@ def weights_at(
     weights = {}
     for name in names:
         term = getattr(loss, name)
-        weights[name] = term.weight * ramps.ramp(step, num_steps=num_steps, **result_options(term.ramp))
+        weights[name] = term.weight * ramps.ramp(step, num_steps=num_steps, **identity_options(term.ramp))
     if "kd" in weights:
         weights["kd"] *= kd_factor
     return weights

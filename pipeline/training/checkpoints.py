@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.config.schema import CheckpointConfig, Dtype, Export, Optimizer, TrainConfig
+from pipeline.config.schema import CheckpointConfig, Dtype, ExportedStep, Optimizer, TrainConfig
 from pipeline.core.files import RunPaths, sync_files, write_json
 from pipeline.core.progress import log
-from pipeline.core.runtime import Ranks, whole_numel
+from pipeline.core.runtime import Ranks, full_numel
 from pipeline.core.types import InputError, RunFailed, TrainState
 
 FORMAT = 2  # of what published.json promises; 1 named no files
@@ -62,7 +62,7 @@ def published(paths: RunPaths) -> Published | None:
 
 def keeps_best(config: TrainConfig) -> bool:
     """Whether the checkpoint of the best step stays until the run is finished."""
-    return config.export.what is Export.best
+    return config.export.what is ExportedStep.best
 
 
 def needed(paths: RunPaths, config: TrainConfig) -> list[Published]:
@@ -128,7 +128,7 @@ def save(engine: Any, paths: RunPaths, state: TrainState, ranks: Ranks, config: 
             f"{folder}: expected to save a checkpoint, found {error} with {free / 1e6:.0f} MB free; make room and give "
             f"the same command again: it goes on from the last whole one"
         ) from error
-    ranks.wait()
+    ranks.barrier()
     if ranks.rank == 0:
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != ABOUT}
         published = Published(
@@ -146,7 +146,7 @@ def save(engine: Any, paths: RunPaths, state: TrainState, ranks: Ranks, config: 
         if keeps_best(config):  # as it was converted, too: its ranks may be gone when it is asked for
             names |= {tag_of(state.best_step), f"{tag_of(state.best_step)}-universal"}
         drop(paths, names)
-    ranks.wait()
+    ranks.barrier()
 
 
 def tag_of(step: int) -> str:
@@ -196,7 +196,7 @@ def checkpoint_bytes(parameters: Iterable[nn.Parameter], *, zero_stage: int) -> 
     for parameter in parameters:
         has_copy = zero_stage > 0 or parameter.element_size() < 4
         bytes_each = parameter.element_size() + (12 if has_copy else 8)
-        total += whole_numel(parameter) * bytes_each if parameter.requires_grad else 0
+        total += full_numel(parameter) * bytes_each if parameter.requires_grad else 0
     return total
 
 

@@ -12,76 +12,76 @@ from typing import Any
 
 import torch
 
-from pipeline.config.schema import EarlyStoppingConfig, Export, TrainConfig
+from pipeline.config.schema import EarlyStoppingConfig, ExportedStep, TrainConfig
 from pipeline.core.progress import log
 from pipeline.core.runtime import Ranks
 from pipeline.core.types import InputError, TrainState
 from pipeline.data.records import open_text
-from pipeline.evaluation.predictions import decisive, teacher_score
-from pipeline.evaluation.requests import Exam, open_exam
+from pipeline.evaluation.predictions import main_score, teacher_score
+from pipeline.evaluation.requests import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.scoring import score
-from pipeline.models.compatibility import longest_sequence
+from pipeline.models.compatibility import max_positions
 from pipeline.training import schedules as ramps
-from pipeline.training.schedules import due
+from pipeline.training.schedules import is_due
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Dev:
+class DevSet:
     """What is looked at."""
 
-    exam: Exam
+    exam: EvaluationSet
     goal: float | None
     """The teacher's score, where a weight follows it."""
 
 
-def open_dev(config: TrainConfig, folder: Path, tokenizer: Any) -> Dev | None:
+def open_dev(config: TrainConfig, folder: Path, tokenizer: Any) -> DevSet | None:
     """Dev, and the teacher's score on it if a weight is made to follow it; None if this run never looks."""
     follows = config.loss.kd.overtaken
     if follows.every_steps == 0 and config.evaluate_every_steps == 0:
         return None
     assert config.dev is not None, "checked with the options"
-    longest, max_new_tokens = longest_sequence(folder), config.scoring.max_new_tokens
-    exam = open_exam(open_text(config.dev, "dev"), tokenizer, longest=longest, max_new_tokens=max_new_tokens)
+    longest, max_new_tokens = max_positions(folder), config.scoring.max_new_tokens
+    exam = open_evaluation_set(open_text(config.dev, "dev"), tokenizer, longest=longest, max_new_tokens=max_new_tokens)
     if follows.every_steps == 0:
-        return Dev(exam=exam, goal=None)
+        return DevSet(exam=exam, goal=None)
     assert follows.teacher_predictions is not None, "checked with the options"
-    return Dev(exam=exam, goal=teacher_score(exam, follows.teacher_predictions))
+    return DevSet(exam=exam, goal=teacher_score(exam, follows.teacher_predictions))
 
 
 def check(config: TrainConfig, num_steps: int) -> None:
     """Refuse to look for the best of steps of which none is looked at."""
-    if config.export.what is Export.best and config.evaluate_every_steps > num_steps:
+    if config.export.what is ExportedStep.best and config.evaluate_every_steps > num_steps:
         raise InputError(
             f"export.what=best: expected evaluate_every_steps of at most the {num_steps} steps of this run, found "
             f"{config.evaluate_every_steps}; look at dev more often, or use export.what=last"
         )
 
 
-def look(
-    config: TrainConfig, ranks: Ranks, engine: Any, dev: Dev | None, state: TrainState
+def evaluate_dev(
+    config: TrainConfig, ranks: Ranks, engine: Any, dev: DevSet | None, state: TrainState
 ) -> tuple[TrainState, dict[str, Any]]:
     """Score the student if it is time; what follows from it, and the figures. The first rank's score counts for all."""
     follows = config.loss.kd.overtaken
-    is_evaluated = due(config.evaluate_every_steps, state.step)
-    if dev is None or not (is_evaluated or due(follows.every_steps, state.step)):
+    is_evaluated = is_due(config.evaluate_every_steps, state.step)
+    if dev is None or not (is_evaluated or is_due(follows.every_steps, state.step)):
         return state, {}
     started = time.monotonic()
     found, figures = _scored(config, ranks, engine, dev.exam)
     figures["dev_seconds"] = time.monotonic() - started
     log.info("step %d: dev %.4f", state.step, found)
-    if due(follows.every_steps, state.step):
+    if is_due(follows.every_steps, state.step):
         assert dev.goal is not None
         rule = {"margin": follows.margin, "factor": follows.factor, "least": follows.least}
-        kd_factor = ramps.overtaken(state.kd_factor, student=found, teacher=dev.goal, **rule)
+        kd_factor = ramps.adaptive_kd_factor(state.kd_factor, student=found, teacher=dev.goal, **rule)
         log.info("step %d: teacher %.4f, KD factor %g", state.step, dev.goal, kd_factor)
         state = dataclasses.replace(state, kd_factor=kd_factor)
     if is_evaluated:
-        state = remembered(state, found, min_delta=config.early_stopping.min_delta)
+        state = with_score(state, found, min_delta=config.early_stopping.min_delta)
         figures |= {"best_step": state.best_step, "evaluations_since_best": state.evaluations_since_best}
     return state, figures
 
 
-def _scored(config: TrainConfig, ranks: Ranks, engine: Any, exam: Exam) -> tuple[float, dict[str, float]]:
+def _scored(config: TrainConfig, ranks: Ranks, engine: Any, exam: EvaluationSet) -> tuple[float, dict[str, float]]:
     student = engine.module.student
     scores, _ = score(
         student,
@@ -94,12 +94,12 @@ def _scored(config: TrainConfig, ranks: Ranks, engine: Any, exam: Exam) -> tuple
     student.train()
     measured = {"dev_accuracy": scores.accuracy, "dev_exact_match": scores.exact_match, "dev_nll": scores.nll}
     known = {name: value for name, value in measured.items() if value is not None}
-    mine = torch.tensor([decisive(scores), *known.values()], dtype=torch.float64, device=ranks.device)
-    found, *others = ranks.first(mine).tolist()
+    mine = torch.tensor([main_score(scores), *known.values()], dtype=torch.float64, device=ranks.device)
+    found, *others = ranks.broadcast(mine).tolist()
     return found, dict(zip(known, others, strict=True))
 
 
-def remembered(state: TrainState, score: float, *, min_delta: float) -> TrainState:
+def with_score(state: TrainState, score: float, *, min_delta: float) -> TrainState:
     """The state after one more evaluation: a new best is better than the old one by more than `min_delta`.
 
     The first is the best whatever it is; one that is no number gives way to any that is one.
@@ -116,14 +116,14 @@ def is_over(options: EarlyStoppingConfig, state: TrainState) -> bool:
     return 0 < options.patience <= state.evaluations_since_best
 
 
-def declared(rows: Sequence[dict[str, Any]], *, what: Export) -> dict[str, Any]:
+def dev_summary(rows: Sequence[dict[str, Any]], *, what: ExportedStep) -> dict[str, Any]:
     """What a result says of the step that was exported and of looks at dev, read off the metrics."""
     looks = [row for row in rows if "best_step" in row]
     if not looks:
         return {"exported_step": len(rows)}
     last = looks[-1]
     return {
-        "exported_step": last["best_step"] if what is Export.best else len(rows),
+        "exported_step": last["best_step"] if what is ExportedStep.best else len(rows),
         "best_step": last["best_step"],
         "decided_by": next(name for name in ("dev_accuracy", "dev_exact_match", "dev_nll") if name in last),
         "stopped_early_at": last["step"] if last.get("stopped_early") else None,

@@ -27,21 +27,21 @@ from pipeline.core.files import RunPaths, content_hash, write_json
 from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError, RunFailed, Scores
 from pipeline.data.mixture import fitting_micro_batch
-from pipeline.evaluation.predictions import decisive
+from pipeline.evaluation.predictions import main_score
 from pipeline.models import loading as models
 from pipeline.models import lora as adapters
 from pipeline.training import checkpoints
-from pipeline.training.identity import identify
+from pipeline.training.identity import identity_of
 
 STARTED = time.time()  # of this command, whose time may be limited
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on
-PATIENCE_SECONDS = 60.0  # how long to wait for the ranks of a driver that was killed to notice
+LOCK_WAIT_SECONDS = 60.0  # how long to wait for the ranks of a driver that was killed to notice
 
 
 # On a CPU an optimizer step moves gigabytes, and an allocator that returns them to the kernel after each step
 # has every page faulted in anew: a step of SmolLM2 took 0.5 to 1.5 s so, 0.2 s with these. What the
 # user's environment says stands.
-CPU_MEMORY = {
+ALLOCATOR_SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": str(1 << 28),
@@ -54,37 +54,37 @@ class Stopped(SystemExit):
     """The run was stopped on request and can go on; a sweep ends with it."""
 
 
-def train(config: TrainConfig) -> float | None:
+def run(config: TrainConfig) -> float | None:
     """Bring one run to its result, from nothing or from where it stands; returns its score on dev (else test)."""
     start_logging()
     check_train(config)
     batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
-    config = dataclasses.replace(config, student=models.settled(config.student), global_batch=batch)
+    config = dataclasses.replace(config, student=models.resolve_dtype(config.student), global_batch=batch)
     models.check_trained_dtype(config.student)
     ranks = num_processes(config)
     fitting_micro_batch(config.global_batch, world_size=ranks, at_most=config.micro_batch)
-    identity = identify(config)
+    identity = identity_of(config)
     paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
     if not paths.result.exists():
         # refuse one that is not whole before waiting for anybody
         checkpoints.needed(paths, config)
-        adapters.check(config.student)
+        adapters.check_adapter(config.student)
         paths.folder.mkdir(parents=True, exist_ok=True)
-        with alone(paths) as lock:
+        with run_lock(paths) as lock:
             if not paths.result.exists():  # else somebody finished it while we waited
-                bring_to_result(config, identity, paths, ranks, lock)
-                return objective(paths)
+                run_to_result(config, identity, paths, ranks, lock)
+                return sweep_objective(paths)
     log.info("%s is finished; nothing to do", paths.folder)
-    return objective(paths)
+    return sweep_objective(paths)
 
 
-def bring_to_result(config: TrainConfig, identity: dict[str, Any], paths: RunPaths, ranks: int, lock: int) -> None:
+def run_to_result(config: TrainConfig, identity: dict[str, Any], paths: RunPaths, ranks: int, lock: int) -> None:
     """Run the ranks until there is a result; Stopped if asked to stop, RunFailed if they end without one."""
     paths.stop.unlink(missing_ok=True)
-    with stopping(paths):
+    with forward_signals(paths):
         write_json(paths.identity, identity)
         save_config(config, paths.config)
-        bring_checkpoint(config, paths, ranks)
+        convert_checkpoints(config, paths, ranks)
         log.info("%s: %s", "going on with" if paths.published.exists() else "starting", paths.folder)
         exit_code = run_ranks(config, paths, ranks, lock)
     # a rank may have been told to stop by a signal of its own, or by the clock
@@ -100,7 +100,7 @@ def bring_to_result(config: TrainConfig, identity: dict[str, Any], paths: RunPat
         raise Stopped(EXIT_STOPPED)
 
 
-def bring_checkpoint(config: TrainConfig, paths: RunPaths, ranks: int) -> None:
+def convert_checkpoints(config: TrainConfig, paths: RunPaths, ranks: int) -> None:
     """Convert the checkpoints that these ranks cannot load as they lie, before they start."""
     if paths.model.exists():
         return
@@ -123,7 +123,7 @@ def num_processes(config: TrainConfig) -> int:
 def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> int:
     """Start the ranks under torchrun and wait for them."""
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1))}
-    defaults = threads if torch.cuda.is_available() else threads | CPU_MEMORY
+    defaults = threads if torch.cuda.is_available() else threads | ALLOCATOR_SETTINGS
     environment = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
     if config.launcher.time_limit is not None:
         stop_at = STARTED + 60.0 * config.launcher.time_limit - config.launcher.leave_seconds
@@ -137,7 +137,7 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
 
 
 @contextlib.contextmanager
-def stopping(paths: RunPaths) -> Iterator[None]:
+def forward_signals(paths: RunPaths) -> Iterator[None]:
     """Turn signals to this process into the stop file, which its ranks look for at their next step."""
 
     def ask_to_stop(number: int, frame: object) -> None:
@@ -154,9 +154,9 @@ def stopping(paths: RunPaths) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone(paths: RunPaths) -> Iterator[int]:
+def run_lock(paths: RunPaths) -> Iterator[int]:
     """Hold a run folder's lock; waits for ranks whose driver was killed, which notice, save and leave."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
     with paths.lock.open("a") as file:
         while True:
             try:
@@ -166,15 +166,15 @@ def alone(paths: RunPaths) -> Iterator[int]:
                 if time.monotonic() > deadline:
                     raise InputError(
                         f"{paths.folder}: expected nobody at work there, found {paths.lock.name} held for "
-                        f"{PATIENCE_SECONDS:.0f} s; wait for that run or stop it"
+                        f"{LOCK_WAIT_SECONDS:.0f} s; wait for that run or stop it"
                     ) from None
                 log.info("%s: somebody is at work there; waiting", paths.folder)
                 time.sleep(2.0)
         yield file.fileno()
 
 
-def objective(paths: RunPaths) -> float | None:
+def sweep_objective(paths: RunPaths) -> float | None:
     """What a sweep maximises: what decides on dev, else on test, else nothing."""
     result = json.loads(paths.result.read_text())
     split = result.get("dev") or result.get("test")
-    return decisive(Scores(**split)) if split else None
+    return main_score(Scores(**split)) if split else None

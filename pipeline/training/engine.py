@@ -67,7 +67,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, and the sums behind it."""
         how = how | {"vocabulary_size": self.vocabulary_size, "fused": self._fused}
-        return head.speak(self._student[0], hidden_NH, batch, self._terms, coefficients, **how)
+        return head.combined_loss(self._student[0], hidden_NH, batch, self._terms, coefficients, **how)
 
 
 def build(

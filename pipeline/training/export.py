@@ -10,17 +10,17 @@ from importlib.metadata import version
 from typing import Any
 
 from pipeline.config.schema import TrainConfig
-from pipeline.core.files import RunPaths, appears_whole, write_atomically, write_json
+from pipeline.core.files import RunPaths, atomic_folder, write_atomically, write_json
 from pipeline.core.runtime import Ranks, compute_device
 from pipeline.data.records import open_text
-from pipeline.evaluation.requests import open_exam
+from pipeline.evaluation.requests import open_evaluation_set
 from pipeline.evaluation.scoring import score
 from pipeline.models import loading as models
 from pipeline.models import lora as adapters
-from pipeline.models.compatibility import longest_sequence
-from pipeline.models.prepack import laid_out
+from pipeline.models.compatibility import max_positions
+from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer
-from pipeline.monitoring.metrics import Metrics
+from pipeline.monitoring.metrics import MetricsFile
 from pipeline.training import checkpoints
 from pipeline.training import dev_evaluation as looks
 from pipeline.training import engine as engines
@@ -132,37 +132,37 @@ def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ra
     if ranks.rank == 0:
         assert weights is not None
         if config.student.adapter is not None:
-            with appears_whole(paths.adapter) as folder:
-                weights = adapters.merged(config.student, weights, folder)
-        with appears_whole(paths.model) as folder:
+            with atomic_folder(paths.adapter) as folder:
+                weights = adapters.merge_adapter(config.student, weights, folder)
+        with atomic_folder(paths.model) as folder:
             models.save_model(student, weights, tokenizer, folder, shard_bytes=config.export.shard_bytes)
-    ranks.wait()
+    ranks.barrier()
 
 
 def finish(config: TrainConfig, paths: RunPaths) -> None:
     """Score the exported folder on dev and test, write the result, drop the checkpoints."""
     exported = dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None, adapter=None)
     _, tokenizer = open_tokenizer(exported)
-    model = laid_out(models.open_model(exported, compute_device()))
+    model = prepack(models.open_model(exported, compute_device()))
     result: dict[str, Any] = {"name": config.name, "seed": config.seed}
-    longest, max_new_tokens = longest_sequence(paths.model), config.scoring.max_new_tokens
+    longest, max_new_tokens = max_positions(paths.model), config.scoring.max_new_tokens
     for split, text in (("dev", config.dev), ("test", config.test)):
         if text is None:
             continue
         scores, predictions = score(
             model,
-            open_exam(open_text(text, split), tokenizer, longest=longest, max_new_tokens=max_new_tokens),
+            open_evaluation_set(open_text(text, split), tokenizer, longest=longest, max_new_tokens=max_new_tokens),
             batch_tokens=config.scoring.batch_tokens,
             teacher_predictions=config.scoring.teacher_predictions if split == "test" else None,
             log_every_seconds=config.launcher.log_every_seconds,
         )
         predictions.write_parquet(paths.predictions(split))
         result[split] = dataclasses.asdict(scores)
-    steps = Metrics.read(paths.metrics)
+    steps = MetricsFile.read(paths.metrics)
     result["steps"] = len(steps)
     spent = ("seconds", "data_wait_seconds", "dev_seconds")
     result["train_seconds"] = sum(row.get(name, 0.0) for row in steps for name in spent)
-    result |= looks.declared(steps, what=config.export.what)
+    result |= looks.dev_summary(steps, what=config.export.what)
     checkpoints.clear(paths, config.checkpoint)
     identity = json.loads(paths.identity.read_text())
     write_atomically(paths.model / "README.md", card(base=config.student.path, identity=identity, result=result))

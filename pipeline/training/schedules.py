@@ -14,7 +14,9 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def overtaken(value: float, *, student: float, teacher: float, margin: float, factor: float, least: float) -> float:
+def adaptive_kd_factor(
+    value: float, *, student: float, teacher: float, margin: float, factor: float, least: float
+) -> float:
     """The KD weight's factor after a look at both scores: down when ahead, up again when behind, unchanged between.
 
     Between teacher - margin and teacher + margin nothing changes, so that noise does not turn it to and fro.
@@ -80,6 +82,6 @@ def learning_rate(
     return peak * ramp(step - num_warmup, num_steps=rest, shape=shape, end_value=final_fraction, **falls_from)
 
 
-def due(every_steps: int, step: int) -> bool:
+def is_due(every_steps: int, step: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens after this one."""
     return every_steps > 0 and step % every_steps == 0

@@ -21,17 +21,17 @@ from pipeline.config.options import load_config
 from pipeline.config.schema import HeadPath, TrainConfig
 from pipeline.core.files import RunPaths, content_hash
 from pipeline.core.progress import log, start_logging
-from pipeline.core.runtime import Ranks, StopRequest, leave, ranks_from_environment, release_memory
+from pipeline.core.runtime import Ranks, StopRequest, exit_rank, ranks_from_environment, release_memory
 from pipeline.core.types import Batch, TrainState
-from pipeline.data.mixture import Mixture, fitting_micro_batch, prefetched
+from pipeline.data.mixture import Mixture, fitting_micro_batch, prefetch
 from pipeline.models import loading as models
 from pipeline.models import lora as adapters
 from pipeline.models.compatibility import check_architecture
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 from pipeline.monitoring import health
-from pipeline.monitoring.metrics import Ledger
+from pipeline.monitoring.metrics import StepLogger
 from pipeline.objective import diagnostics
-from pipeline.objective.class_prior import class_names, moved
+from pipeline.objective.class_prior import class_names, updated_thresholds
 from pipeline.objective.fused_head import sum_names
 from pipeline.objective.gates import Gate
 from pipeline.objective.terms import TermOptions, classes_of, count_positions
@@ -48,7 +48,7 @@ from pipeline.training.builders import (
     weights_at,
 )
 from pipeline.training.export import export, finish
-from pipeline.training.schedules import due
+from pipeline.training.schedules import is_due
 
 Terms = dict[str, TermOptions]
 
@@ -84,7 +84,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     partition = engines.engine_options(config) | batch if zero_stage == 3 else None
     student = models.open_model(config.student, ranks.device, partition=partition)
     if config.student.adapter is not None:
-        adapters.attach(student, config.student.adapter, seed=config.seed)
+        adapters.add_adapter(student, config.student.adapter, seed=config.seed)
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     classes = class_ids(config.loss.confidence.choices, tokenizer)
@@ -95,7 +95,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
         terms=terms,
         fused=config.loss.head is HeadPath.fused,
     )
-    size, dev = health.size_of(student), looks.open_dev(config, folder, tokenizer)
+    size, dev = health.model_size(student), looks.open_dev(config, folder, tokenizer)
     size_bytes = checkpoints.checkpoint_bytes(student.parameters(), zero_stage=zero_stage)
     checkpoints.check_room(paths, size_bytes, config)
     engine = engines.build(
@@ -106,28 +106,30 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     )
     if partition is not None:
         check_architecture(student)
-    state = go_on(engine, config, paths, ranks)
+    state = resume(engine, config, paths, ranks)
     where = (ranks.world_size, ranks.device, zero_stage)
     log.info("step %d of %d, %d ranks on %s, ZeRO %d", state.step, num_steps, *where)
     state = take_steps(config, paths, ranks, stop, engine, mixture, state, num_steps, micro_batch, terms, size, dev)
     if state.step < num_steps and not looks.is_over(config.early_stopping, state):
         return False
     if checkpoints.keeps_best(config) and state.best_step != state.step:
-        load(engine, config, paths, ranks, checkpoints.of_best(paths, state))
+        load_checkpoint(engine, config, paths, ranks, checkpoints.of_best(paths, state))
     export(engine, student, tokenizer, paths, ranks, config)
     return True
 
 
-def go_on(engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks) -> TrainState:
+def resume(engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks) -> TrainState:
     """Load the published checkpoint; a run that has none begins at step 0."""
     checkpoint = checkpoints.published(paths)
     if checkpoint is None:
         return TrainState()
-    load(engine, config, paths, ranks, checkpoint)
+    load_checkpoint(engine, config, paths, ranks, checkpoint)
     return checkpoint.train_state()
 
 
-def load(engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks, checkpoint: checkpoints.Published) -> None:
+def load_checkpoint(
+    engine: Any, config: TrainConfig, paths: RunPaths, ranks: Ranks, checkpoint: checkpoints.Published
+) -> None:
     """Bring weights and optimizer to where they were at a checkpoint: bit by bit, or through the universal form."""
     log.info("loading the checkpoint of step %d", checkpoint.step)
     if checkpoints.fits(checkpoint, config, ranks.world_size):
@@ -148,15 +150,15 @@ def take_steps(
     num_steps: int,
     micro_batch: int,
     terms: Terms,
-    size: health.Size,
-    dev: looks.Dev | None,
+    size: health.ModelSize,
+    dev: looks.DevSet | None,
 ) -> TrainState:
     """Optimizer steps until the last one, until dev says enough or somebody asks to stop; checkpoints when due."""
     known = {"done": state.step, "num_steps": num_steps, "skipped_steps": engine.skipped_steps}
-    ledger = Ledger(config, paths, ranks, size, **known)
+    logger = StepLogger(config, paths, ranks, size, **known)
     place = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch": micro_batch}
     waiting_since = time.monotonic()
-    with contextlib.closing(prefetched(mixture, range(state.step, num_steps), **place)) as stream:
+    with contextlib.closing(prefetch(mixture, range(state.step, num_steps), **place)) as stream:
         for step, batches in stream:
             started = time.monotonic()
             # where a rank hangs, the others would wait in a collective; DeepSpeed's own groups know no other limit
@@ -164,10 +166,10 @@ def take_steps(
             figures = take_step(config, ranks, engine, batches, terms, state, num_steps)
             state = dataclasses.replace(state, step=step + 1, thresholds=thresholds_after(figures, state))
             figures |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
-            figures = ledger.weigh(figures, batches)
-            state, found = looks.look(config, ranks, engine, dev, state)
+            figures = logger.measure(figures, batches)
+            state, found = looks.evaluate_dev(config, ranks, engine, dev, state)
             over = state.step < num_steps and looks.is_over(config.early_stopping, state)
-            ledger.write(figures | found | ({"stopped_early": True} if over else {}), show=("loss", *terms))
+            logger.append(figures | found | ({"stopped_early": True} if over else {}), show=("loss", *terms))
             if over:
                 log.info("step %d: nothing better on dev since step %d; the run ends", state.step, state.best_step)
                 break
@@ -179,14 +181,14 @@ def take_steps(
                 break
             waiting_since = time.monotonic()
     faulthandler.cancel_dump_traceback_later()
-    ledger.close()
+    logger.close()
     return state
 
 
 def is_to_be_kept(config: TrainConfig, state: TrainState) -> bool:
     """Whether a checkpoint of this step is due: every so many steps, and of the best on dev if that is to leave."""
     is_best = checkpoints.keeps_best(config) and state.best_step == state.step
-    return is_best or due(config.checkpoint.every_steps, state.step)
+    return is_best or is_due(config.checkpoint.every_steps, state.step)
 
 
 def take_step(
@@ -212,7 +214,7 @@ def take_step(
     batches = [batch.to(ranks.device) for batch in batches]
     counts, ungated = global_counts(ranks, batches, terms)
     coefficients = {name: weights[name] * ranks.world_size / max(counts[name], 1.0) for name in terms}
-    diagnose = due(loss_config.diagnostics_every_steps, step)
+    diagnose = is_due(loss_config.diagnostics_every_steps, step)
     totals = torch.zeros(len(sum_names(terms)), dtype=torch.float64, device=ranks.device)
     how = {"diagnose": diagnose, "thresholds": state.thresholds or (0.0,) * len(classes_of(terms))}
     for batch in batches:
@@ -221,7 +223,7 @@ def take_step(
         engine.backward(loss.clone(), scale_wrt_gas=False)
         engine.step()
         totals += sums
-    values = dict(zip(sum_names(terms), ranks.sum(totals).tolist(), strict=True))
+    values = dict(zip(sum_names(terms), ranks.all_reduce(totals).tolist(), strict=True))
     means = {name: values[name] / counts[name] if counts[name] else None for name in terms}
     loss_value = sum(weights[name] * (means[name] or 0.0) for name in terms)
     if not math.isfinite(loss_value):
@@ -250,7 +252,7 @@ def thresholds_after(figures: dict[str, Any], state: TrainState) -> tuple[float,
     if "own_class_fractions" not in figures:
         return state.thresholds
     own, teacher = figures["own_class_fractions"], figures["teacher_class_fractions"]
-    return moved(state.thresholds or (0.0,) * len(own), own=own, teacher=teacher)
+    return updated_thresholds(state.thresholds or (0.0,) * len(own), own=own, teacher=teacher)
 
 
 def engine_figures(ranks: Ranks, engine: Any, batches: list[Batch]) -> dict[str, Any]:
@@ -259,7 +261,7 @@ def engine_figures(ranks: Ranks, engine: Any, batches: list[Batch]) -> dict[str,
     `sequences` adds up the keys of the global batch, modulo 2^64: alike where the same sequences were read, however
     they were dealt to ranks.
     """
-    keys = ranks.sum(torch.cat([batch.keys_B for batch in batches if batch.keys_B is not None]).sum())
+    keys = ranks.all_reduce(torch.cat([batch.keys_B for batch in batches if batch.keys_B is not None]).sum())
     return {
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
         "skipped_steps": engine.skipped_steps,
@@ -274,7 +276,7 @@ def global_counts(ranks: Ranks, batches: list[Batch], terms: Terms) -> tuple[dic
     found = []
     for asked in (terms, ungated) if is_gated else (terms,):
         counts = torch.stack([count_positions(batch, asked) for batch in batches]).sum(dim=0)
-        found.append(ranks.sum(counts).double().tolist())
+        found.append(ranks.all_reduce(counts).double().tolist())
     return dict(zip(terms, found[0], strict=True)), found[1][0] if is_gated else 0.0
 
 
@@ -283,4 +285,4 @@ def global_counts(ranks: Ranks, batches: list[Batch], terms: Terms) -> tuple[dic
 
 if __name__ == "__main__":
     run(Path(sys.argv[1]))
-    leave()
+    exit_rank()

@@ -24,7 +24,7 @@ from pipeline.audit.row_groups import sequence_keys
 from pipeline.audit.summary import Counts, summarize
 from pipeline.audit.verify import findings, load_manifest
 from pipeline.cache import manifest as manifests
-from pipeline.cache.manifest import describe
+from pipeline.cache.manifest import describe_shard
 from pipeline.cache.shards import ShardReader
 from pipeline.capture import driver as capture
 from pipeline.config.schema import AuditConfig, CaptureConfig, Dtype, Kind, ModelConfig, TextConfig
@@ -106,7 +106,7 @@ def test_any_flipped_byte_of_a_shard_is_found_and_never_read(each: Path) -> None
             with pytest.raises(InputError, match="damaged"):
                 reader.row(blocks, 0)
         shard.write_bytes(whole)
-        blocks += len(describe(shard, 0).row_groups)
+        blocks += len(describe_shard(shard, 0).row_groups)
     assert findings(each) == []
 
 
@@ -197,7 +197,7 @@ def rewrite(cache: Path, index: int, **changes: Callable[[list[Any]], list[Any]]
         table = table.set_column(place, table.schema.field(name), values)
     said = {name: value for name, value in written.items() if name != b"ARROW:schema"}
     pq.write_table(table.replace_schema_metadata(said), path)
-    info = describe(path, index)
+    info = describe_shard(path, index)
     change(manifests.info_path(cache, index), bytes=info.bytes, sha256=info.sha256, row_groups=list(info.row_groups))
 
 

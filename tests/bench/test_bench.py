@@ -19,7 +19,7 @@ from pipeline.bench import read as bench_read
 from pipeline.bench.fidelity import Scene, Way, bytes_a_token, gradient, renormalised, row_of
 from pipeline.bench.timing import Figure, figure, in_turn, ratios, table
 from pipeline.cache import shards
-from pipeline.data.packing import Segment, sequence
+from pipeline.data.packing import Segment, make_sequence
 from support.commands import ROOT
 
 
@@ -48,7 +48,7 @@ def scene() -> Scene:
     """A head of 400 tokens over 12 hidden numbers; the student's logits are the teacher's and some noise."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(400, (301,), generator=generator).tolist()
-    one = sequence([Segment(record_id=0, ids=tuple(ids), targets=tuple((s, ids[s + 1]) for s in range(300)))])
+    one = make_sequence([Segment(record_id=0, ids=tuple(ids), targets=tuple((s, ids[s + 1]) for s in range(300)))])
     teacher_NV = torch.randn(300, 400, generator=generator) * 3
     return Scene(
         sequences=[one],

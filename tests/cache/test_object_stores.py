@@ -24,15 +24,15 @@ from moto.server import ThreadedMotoServer
 from pipeline.cache import downloads
 from pipeline.cache import manifest as manifests
 from pipeline.cache.downloads import Downloads
-from pipeline.cache.leases import claim
+from pipeline.cache.leases import hold_lease
 from pipeline.cache.shards import ShardReader, shard_writer
 from pipeline.capture.driver import run
 from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig, Targets, TextConfig
 from pipeline.core import object_store as store
 from pipeline.core.files import file_hash
-from pipeline.core.object_store import Place, Remote, open_place
+from pipeline.core.object_store import Location, RemotePath, open_location
 from pipeline.core.types import InputError
-from pipeline.monitoring.metrics import Metrics
+from pipeline.monitoring.metrics import MetricsFile
 from support.commands import ROOT, capture_arguments, script, train_arguments
 from support.tiny import prompts, write_lines
 
@@ -56,7 +56,7 @@ def bucket() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def captured(bucket: Any, teacher: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Remote:
+def captured(bucket: Any, teacher: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> RemotePath:
     """The capture of conftest's `cache`, made by the script at s3://bucket/tiny."""
     arguments = capture_arguments(teacher, data, cache="s3://bucket/tiny")
     done = script("capture", *arguments, cwd=tmp_path_factory.mktemp("nothing"))
@@ -65,9 +65,9 @@ def captured(bucket: Any, teacher: Path, data: Path, tmp_path_factory: pytest.Te
     return remote("s3://bucket/tiny")
 
 
-def remote(address: str) -> Remote:
-    place = open_place(address)
-    assert isinstance(place, Remote)
+def remote(address: str) -> RemotePath:
+    place = open_location(address)
+    assert isinstance(place, RemotePath)
     return place
 
 
@@ -77,7 +77,7 @@ def objects(bucket: Any, prefix: str) -> dict[str, bytes]:
     return {o.key[len(prefix) + 1 :]: o.get()["Body"].read() for o in found if not o.key.endswith("/")}
 
 
-def copied(bucket: Any, source: str, to: str) -> Remote:
+def copied(bucket: Any, source: str, to: str) -> RemotePath:
     for name, content in objects(bucket, source).items():
         bucket.put_object(Key=f"{to}/{name}", Body=content)
     return remote(f"s3://bucket/{to}")
@@ -114,7 +114,7 @@ def rows(reader: ShardReader) -> list[tuple[bytes, list[int], list[float]]]:
 # ------------------------------------------------------------------------------------------ the cache
 
 
-def test_a_bucket_holds_what_a_folder_holds(bucket: Any, captured: Remote, cache: Path, tmp_path: Path) -> None:
+def test_a_bucket_holds_what_a_folder_holds(bucket: Any, captured: RemotePath, cache: Path, tmp_path: Path) -> None:
     found = objects(bucket, "tiny")
     shards = sorted((cache / "shards").glob("*.parquet"))
     named = [f"shards/{path.stem}-{file_hash(path)[:12]}.parquet" for path in shards]
@@ -128,7 +128,7 @@ def test_a_bucket_holds_what_a_folder_holds(bucket: Any, captured: Remote, cache
     assert rows(ShardReader(cache)) == rows(ShardReader(captured, downloads=Downloads(folder=tmp_path, limit_bytes=1)))
 
 
-def test_the_same_command_again_puts_no_shard(bucket: Any, captured: Remote, teacher: Path, data: Path) -> None:
+def test_the_same_command_again_puts_no_shard(bucket: Any, captured: RemotePath, teacher: Path, data: Path) -> None:
     before = {o.key: o.last_modified for o in bucket.objects.filter(Prefix="tiny/shards/0")}
     time.sleep(1.1)  # S3 counts seconds
     assert run(config_of(teacher, data, cache="s3://bucket/tiny")) == captured
@@ -136,15 +136,15 @@ def test_the_same_command_again_puts_no_shard(bucket: Any, captured: Remote, tea
 
 
 def test_training_from_a_bucket_is_training_from_a_folder(
-    captured: Remote, cache: Path, student: Path, data: Path, tmp_path: Path
+    captured: RemotePath, cache: Path, student: Path, data: Path, tmp_path: Path
 ) -> None:
     """Through downloads that hold one shard at a time; even the run's name is the same."""
 
-    def losses(place: Place, **changes: Any) -> tuple[str, list[dict[str, Any]], str]:
+    def losses(place: Location, **changes: Any) -> tuple[str, list[dict[str, Any]], str]:
         done = script("train", *train_arguments(student, data, str(place), **changes), cwd=tmp_path)
         (folder,) = (tmp_path / changes["runs_dir"]).iterdir()
         timed = {"seconds", "data_wait_seconds", "tokens_per_second", "data_wait_fraction", "peak_memory_bytes"}
-        steps = [{k: v for k, v in row.items() if k not in timed} for row in Metrics.read(folder / "metrics.jsonl")]
+        steps = [{k: v for k, v in row.items() if k not in timed} for row in MetricsFile.read(folder / "metrics.jsonl")]
         return folder.name, steps, done.stderr + "".join(p.read_text() for p in folder.glob("*.yaml"))
 
     name, steps, _ = losses(cache, runs_dir="local", micro_batch=4)
@@ -158,7 +158,7 @@ def test_training_from_a_bucket_is_training_from_a_folder(
     assert kept[0].name == file_hash(kept[0])
 
 
-def test_an_exact_address_made_of_something_else_is_refused(captured: Remote, teacher: Path, data: Path) -> None:
+def test_an_exact_address_made_of_something_else_is_refused(captured: RemotePath, teacher: Path, data: Path) -> None:
     with pytest.raises(InputError, match=r"s3://bucket/tiny was made of something else.*\n  k: expected 9, found 8"):
         run(config_of(teacher, data, cache=str(captured), k=9))
 
@@ -171,7 +171,7 @@ def test_an_exact_folder(teacher: Path, data: Path, near: Path, tmp_path: Path) 
 
 def test_what_fsspec_knows(teacher: Path, data: Path, near: Path, tmp_path: Path) -> None:
     made = run(config_of(teacher, data, caches_dir="fsspec+memory://caches", name="with space"))
-    assert str(made) == f"fsspec+memory://caches/with space-{manifests.load(near).fingerprint[:12]}"
+    assert str(made) == f"fsspec+memory://caches/with space-{manifests.load_manifest(near).fingerprint[:12]}"
     assert pickle.loads(pickle.dumps(made)) == made
     assert store.names(made / "shards") == [
         name for i, path in enumerate(sorted((near / "shards").glob("*.parquet")))
@@ -237,7 +237,7 @@ def test_a_killed_capture_and_then_two_at_once(bucket: Any, teacher: Path, many:
     assert {name for name in found if name not in expected} == {p.name for p in local.glob("*.json")}
 
 
-def overtaken_commit(cache: Remote, mine: Path, theirs: Path, at: int, patch: pytest.MonkeyPatch) -> bool:
+def overtaken_commit(cache: RemotePath, mine: Path, theirs: Path, at: int, patch: pytest.MonkeyPatch) -> bool:
     """Commit `mine`, with a whole commit of `theirs` just before its request number `at`; False if it made fewer."""
     waiting, requests = [theirs], 0
 
@@ -246,15 +246,15 @@ def overtaken_commit(cache: Remote, mine: Path, theirs: Path, at: int, patch: py
             nonlocal requests
             requests += 1
             if requests > at and waiting:
-                manifests.commit(cache, waiting.pop(), 0)
+                manifests.commit_shard(cache, waiting.pop(), 0)
             return method(*arguments, **named)
 
         return call
 
     for name in ("exists", "write_text"):
-        patch.setattr(Remote, name, overtaken(getattr(Remote, name)))
+        patch.setattr(RemotePath, name, overtaken(getattr(RemotePath, name)))
     patch.setattr(manifests, "upload", overtaken(store.upload))
-    manifests.commit(cache, mine, 0)
+    manifests.commit_shard(cache, mine, 0)
     return not waiting
 
 
@@ -268,14 +268,14 @@ def test_two_that_commit_different_bits_leave_an_info_that_is_right(
         copies = [Path(shutil.copy(str(shard), tmp_path / f"{i}.tmp")) for i, shard in enumerate(shards)]
         with monkeypatch.context() as patch:
             assert overtaken_commit(cache, copies[0], copies[1], at, patch)
-        info = manifests.committed(cache, 0)
+        info = manifests.shard_info(cache, 0)
         assert info is not None
         content = objects(bucket, f"race-{at}/shards")[info.file]
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (info.sha256, info.bytes)
 
 
 def test_an_upload_cut_short_is_not_vouched_for(
-    bucket: Any, captured: Remote, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: Any, captured: RemotePath, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """pyarrow publishes what it has when a stream is closed by an exception, so a part may lie there."""
     place = remote("s3://bucket/short")
@@ -291,45 +291,45 @@ def test_an_upload_cut_short_is_not_vouched_for(
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "copyfileobj", cut)
             with pytest.raises((InputError, KeyboardInterrupt), match="bytes after the upload, found 100|No space|^$"):
-                manifests.commit(place, temporary, 0)
-        assert manifests.committed(place, 0) is None
+                manifests.commit_shard(place, temporary, 0)
+        assert manifests.shard_info(place, 0) is None
         assert [len(content) for content in objects(bucket, "short/shards").values()] == [100]
-    manifests.commit(place, temporary, 0)
-    info = manifests.committed(place, 0)
+    manifests.commit_shard(place, temporary, 0)
+    info = manifests.shard_info(place, 0)
     assert info is not None
     assert hashlib.sha256(objects(bucket, "short/shards")[info.file]).hexdigest() == info.sha256
 
 
 def test_a_capture_that_lost_its_address_to_another_stops(
-    bucket: Any, captured: Remote, teacher: Path, data: Path, tmp_path: Path
+    bucket: Any, captured: RemotePath, teacher: Path, data: Path, tmp_path: Path
 ) -> None:
     """Two captures begin at one address at once: the manifest names one, and the other commits nothing."""
-    other = manifests.load(run(config_of(teacher, data, caches_dir=str(tmp_path), k=9)))
+    other = manifests.load_manifest(run(config_of(teacher, data, caches_dir=str(tmp_path), k=9)))
     place = copied(bucket, "tiny", "lost")
     with pytest.raises(InputError, match="k: expected 9, found 8"), shard_writer(place, other, 7) as writer:
         writer.commit(num_skipped=0)
-    assert manifests.committed(place, 7) is None
+    assert manifests.shard_info(place, 7) is None
 
 
 @pytest.mark.parametrize("position", [0, 1000, -1])
 def test_a_flipped_byte_is_found_before_a_row_is_used(
-    position: int, bucket: Any, captured: Remote, tmp_path: Path
+    position: int, bucket: Any, captured: RemotePath, tmp_path: Path
 ) -> None:
     place = copied(bucket, "tiny", f"flipped{position}")
-    info = manifests.committed(place, 1)
+    info = manifests.shard_info(place, 1)
     assert info is not None
     content = bytearray(objects(bucket, "tiny")[f"shards/{info.file}"])
     content[position] ^= 1
     bucket.put_object(Key=f"flipped{position}/shards/{info.file}", Body=bytes(content))
     reader = ShardReader(place, downloads=Downloads(folder=tmp_path, limit_bytes=1 << 30))
     reader.row(0, 0)  # another shard: whole
-    first = manifests.committed(place, 0)
+    first = manifests.shard_info(place, 0)
     assert first is not None
     message = rf"s3://bucket/flipped.*{info.file}: expected sha256 .*the shard is damaged: delete it and 00001.json"
     for _ in range(2):  # and no part of it is kept for the next time
         with pytest.raises(InputError, match=message):
             reader.row(len(first.row_groups), 0)
-    store.open_place(f"{place}/shards/{info.file}").unlink()
+    store.open_location(f"{place}/shards/{info.file}").unlink()
     with pytest.raises(InputError, match="expected sha256 .*, found no file; the shard is damaged"):
         reader.row(len(first.row_groups), 0)
 
@@ -337,7 +337,7 @@ def test_a_flipped_byte_is_found_before_a_row_is_used(
 # ------------------------------------------------------------------------------------------ downloads
 
 
-def test_downloads_stay_within_their_bound(captured: Remote, cache: Path, tmp_path: Path) -> None:
+def test_downloads_stay_within_their_bound(captured: RemotePath, cache: Path, tmp_path: Path) -> None:
     """The least recently used go first, whoever used them; what was evicted is fetched again."""
     expected = rows(ShardReader(cache))
     (one, one_bytes), (_, two_bytes), (three, _) = [
@@ -367,11 +367,11 @@ def test_downloads_stay_within_their_bound(captured: Remote, cache: Path, tmp_pa
 
 
 def test_those_that_want_one_shard_at_once_fetch_it_once(
-    captured: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    captured: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetched: list[Remote] = []
+    fetched: list[RemotePath] = []
 
-    def slowly(place: Remote, local: Path) -> None:
+    def slowly(place: RemotePath, local: Path) -> None:
         fetched.append(place)
         time.sleep(0.2)
         store.download(place, local)
@@ -384,7 +384,7 @@ def test_those_that_want_one_shard_at_once_fetch_it_once(
     assert len(fetched) == 1
 
 
-def test_a_download_that_the_disk_damaged_is_fetched_again(captured: Remote, cache: Path, tmp_path: Path) -> None:
+def test_a_download_that_the_disk_damaged_is_fetched_again(captured: RemotePath, cache: Path, tmp_path: Path) -> None:
     folder = Downloads(folder=tmp_path, limit_bytes=1 << 30)
     expected = rows(ShardReader(captured, downloads=folder))
     (damaged, *_) = (path for path in tmp_path.iterdir() if not path.name.startswith("."))
@@ -397,7 +397,7 @@ def test_a_download_that_the_disk_damaged_is_fetched_again(captured: Remote, cac
     assert not left.exists()
 
 
-def test_a_folder_for_downloads_that_cannot_be(captured: Remote, tmp_path: Path) -> None:
+def test_a_folder_for_downloads_that_cannot_be(captured: RemotePath, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     reader = ShardReader(captured, downloads=Downloads(folder=tmp_path / "file", limit_bytes=1))
     with pytest.raises(InputError, match="downloads: expected to keep a shard of .*found File exists; make room, or"):
@@ -410,21 +410,21 @@ def test_a_folder_for_downloads_that_cannot_be(captured: Remote, tmp_path: Path)
 def test_claims_in_a_bucket(bucket: Any) -> None:
     left, place = remote("s3://bucket/claims") / ".0.claim", remote("s3://bucket/claims") / ".1.claim"
     left.write_text("somebody dead")
-    with claim(place, lease_seconds=2) as first:
+    with hold_lease(place, lease_seconds=2) as first:
         assert first
-        with claim(left, lease_seconds=60) as taken:
+        with hold_lease(left, lease_seconds=60) as taken:
             assert not taken
         time.sleep(4)  # past the lease: the holder gives signs of life
-        with claim(place, lease_seconds=2) as second:
+        with hold_lease(place, lease_seconds=2) as second:
             assert not second
-    with claim(left, lease_seconds=2) as taken:
+    with hold_lease(left, lease_seconds=2) as taken:
         assert taken
         left.write_text("a successor")  # as if we had been frozen and overtaken
     assert objects(bucket, "claims") == {".0.claim": b"a successor"}
 
 
 def test_stale_claims_are_swept_once_the_cache_is_whole(
-    bucket: Any, captured: Remote, teacher: Path, data: Path
+    bucket: Any, captured: RemotePath, teacher: Path, data: Path
 ) -> None:
     place = copied(bucket, "tiny", "swept")
     before = objects(bucket, "swept")
@@ -487,9 +487,9 @@ def test_training_from_an_address_without_a_cache(bucket: Any, student: Path, da
 
 
 def test_a_bucket_that_may_only_be_read(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(place: Remote, content: bytes) -> None:
+    def refused(place: RemotePath, content: bytes) -> None:
         raise OSError("AWS Error ACCESS_DENIED during PutObject operation\nRequest ID: 1")
 
     monkeypatch.setattr(store, "_put", refused)
     with pytest.raises(InputError, match=r"to be served, found: AWS Error ACCESS_DENIED during PutObject operation; "):
-        store.check_address("s3://bucket/readonly", "cache", writing=True)
+        store.check_url("s3://bucket/readonly", "cache", writing=True)

@@ -13,7 +13,7 @@ import transformers
 from pipeline.audit import commands as audit
 from pipeline.audit.verify import findings
 from pipeline.capture.driver import run
-from pipeline.config.schema import AuditConfig, Complete, CompleteConfig, Kind, ModelConfig, Targets, TextConfig
+from pipeline.config.schema import AuditConfig, CompletionConfig, CompletionMode, Kind, ModelConfig, Targets, TextConfig
 from pipeline.core.types import UNKNOWN_TARGET, InputError
 from pipeline.models.tokenizer import load_tokenizer
 from support.commands import config_of, script, train_arguments
@@ -31,10 +31,10 @@ PROMPTS = [
 
 def completing(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     files = write_lines(folder / "prompts.jsonl", rows)
-    options = {"how": Complete.greedy, "max_new_tokens": 9, "batch_records": 4, **changes}
+    options = {"how": CompletionMode.greedy, "max_new_tokens": 9, "batch_records": 4, **changes}
     return {
         "corpus": TextConfig(files=[str(files)], targets=Targets.completion),
-        "complete": CompleteConfig(**options),
+        "complete": CompletionConfig(**options),
         "temperatures": [1.0],
         "records_per_shard": 4,
     }
@@ -90,7 +90,7 @@ def test_sampling_follows_its_seed_and_a_redone_shard_is_byte_identical(teacher:
     rows = [{"prompt": p} for p in PROMPTS]
     caches = {}
     for seed in (0, 1):
-        settings = completing(tmp_path, rows, how=Complete.sample, temperature=2.0, seed=seed)
+        settings = completing(tmp_path, rows, how=CompletionMode.sample, temperature=2.0, seed=seed)
         caches[seed] = run(config_of(teacher, tmp_path, tmp_path, **settings))
         shard = caches[seed] / "shards" / "00001.parquet"
         before = shard.read_bytes()
@@ -105,7 +105,9 @@ def test_sampling_follows_its_seed_and_a_redone_shard_is_byte_identical(teacher:
 def test_an_end_token_ends_and_is_captured(teacher: Path, tmp_path: Path) -> None:
     """Sampled hot enough, some completion says the end token early; nothing is kept after it."""
     rows = [{"prompt": f"{p} {i}"} for p in PROMPTS for i in range(30)]
-    settings = completing(tmp_path, rows, how=Complete.sample, temperature=50.0, max_new_tokens=30, batch_records=90)
+    settings = completing(
+        tmp_path, rows, how=CompletionMode.sample, temperature=50.0, max_new_tokens=30, batch_records=90
+    )
     cache = run(config_of(teacher, tmp_path, tmp_path, **{**settings, "records_per_shard": 200}))
     words = [words for _, words, _, _ in spoken_by_record(cache).values()]
     ended = [w for w in words if 1 in w]

@@ -15,7 +15,7 @@ import transformers
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import ShardReader, shard_writer
 from pipeline.capture.driver import run
-from pipeline.config.schema import Kind, Malformed, Targets, TextConfig
+from pipeline.config.schema import Kind, MalformedPolicy, Targets, TextConfig
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import InputError
 from pipeline.data.packing import position_ids
@@ -145,16 +145,16 @@ def test_malformed_records_are_counted_in_the_manifest(teacher: Path, tmp_path: 
     files = write_lines(tmp_path / "a.jsonl", rows)
     with pytest.raises(InputError, match="line 2: expected a JSON object"):
         run(config_of(teacher, files, tmp_path))
-    skip = TextConfig(files=[str(files)], malformed=Malformed.skip)
+    skip = TextConfig(files=[str(files)], malformed=MalformedPolicy.skip)
     cache = run(config_of(teacher, files, tmp_path, corpus=skip, records_per_shard=2))
-    manifest = manifests.load(cache)
+    manifest = manifests.load_manifest(cache)
     assert (manifest.num_records, manifest.num_skipped) == (4, 2)
-    assert [info.num_skipped for info in manifests.whole(cache, manifest)] == [1, 1]
+    assert [info.num_skipped for info in manifests.committed_shards(cache, manifest)] == [1, 1]
 
 
 def test_an_error_while_writing_leaves_nothing_behind(teacher: Path, data: Path, tmp_path: Path) -> None:
     cache = run(config_of(teacher, data / "corpus.jsonl", tmp_path))
-    manifest = manifests.load(cache)
+    manifest = manifests.load_manifest(cache)
     before = sorted(path.name for path in (cache / "shards").iterdir())
     with pytest.raises(RuntimeError), shard_writer(cache, manifest, 7):
         raise RuntimeError
@@ -165,16 +165,16 @@ def test_a_commit_never_overwrites(teacher: Path, data: Path, tmp_path: Path) ->
     """Two workers on one shard, one a little later and with other bits: the first stays, and stays vouched for."""
     cache = run(config_of(teacher, data / "corpus.jsonl", tmp_path / "one"))
     other = run(config_of(teacher, data / "corpus.jsonl", tmp_path / "two", k=7))
-    info = manifests.committed(cache, 0)
+    info = manifests.shard_info(cache, 0)
     assert info is not None
     temporary = cache / "shards" / ".late.tmp"
     for without_info in (False, True):
         shutil.copy(other / "shards" / "00000.parquet", temporary)
         if without_info:
             (cache / "shards" / "00000.json").unlink()
-        manifests.commit(cache, temporary, 0)
-        assert manifests.committed(cache, 0) == info
-        manifests.check_shard(cache, info)
+        manifests.commit_shard(cache, temporary, 0)
+        assert manifests.shard_info(cache, 0) == info
+        manifests.check_shard_hash(cache, info)
         assert not temporary.exists()
 
 
@@ -186,7 +186,7 @@ def test_a_flipped_byte_is_found_before_a_row_is_used(place: int, cache: Path, t
     content[place] ^= 1
     shard.write_bytes(content)
     reader = ShardReader(copy)
-    first = manifests.committed(copy, 0)
+    first = manifests.shard_info(copy, 0)
     assert first is not None
     reader.row(0, 0)  # another shard: whole
     with pytest.raises(InputError, match=r"00001.parquet: expected sha256 .*the shard is damaged: delete it"):

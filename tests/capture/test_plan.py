@@ -21,10 +21,10 @@ from pipeline.cache import manifest as manifests
 from pipeline.capture import estimate as probe
 from pipeline.capture import plan
 from pipeline.capture.driver import run
-from pipeline.capture.plan_lookup import request_of
+from pipeline.capture.plan_lookup import plan_folder
 from pipeline.config.schema import Targets, TextConfig
 from pipeline.core.types import InputError
-from pipeline.data.records import all_records, pieces, raw_records
+from pipeline.data.records import all_records, raw_records, read_chunks
 from support.commands import ROOT, capture_arguments, config_of, script
 from support.tiny import LINES, prompts, text_of, write_lines
 
@@ -46,7 +46,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(size=st.integers(1, 110))
 def test_groups_are_the_records_in_order(mixed: Path, size: int) -> None:
     files = text_of(mixed).files
-    groups = [list(raw_records(group)) for group in pieces(files, size=size)]
+    groups = [list(raw_records(group)) for group in read_chunks(files, size=size)]
     assert [len(group) for group in groups] == [min(size, 100 - first) for first in range(0, 100, size)]
     assert [record for group in groups for record in group] == list(all_records(files))
     assert list(all_records(files))[-1][0].endswith("e.jsonl.zst, line 1")
@@ -67,13 +67,13 @@ def test_many_processes_plan_what_one_does(
     mixed: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(teacher, mixed, tmp_path, records_per_shard=7)
-    request = request_of(config)
-    manifest = plan.make(config, request)
+    request = plan_folder(config)
+    manifest = plan.make_plan(config, request)
     alone = planned_files(request.sequences)
     assert (manifest.num_records, manifest.num_shards) == (100, 15)
     shutil.rmtree(request.folder)
     monkeypatch.setattr(plan, "CORPUS_A_PROCESS_BYTES", 1)
-    assert plan.make(config, request) == manifest
+    assert plan.make_plan(config, request) == manifest
     assert planned_files(request.sequences) == alone
 
 
@@ -92,14 +92,14 @@ def test_a_bad_record_stops_the_plan_and_leaves_nothing(
 def test_the_plan_is_remembered_until_something_changes(teacher: Path, tmp_path: Path) -> None:
     files = write_lines(tmp_path / "a.jsonl", prompts(30, labeled=False))
     config = config_of(teacher, files, tmp_path / "caches")
-    first = request_of(config)
-    assert first.recall() is None
+    first = plan_folder(config)
+    assert first.load() is None
     cache = run(config)
-    assert request_of(config) == first
-    assert first.recall() is not None
+    assert plan_folder(config) == first
+    assert first.load() is not None
     assert not first.sequences.exists()  # captured, and gone
     os.utime(files)
-    assert request_of(config) != first  # read again, since it might be another
+    assert plan_folder(config) != first  # read again, since it might be another
     assert run(config) == cache
     write_lines(files, prompts(31, labeled=False))
     assert run(config) != cache
@@ -119,14 +119,14 @@ def test_a_lost_shard_of_a_finished_cache_is_planned_and_captured_again(teacher:
 def test_a_damaged_plan_is_refused(teacher: Path, tmp_path: Path) -> None:
     files = write_lines(tmp_path / "a.jsonl", prompts(3000, labeled=False))
     config = config_of(teacher, files, tmp_path / "caches", records_per_shard=3000)
-    request = request_of(config)
-    plan.make(config, request)
+    request = plan_folder(config)
+    plan.make_plan(config, request)
     path = request.sequences / "00000.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"expected the tokenized corpus, found it damaged .*; delete"):
-        list(plan.planned(request.sequences, 0))
+        list(plan.open_sequence_file(request.sequences, 0))
 
 
 def test_a_finished_cache_is_known_without_torch(teacher: Path, data: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_the_probe_foretells_the_capture(mixed: Path, teacher: Path, tmp_path: P
     said = capfd.readouterr().out
     assert not (tmp_path / "caches").exists()
     cache = run(config)
-    infos = manifests.whole(cache, manifests.load(cache))
+    infos = manifests.committed_shards(cache, manifests.load_manifest(cache))
     assert "100 records" in said
     assert "in 2 shards" in said
     targets = float(said.split(" targets in")[0].split()[-1].replace(",", ""))

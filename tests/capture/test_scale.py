@@ -16,7 +16,7 @@ import pytest
 from pipeline.cache import manifest as manifests
 from pipeline.cache.schema import ENCODING, arrow_schema
 from pipeline.capture.plan import shard_name
-from pipeline.capture.plan_lookup import request_of
+from pipeline.capture.plan_lookup import plan_folder
 from pipeline.core.types import Manifest
 from support.commands import ROOT, script
 from support.large_corpus import K, settings
@@ -96,8 +96,8 @@ def speak_at_random(sequences: Path, cache: Path, manifest: Manifest, index: int
         temporary, schema, compression="zstd", use_dictionary=False, column_encoding=encoding, write_page_checksum=True
     ) as file:
         file.write_table(pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema))
-        file.add_key_value_metadata(manifests.totals(targets=num, num_skipped=0, histogram=histogram))
-    manifests.commit(cache, temporary, index)
+        file.add_key_value_metadata(manifests.footer_totals(targets=num, num_skipped=0, histogram=histogram))
+    manifests.commit_shard(cache, temporary, index)
 
 
 PLAN = """
@@ -121,18 +121,18 @@ def through(teacher: Path, folder: Path, num_records: int) -> dict[str, dict[str
     planning = folder / "planning.py"
     planning.write_text(PLAN.format(tests=str(ROOT / "tests"), teacher=str(teacher), folder=str(folder)))
     took = {"plan": measured(str(planning))}
-    request = request_of(config)
-    manifest = request.recall()
+    request = plan_folder(config)
+    manifest = request.load()
     assert manifest is not None
     cache = folder / "caches" / f"many-{manifest.fingerprint[:12]}"
-    manifests.start(cache, manifest)
+    manifests.create_cache(cache, manifest)
     for index in range(1, manifest.num_shards):  # the first is left to the real teacher
         speak_at_random(request.sequences, cache, manifest, index)
     scripts = ROOT / "scripts"
     took["resume"] = measured(str(scripts / "capture.py"), *words)
     took["again"] = measured(str(scripts / "capture.py"), *words)
     took["verify"] = measured(str(scripts / "audit.py"), "verify", f"cache={cache}")
-    took["sequences"] = {"num": sum(info.rows for info in manifests.whole(cache, manifest))}
+    took["sequences"] = {"num": sum(info.rows for info in manifests.committed_shards(cache, manifest))}
     return took
 
 

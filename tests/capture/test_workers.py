@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.cache.leases import claim
+from pipeline.cache.leases import hold_lease
 from pipeline.config.schema import CaptureConfig
 from pipeline.core.types import InputError
 from support.commands import ROOT, capture_arguments, mounted, needs_root, script, train_arguments
@@ -218,10 +218,10 @@ def test_stale_temporary_files_are_swept_once_the_cache_is_whole(teacher: Path, 
 
 def test_a_claim_is_held_by_one_and_kept_fresh(tmp_path: Path) -> None:
     path = tmp_path / ".0.claim"
-    with claim(path, lease_seconds=0.4) as first:
+    with hold_lease(path, lease_seconds=0.4) as first:
         assert first
         time.sleep(1.0)  # past the lease: the holder gives signs of life
-        with claim(path, lease_seconds=0.4) as second:
+        with hold_lease(path, lease_seconds=0.4) as second:
             assert not second
         assert path.exists()
     assert list(tmp_path.iterdir()) == []
@@ -231,20 +231,20 @@ def test_a_stale_claim_is_taken_over_and_not_released_by_its_old_holder(tmp_path
     path = tmp_path / ".0.claim"
     path.write_text("somebody long dead")
     os.utime(path, (0, 0))
-    with claim(path, lease_seconds=5) as taken:
+    with hold_lease(path, lease_seconds=5) as taken:
         assert taken
         path.write_text("a successor")  # as if we had been frozen and overtaken
     assert path.read_text() == "a successor"
 
 
 def test_share_must_be_within() -> None:
-    from pipeline.capture.driver import share_of
+    from pipeline.capture.driver import shards_of_share
 
     config = CaptureConfig(name="x", share="1/3")
-    assert share_of(config, 8) == [1, 4, 7]
+    assert shards_of_share(config, 8) == [1, 4, 7]
     for wrong in ("3/3", "1", "a/b", "0/0"):
         with pytest.raises(InputError, match="share: expected INDEX/COUNT"):
-            share_of(CaptureConfig(name="x", share=wrong), 8)
+            shards_of_share(CaptureConfig(name="x", share=wrong), 8)
 
 
 def test_a_damaged_shard_without_its_info_is_refused(teacher: Path, many: Path, tmp_path: Path) -> None:

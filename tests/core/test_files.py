@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.core.files import content_hash, file_hash, one_path, write_atomically, write_json
 from pipeline.core.types import InputError
-from pipeline.monitoring.metrics import Metrics
+from pipeline.monitoring.metrics import MetricsFile
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,9 +28,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    metrics = Metrics(path, keep_steps=2)
+    metrics = MetricsFile(path, keep_steps=2)
     metrics.append({"step": 3, "again": True})
-    assert Metrics.read(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    assert MetricsFile.read(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
 
 def test_hashes_see_content_and_not_order_of_keys(tmp_path: Path) -> None:

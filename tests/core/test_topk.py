@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from pipeline.core.topk import (
     hybrid,
-    largest,
+    largest_k,
     log_probabilities,
     narrow,
+    pad_to_width,
     sampled,
     top_k,
     top_k_and_entropy,
-    uniforms,
-    widen,
+    uniform_draws,
 )
 from pipeline.core.types import InputError, TopK
 
@@ -100,7 +100,7 @@ def test_the_largest_are_those_of_a_plain_topk(size: int, coarse: bool) -> None:
     logits_NV = draw((20, size, 3, 4.0))
     logits_NV = logits_NV.round() if coarse else logits_NV
     for k in (1, 8, 64, 300):
-        values_NK, ids_NK = largest(logits_NV, k)
+        values_NK, ids_NK = largest_k(logits_NV, k)
         assert torch.equal(values_NK, logits_NV.topk(k, dim=1).values)
         assert torch.equal(logits_NV.gather(1, ids_NK), values_NK)
         assert all(len(set(row)) == k for row in ids_NK.tolist())
@@ -153,13 +153,13 @@ def test_extreme_distributions(kind: str) -> None:
 
 def test_draws_are_a_function_of_seed_key_and_position() -> None:
     key, other = b"a" * 16, b"b" * 16
-    assert torch.equal(uniforms(key, 5, draws=3, seed=1), uniforms(key, 5, draws=3, seed=1))
-    assert torch.equal(uniforms(key, 3, draws=3, seed=1), uniforms(key, 5, draws=3, seed=1)[:3])
-    assert not torch.equal(uniforms(key, 5, draws=3, seed=1), uniforms(other, 5, draws=3, seed=1))
-    assert not torch.equal(uniforms(key, 5, draws=3, seed=1), uniforms(key, 5, draws=3, seed=2))
-    assert not torch.equal(*uniforms(key, 2, draws=3, seed=1))
+    assert torch.equal(uniform_draws(key, 5, draws=3, seed=1), uniform_draws(key, 5, draws=3, seed=1))
+    assert torch.equal(uniform_draws(key, 3, draws=3, seed=1), uniform_draws(key, 5, draws=3, seed=1)[:3])
+    assert not torch.equal(uniform_draws(key, 5, draws=3, seed=1), uniform_draws(other, 5, draws=3, seed=1))
+    assert not torch.equal(uniform_draws(key, 5, draws=3, seed=1), uniform_draws(key, 5, draws=3, seed=2))
+    assert not torch.equal(*uniform_draws(key, 2, draws=3, seed=1))
 
 
 def test_widening_changes_nothing() -> None:
     top = sampled(torch.randn(4, 30), uniforms_ND=torch.rand(4, 9, dtype=torch.float64))
-    assert torch.equal(dense(widen(top, 20), 30), dense(top, 30))
+    assert torch.equal(dense(pad_to_width(top, 20), 30), dense(top, 30))

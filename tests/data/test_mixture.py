@@ -143,7 +143,7 @@ def test_what_cannot_be_mixed_is_refused_before_any_rank_starts(
     for changes, message in cases:
         arguments = train_arguments(student, data, str(cache), runs_dir=str(tmp_path / "runs"), **changes)
         with pytest.raises(InputError, match=re.escape(message)):
-            launch.train(composed("train", *arguments))
+            launch.run(composed("train", *arguments))
     assert not (tmp_path / "runs").exists()
 
 

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from pipeline.core.types import InputError
 from pipeline.data.curriculum import by_entropy
-from pipeline.data.sampler import POOL_BLOCKS, Corpus, Order, curriculum_at, fraction_of_sequences, meant, stream_at
+from pipeline.data.sampler import (
+    SHUFFLE_BLOCKS,
+    BatchSampler,
+    CacheStream,
+    curriculum_at,
+    exact_fraction,
+    fraction_of_sequences,
+    stream_at,
+)
 
 BLOCKS = st.lists(st.integers(1, 7), min_size=1, max_size=30).map(tuple)
 
@@ -31,7 +39,7 @@ def test_reading_stays_inside_one_pool_at_a_time(blocks: tuple[int, ...], seed: 
     visited = [stream_at(i, stream="corpus", seed=seed, blocks=blocks).block for i in range(sum(blocks))]
     pools: list[set[int]] = [set()]
     for block in visited:
-        if block not in pools[-1] and len(pools[-1]) == POOL_BLOCKS:
+        if block not in pools[-1] and len(pools[-1]) == SHUFFLE_BLOCKS:
             pools.append(set())
         pools[-1].add(block)
     assert sum(len(pool) for pool in pools) == len(blocks)  # no block is opened twice
@@ -40,10 +48,10 @@ def test_reading_stays_inside_one_pool_at_a_time(blocks: tuple[int, ...], seed: 
 FRACTIONS = st.fractions(0, 1, max_denominator=1000)
 
 
-def order_of(**changes: Any) -> Order:
-    corpora = (Corpus(weight=Fraction(1), parts=((4, 3, 9),)),)
+def order_of(**changes: Any) -> BatchSampler:
+    corpora = (CacheStream(weight=Fraction(1), parts=((4, 3, 9),)),)
     known: dict[str, Any] = {"seed": 3, "global_batch": 6, "gold_fraction": Fraction(3, 10), "num_gold": 5}
-    return Order(**known | {"corpora": corpora} | changes)
+    return BatchSampler(**known | {"corpora": corpora} | changes)
 
 
 @given(fraction=FRACTIONS, global_batch=st.integers(1, 32), steps=st.integers(1, 50))
@@ -53,7 +61,7 @@ def test_gold_fraction_holds_over_any_stretch(fraction: Fraction, global_batch: 
 
 
 def test_a_tenth_is_a_tenth() -> None:
-    order = order_of(global_batch=10, gold_fraction=meant(0.1))
+    order = order_of(global_batch=10, gold_fraction=exact_fraction(0.1))
     assert [order.gold_before(s) for s in (1, 2, 3, 1000)] == [1, 2, 3, 1000]
 
 
@@ -103,7 +111,9 @@ def test_gold_ends_after_its_epochs_and_the_corpus_goes_on_without_a_gap() -> No
 def test_caches_have_their_turns_by_weight(weights: list[int], sizes: list[int], start: int, length: int) -> None:
     """Over any stretch, to within one sequence a cache; each visits all its rows before any again."""
     shares = [Fraction(weight, sum(weights)) for weight in weights]
-    corpora = tuple(Corpus(weight=s, parts=((size, 2),)) for s, size in zip(shares, sizes[: len(weights)], strict=True))
+    corpora = tuple(
+        CacheStream(weight=s, parts=((size, 2),)) for s, size in zip(shares, sizes[: len(weights)], strict=True)
+    )
     order = order_of(corpora=corpora)
     slots = [order.corpus_at(i) for i in range(start + length)]
     turns = Counter(slot.cache for slot in slots[start:])
@@ -116,7 +126,7 @@ def test_caches_have_their_turns_by_weight(weights: list[int], sizes: list[int],
 
 
 def test_caches_of_one_order_do_not_move_together() -> None:
-    corpora = tuple(Corpus(weight=Fraction(1, 2), parts=((50,),)) for _ in range(2))
+    corpora = tuple(CacheStream(weight=Fraction(1, 2), parts=((50,),)) for _ in range(2))
     slots = [order_of(corpora=corpora).corpus_at(i) for i in range(100)]
     assert [slot.row for slot in slots if slot.cache == 0] != [slot.row for slot in slots if slot.cache == 1]
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.schema import ColumnsConfig, Malformed, Targets, TextConfig
+from pipeline.config.schema import ColumnsConfig, MalformedPolicy, Targets, TextConfig
 from pipeline.core.types import UNKNOWN_TARGET, InputError
-from pipeline.data.packing import Segment, collate_inputs, pack, sequence
-from pipeline.data.records import Rejections, all_records, open_text, read_records
-from pipeline.data.tokenize import known_sequences, sequences, survey
+from pipeline.data.packing import Segment, collate_inputs, make_sequence, pack
+from pipeline.data.records import MalformedRecords, all_records, open_text, read_records
+from pipeline.data.tokenize import check_text, load_labeled_sequences, read_sequences
 from support.tiny import text_of, write_lines
 
 
@@ -36,8 +36,8 @@ class Letters:
 
 def packed(path: Path, *, window: int = 16, tokenizer: Any = None, **settings: Any) -> list:
     text = text_of(path, **settings)
-    rejections = Rejections(skip=text.skip_malformed)
-    return list(sequences(all_records(text.files), text, tokenizer or Letters(), rejections, window=window))
+    malformed = MalformedRecords(skip=text.skip_malformed)
+    return list(read_sequences(all_records(text.files), text, tokenizer or Letters(), malformed, window=window))
 
 
 def targets_of(row: Any) -> list[tuple[int, int]]:
@@ -123,7 +123,7 @@ def test_packing_loses_and_doubles_nothing(lengths: list[int], window: int) -> N
 
 def test_keys_differ_by_content_and_by_targets() -> None:
     def key(*parts: Segment) -> bytes:
-        return sequence(parts).key
+        return make_sequence(parts).key
 
     one = Segment(record_id=0, ids=(1, 2, 3), targets=((0, 2),))
     assert key(one) == key(Segment(record_id=7, ids=(1, 2, 3), targets=((0, 2),)))
@@ -138,8 +138,8 @@ def test_keys_differ_by_content_and_by_targets() -> None:
 
 
 def test_collate_pads_at_the_right_with_a_segment_of_its_own() -> None:
-    short = sequence([Segment(record_id=0, ids=(5, 6), targets=((0, 6),))])
-    long = sequence([Segment(record_id=1, ids=(7, 8, 9), targets=((0, 8), (1, 9)))] * 2)
+    short = make_sequence([Segment(record_id=0, ids=(5, 6), targets=((0, 6),))])
+    long = make_sequence([Segment(record_id=1, ids=(7, 8, 9), targets=((0, 8), (1, 9)))] * 2)
     input_ids_BS, position_ids_BS, flat_N = collate_inputs([short, long])
     assert input_ids_BS.tolist() == [[5, 6, 0, 0, 0, 0], [7, 8, 9, 7, 8, 9]]
     assert position_ids_BS.tolist() == [[0, 1, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2]]
@@ -162,7 +162,7 @@ def test_every_format_reads_the_same(tmp_path: Path) -> None:
     assert found == dict.fromkeys(("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.txt"), texts)
     assert len(read_records(text_of(tmp_path), Letters())) == 15  # a folder
     assert len(read_records(text_of(tmp_path / "*.jsonl*"), Letters())) == 9  # a glob
-    kinds = {survey(text_of(tmp_path / name), Letters(), window=16).num_records for name in found}
+    kinds = {check_text(text_of(tmp_path / name), Letters(), window=16).num_records for name in found}
     assert kinds == {3}
 
 
@@ -194,9 +194,9 @@ def test_malformed_stops_with_place_and_reason_or_is_counted(name: str, tmp_path
     path = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}, bad, {"text": "cd"}])
     with pytest.raises(InputError, match=message):
         read_records(text_of(path), Letters())
-    text = text_of(path, malformed=Malformed.skip)
+    text = text_of(path, malformed=MalformedPolicy.skip)
     assert [record.record_id for record in read_records(text, Letters())] == [0, 2]  # ids do not shift
-    assert survey(text, Letters(), window=16).num_records == 3
+    assert check_text(text, Letters(), window=16).num_records == 3
 
 
 LONG = {"prompt": "abcdefgh", "completion": "ijklmnop"}
@@ -214,16 +214,16 @@ def test_records_that_cannot_become_a_segment(row: Any, targets: Targets, messag
     path = write_lines(tmp_path / "a.jsonl", [row])
     with pytest.raises(InputError, match=message):
         packed(path, targets=targets)
-    assert packed(path, targets=targets, malformed=Malformed.skip) == []
+    assert packed(path, targets=targets, malformed=MalformedPolicy.skip) == []
 
 
 def test_gold_without_targets(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "gold.jsonl", [{"prompt": "ab"}])
     text = text_of(path, "gold", targets=Targets.next)
     with pytest.raises(InputError, match=r"gold.jsonl, line 1: expected a known target, found no completion"):
-        known_sequences(text, Letters(), window=16)
+        load_labeled_sequences(text, Letters(), window=16)
     with pytest.raises(InputError, match=r"gold.jsonl, line 1: expected a known target, found no completion"):
-        survey(text, Letters(), window=16, require_targets=True)
+        check_text(text, Letters(), window=16, require_targets=True)
 
 
 def test_damaged_files_and_strange_names(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_tokenizer_without_an_end_token(tmp_path: Path) -> None:
     endless = Letters()
     endless.eos_token_id = None
     with pytest.raises(InputError, match="expected a tokenizer with an end token, found none; set end_token=false"):
-        survey(text_of(path), endless, window=16)
+        check_text(text_of(path), endless, window=16)
 
 
 def test_an_answer_without_choices_is_not_an_index(tmp_path: Path) -> None:
@@ -272,11 +272,11 @@ def test_missing_and_empty(tmp_path: Path) -> None:
         text_of(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(InputError, match=r"corpus: expected usable records, found none in .*empty.jsonl"):
-        survey(text_of(tmp_path / "empty.jsonl"), Letters(), window=16)
+        check_text(text_of(tmp_path / "empty.jsonl"), Letters(), window=16)
 
 
 def test_content_hash_ignores_names_and_sees_content(tmp_path: Path) -> None:
-    one = survey(text_of(write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])), Letters(), window=16)
-    same = survey(text_of(write_lines(tmp_path / "b.jsonl", [{"text": "ab"}])), Letters(), window=16)
-    other = survey(text_of(write_lines(tmp_path / "c.jsonl", [{"text": "ac"}])), Letters(), window=16)
+    one = check_text(text_of(write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])), Letters(), window=16)
+    same = check_text(text_of(write_lines(tmp_path / "b.jsonl", [{"text": "ab"}])), Letters(), window=16)
+    other = check_text(text_of(write_lines(tmp_path / "c.jsonl", [{"text": "ac"}])), Letters(), window=16)
     assert one.sha256 == same.sha256 != other.sha256

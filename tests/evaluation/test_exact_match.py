@@ -20,7 +20,7 @@ from pipeline.config.options import save_config
 from pipeline.config.schema import Targets
 from pipeline.core.types import InputError
 from pipeline.evaluation.predictions import teacher_score
-from pipeline.evaluation.requests import check_questions, open_exam
+from pipeline.evaluation.requests import check_generation_requests, open_evaluation_set
 from pipeline.evaluation.scoring import score
 from pipeline.models import loading as models
 from pipeline.models.generation import batches_of_like_length
@@ -114,9 +114,9 @@ def test_a_turn_of_a_chat_ends_with_the_templates_token(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "the weak"}, {"role": "assistant", "content": "a shard "}]
     text = text_of(write_lines(tmp_path / "a.jsonl", [{"messages": messages}]), "test", targets=Targets.completion)
     with pytest.raises(InputError, match="expected a completion that ends with a special token"):
-        open_exam(text, tokenizer, longest=None, max_new_tokens=5)
+        open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=5)
     tokenizer.add_special_tokens({"extra_special_tokens": ["</>"]})
-    exam = open_exam(text, tokenizer, longest=None, max_new_tokens=5)
+    exam = open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=5)
     (question,) = exam.questions
     assert question.ends == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("</>")}
     assert question.wanted == "a shard"
@@ -127,10 +127,10 @@ def test_what_cannot_be_asked_is_refused(student: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "choices": ["b", "c"], "answer": 0}])
     unasked = exam_of(student, path, max_new_tokens=5)
     with pytest.raises(InputError, match="scoring.max_new_tokens: expected records with a prompt and a completion"):
-        check_questions([unasked])
+        check_generation_requests([unasked])
     free = write_lines(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}])
-    check_questions([unasked, exam_of(student, free, max_new_tokens=5)])
-    check_questions([exam_of(student, path)])
+    check_generation_requests([unasked, exam_of(student, free, max_new_tokens=5)])
+    check_generation_requests([exam_of(student, path)])
     with pytest.raises(InputError, match=r"line 1: expected a completion that ends .* set end_token=true"):
         exam_of(student, free, max_new_tokens=5, end_token=False)
     with pytest.raises(InputError, match="expected at most 256 tokens, the model's positions, found 257"):

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from pipeline.config.options import result_options, save_config
+from pipeline.config.options import identity_options, save_config
 from pipeline.config.schema import KdConfig, LossConfig, ReportConfig, StudentConfig, TrainConfig
 from pipeline.core.types import InputError
 from pipeline.evaluation.report import performance_gap_recovered, run
@@ -40,7 +40,7 @@ def make_run(
         test: dict[str, Any] = {"num_records": 1000, "nll": 0.5, "agreement": None}
         test |= {"num_choice_records": 1000, "accuracy": accuracy}
         test |= {"num_free_records": 400, "exact_match": exact_match}
-        identity = {"options": result_options(config), "test": "same"}
+        identity = {"options": identity_options(config), "test": "same"}
         (run_folder / "identity.json").write_text(json.dumps(identity))
         (run_folder / "result.json").write_text(json.dumps({"steps": 3, "train_seconds": 1.5, "test": test}))
 

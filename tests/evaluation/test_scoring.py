@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from pipeline.config.schema import Malformed, Targets
+from pipeline.config.schema import MalformedPolicy, Targets
 from pipeline.core.types import InputError
 from pipeline.models.tokenizer import load_tokenizer
 from support.commands import script
@@ -89,7 +89,7 @@ def test_what_cannot_be_asked_is_refused_before_a_model_loads(name: str, student
 
 def test_malformed_held_out_records_are_skipped_if_asked(student: Path, tmp_path: Path) -> None:
     rows = [*prompts(3, labeled=True), {"prompt": "zq " * 300, "completion": "x"}, "broken"]
-    exam = exam_of(student, write_lines(tmp_path / "a.jsonl", rows), malformed=Malformed.skip)
+    exam = exam_of(student, write_lines(tmp_path / "a.jsonl", rows), malformed=MalformedPolicy.skip)
     assert len(exam.records) == 3
 
 

@@ -174,7 +174,7 @@ def test_an_imported_distribution_is_the_one_that_was_kept(
     form: str, truths: list[Truth], student: Path, tmp_path: Path
 ) -> None:
     cache = imported(tmp_path / "source", student, FORMS[form](tmp_path / "source", truths))
-    manifest, found = manifests.load(cache), sequences(cache)
+    manifest, found = manifests.load_manifest(cache), sequences(cache)
     renormalised = form.startswith("prepared")
     assert manifest.tail == ("renormalised" if renormalised else "remainder")
     assert (manifest.kind, manifest.k, manifest.num_records, manifest.num_shards) == ("topk", K, 13, 3)
@@ -229,7 +229,7 @@ def test_a_curve_is_approximate_and_its_tail_is_never_negative(student: Path, tm
     config = {"d": 300, "k": 3, "exact_k": 1, "residual_bins": [], "polynomial_terms": [0, 1], "delta_encoding": False}
     (tmp_path / "source" / "compression_config.yml").write_text(json.dumps(config))
     cache = imported(tmp_path / "source", student, {"format": Format.distillkit})
-    assert manifests.load(cache).tail == "approximate"
+    assert manifests.load_manifest(cache).tail == "approximate"
     assert findings(cache) == []
     (_, kept) = sequences(cache)[0]
     assert kept.ids_NK.tolist() == [[7, 8, 9], [8, 7, 9]]  # by falling value, whatever the file's order
@@ -258,7 +258,7 @@ def test_entries_that_are_missing_are_dropped_and_their_ids_never_looked_at(stud
     types = {"input_ids": pa.list_(pa.int64()), "token_ids": pa.list_(pa.list_(pa.int64()))}
     write_table(tmp_path / "source" / "data_0.parquet", rows, **types, top_values=pa.list_(pa.list_(pa.float32())))
     cache = imported(tmp_path / "source", student, {"format": Format.distillkit})
-    manifest = manifests.load(cache)
+    manifest = manifests.load_manifest(cache)
     assert (manifest.k, manifest.num_records, manifest.num_skipped) == (3, 2, 1)
     (sequence, kept) = sequences(cache)[1]
     assert sequence.target_positions_N.tolist() == [0, 1]

@@ -11,15 +11,15 @@ import pytest
 import torch
 import transformers
 
-from pipeline.core.runtime import multiplies_fast
+from pipeline.core.runtime import has_fast_matmul
 from pipeline.core.types import InputError
-from pipeline.data.packing import Segment, collate_inputs, sequence
+from pipeline.data.packing import Segment, collate_inputs, make_sequence
 from pipeline.models import loading as models
 from pipeline.models.compatibility import check_logits_path, check_packing, check_window
 from pipeline.models.forward import hidden_states, logits
 from pipeline.models.paths import model_folder
-from pipeline.models.prepack import LaidOutLinear, laid_out
-from pipeline.models.tokenizer import check_same_tokenizer, load_tokenizer, text_rules, tokenizer_hash
+from pipeline.models.prepack import PrepackedLinear, prepack
+from pipeline.models.tokenizer import check_same_tokenizer, load_tokenizer, text_settings, tokenizer_hash
 from support.tiny import LINES, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def tiny(name: str, **settings: Any) -> Any:
 
 def packed_hidden(model: Any, *parts: tuple[int, ...]) -> torch.Tensor:
     segments = [Segment(record_id=i, ids=ids, targets=((0, 0),)) for i, ids in enumerate(parts)]
-    input_ids_BS, position_ids_BS, _ = collate_inputs([sequence(segments)])
+    input_ids_BS, position_ids_BS, _ = collate_inputs([make_sequence(segments)])
     with torch.no_grad():
         return hidden_states(model, input_ids_BS, position_ids_BS)[0]
 
@@ -109,10 +109,10 @@ def test_an_architecture_that_leaks_between_packed_segments_is_refused(name: str
 
 
 def test_the_end_token_and_the_chat_template_are_part_of_the_text_rules(tokenizer: Any) -> None:
-    before = text_rules(tokenizer)
+    before = text_settings(tokenizer)
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<bos>"
-    assert text_rules(other) != before
+    assert text_settings(other) != before
     assert tokenizer_hash(other) == tokenizer_hash(tokenizer)  # token ids mean the same
 
 
@@ -189,11 +189,11 @@ def test_model_path_that_is_nowhere() -> None:
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "GPT2"])
 def test_weights_laid_out_for_a_cpu_give_the_same_bits(name: str) -> None:
     """With and without biases, tied and untied heads; one token and many. GPT-2's own layers stay as they are."""
-    if not multiplies_fast(torch.bfloat16, CPU):
+    if not has_fast_matmul(torch.bfloat16, CPU):
         pytest.skip("this CPU has no bfloat16 instructions: nothing is laid out")
     model = tiny(name, tie_word_embeddings=name == "Llama").to(torch.bfloat16)
-    prepared = laid_out(copy.deepcopy(model))
-    assert any(isinstance(module, LaidOutLinear) for module in prepared.modules())
+    prepared = prepack(copy.deepcopy(model))
+    assert any(isinstance(module, PrepackedLinear) for module in prepared.modules())
     assert not any(type(module) is torch.nn.Linear for module in prepared.modules())
     for size in (1, 7, 40):
         ids_BS = torch.arange(2 * size).reshape(2, size) % 60
@@ -202,4 +202,4 @@ def test_weights_laid_out_for_a_cpu_give_the_same_bits(name: str) -> None:
 
 
 def test_float32_stays_as_it_is() -> None:
-    assert not any(isinstance(module, LaidOutLinear) for module in laid_out(tiny("Llama")).modules())
+    assert not any(isinstance(module, PrepackedLinear) for module in prepack(tiny("Llama")).modules())

@@ -25,7 +25,7 @@ from pipeline.core.types import InputError
 from pipeline.models import loading as models
 from pipeline.models import lora as adapters
 from pipeline.models.forward import Model
-from pipeline.monitoring.health import model_flops, size_of
+from pipeline.monitoring.health import model_flops, model_size
 from pipeline.training import checkpoints
 from support.commands import ROOT, composed, losses_of, prepared, run_ranks, script, train_arguments
 from support.tiny import make_model
@@ -46,7 +46,7 @@ def options_of(base: Path, **adapter: Any) -> StudentConfig:
 def attached(config: StudentConfig, *, seed: int = 3) -> Model:
     student = models.open_model(config, CPU)
     assert config.adapter is not None
-    adapters.attach(student, config.adapter, seed=seed)
+    adapters.add_adapter(student, config.adapter, seed=seed)
     return student
 
 
@@ -100,7 +100,7 @@ def test_merged_and_alone_say_what_was_trained(
         if parameter.requires_grad:
             parameter.data += 0.04 * torch.randn_like(parameter)
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
-    weights = adapters.merged(config, student.state_dict(), tmp_path / "adapter")
+    weights = adapters.merge_adapter(config, student.state_dict(), tmp_path / "adapter")
     assert all(torch.equal(before[name], weight) for name, weight in student.state_dict().items())
     models.save_model(student, weights, tokenizer, tmp_path / "model", shard_bytes=10**9)
     expected, merged = logits(student), plain(tmp_path / "model")
@@ -138,7 +138,7 @@ def test_flops_of_frozen_weights_are_those_that_torch_counts(student: Path) -> N
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(48).reshape(2, 24), logits_to_keep=12).logits.sum().backward()
-    size = size_of(model)
+    size = model_size(model)
     assert model_flops(size, tokens=48, supervised=24, window=24) == pytest.approx(counter.get_total_flops(), rel=0.02)
     assert size.frozen_head == size.head
     assert 0 < size.body - size.frozen_body == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -252,7 +252,7 @@ def test_what_does_not_fit_the_student(
     which: str, adapter: dict[str, Any], message: str, request: pytest.FixtureRequest
 ) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        adapters.check(options_of(request.getfixturevalue(which), **adapter))
+        adapters.check_adapter(options_of(request.getfixturevalue(which), **adapter))
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.options import save_config
-from pipeline.config.schema import EarlyStoppingConfig, Export, ExportConfig, Mirror
+from pipeline.config.schema import EarlyStoppingConfig, ExportConfig, ExportedStep, Tracker
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError, TrainState
 from pipeline.monitoring import health
-from pipeline.monitoring.health import Size, Watch, model_flops, rates, size_of
-from pipeline.monitoring.trackers import OPEN, Mirrors
+from pipeline.monitoring.health import GradientMonitor, ModelSize, model_flops, model_size, throughput
+from pipeline.monitoring.trackers import OPEN, Trackers
 from pipeline.training import dev_evaluation as looks
 from support.commands import ROOT, composed, script, start, steps_done, train_arguments, wait_for
 
@@ -37,7 +37,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_model_flops_are_those_of_a_count_by_hand() -> None:
-    size = Size(body=1000, head=500, attention=3 * 8)  # three layers, all heads of eight numbers together
+    size = ModelSize(body=1000, head=500, attention=3 * 8)  # three layers, all heads of eight numbers together
     assert model_flops(size, tokens=100, supervised=100, window=10) == 6 * 1500 * 100 + 12 * 3 * 8 * 10 * 100
     assert model_flops(size, tokens=100, supervised=0, window=10) == 6 * 1000 * 100 + 12 * 3 * 8 * 10 * 100
 
@@ -53,13 +53,13 @@ def test_model_flops_are_those_that_torch_counts(student: Path) -> None:
     ids_BS = torch.arange(48).reshape(2, 24)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids_BS).logits.sum().backward()
-    ours = model_flops(size_of(model), tokens=48, supervised=48, window=24)
+    ours = model_flops(model_size(model), tokens=48, supervised=48, window=24)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_a_tied_head_is_a_head_and_an_untied_embedding_is_only_looked_up(student: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(student)
-    size = size_of(model)
+    size = model_size(model)
     assert size.head == model.lm_head.weight.numel()
     assert size.body + size.head == sum(p.numel() for p in model.parameters())
     assert size.attention == 3 * 32
@@ -67,8 +67,8 @@ def test_a_tied_head_is_a_head_and_an_untied_embedding_is_only_looked_up(student
 
 def test_rates_and_no_mfu_without_a_known_peak() -> None:
     figures = {"seconds": 3.0, "data_wait_seconds": 1.0, "tokens": 400, "model_flops": 8e12}
-    assert rates(figures, world_size=2, peak=None) == {"tokens_per_second": 100.0, "data_wait_fraction": 0.25}
-    assert rates(figures, world_size=2, peak=10e12)["mfu"] == pytest.approx(0.1)
+    assert throughput(figures, world_size=2, peak=None) == {"tokens_per_second": 100.0, "data_wait_fraction": 0.25}
+    assert throughput(figures, world_size=2, peak=10e12)["mfu"] == pytest.approx(0.1)
     assert health.peak_flops(torch.device("cpu"), "bfloat16") is None
 
 
@@ -81,13 +81,13 @@ def step_of(step: int, norm: float, skipped: int = 0) -> dict[str, Any]:
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
 def test_a_gradient_that_is_no_number_ends_the_run(norm: float) -> None:
-    watch = Watch(max_skipped_steps=5, warn_grad_norm=10.0)
+    watch = GradientMonitor(max_skipped_steps=5, warn_grad_norm=10.0)
     with pytest.raises(FloatingPointError, match=r"step 1: expected a finite gradient norm, found .*; lower the"):
         watch.look(step_of(1, norm))
 
 
 def test_steps_skipped_in_a_row_end_the_run_and_others_do_not() -> None:
-    watch = Watch(max_skipped_steps=3, warn_grad_norm=10.0)
+    watch = GradientMonitor(max_skipped_steps=3, warn_grad_norm=10.0)
     for step, skipped in enumerate([1, 2, 2, 3, 4, 4], start=1):  # twice two in a row
         watch.look(step_of(step, -1.0 if skipped in (1, 3) else 1.0, skipped))
     watch.look(step_of(7, -1.0, 5))
@@ -97,7 +97,7 @@ def test_steps_skipped_in_a_row_end_the_run_and_others_do_not() -> None:
 
 
 def test_steps_that_were_skipped_before_a_resume_are_not_skipped_again() -> None:
-    watch = Watch(max_skipped_steps=1, warn_grad_norm=10.0, skipped_steps=4)
+    watch = GradientMonitor(max_skipped_steps=1, warn_grad_norm=10.0, skipped_steps=4)
     assert watch.look(step_of(5, 1.0, 4)) == {"exploding_steps": 0}
 
 
@@ -106,14 +106,14 @@ def test_an_exploding_gradient_is_said_once_counted_always_and_remembered(caplog
     rows: list[dict[str, Any]] = []
     norms = [1.0, 50.0] + [1.0] * 10 + [9.9, 10.1, 500.0, 1.0]  # the second comes before there is a median
     with caplog.at_level(logging.WARNING):
-        watch = Watch(max_skipped_steps=5, warn_grad_norm=10.0)
+        watch = GradientMonitor(max_skipped_steps=5, warn_grad_norm=10.0)
         for step, norm in enumerate(norms, start=1):
             rows.append(step_of(step, norm) | watch.look(step_of(step, norm)))
     assert [row["exploding_steps"] for row in rows] == [0] * 13 + [1, 2, 2]
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
     assert said[0].startswith("step 14: expected a gradient norm of at most 10 times its recent median 1, found 10.1;")
-    resumed = Watch(max_skipped_steps=5, warn_grad_norm=10.0, rows=rows)
+    resumed = GradientMonitor(max_skipped_steps=5, warn_grad_norm=10.0, rows=rows)
     assert resumed.look(step_of(17, 30.0)) == {"exploding_steps": 3}
 
 
@@ -124,7 +124,7 @@ def test_the_best_is_remembered_and_patience_ends() -> None:
     options, state = EarlyStoppingConfig(patience=2, min_delta=0.1), TrainState()
     seen = []
     for step, score in enumerate([0.5, 0.55, 0.7, 0.75, 0.79], start=1):
-        state = looks.remembered(dataclasses.replace(state, step=step), score, min_delta=options.min_delta)
+        state = looks.with_score(dataclasses.replace(state, step=step), score, min_delta=options.min_delta)
         seen.append((state.best_score, state.best_step, state.evaluations_since_best, looks.is_over(options, state)))
     assert seen == [
         (0.5, 1, 0, False),
@@ -138,12 +138,12 @@ def test_the_best_is_remembered_and_patience_ends() -> None:
 
 
 def test_a_score_that_is_no_number_is_never_the_best() -> None:
-    state = looks.remembered(TrainState(step=1, best_score=-3.0), float("nan"), min_delta=0.0)
+    state = looks.with_score(TrainState(step=1, best_score=-3.0), float("nan"), min_delta=0.0)
     assert (state.best_score, state.evaluations_since_best) == (-3.0, 1)
-    first = looks.remembered(TrainState(step=1), float("nan"), min_delta=0.0)
-    again = looks.remembered(dataclasses.replace(first, step=2), float("nan"), min_delta=0.0)
+    first = looks.with_score(TrainState(step=1), float("nan"), min_delta=0.0)
+    again = looks.with_score(dataclasses.replace(first, step=2), float("nan"), min_delta=0.0)
     assert (again.best_step, again.evaluations_since_best) == (1, 1)
-    assert looks.remembered(dataclasses.replace(again, step=3), -9.0, min_delta=0.0).best_step == 3
+    assert looks.with_score(dataclasses.replace(again, step=3), -9.0, min_delta=0.0).best_step == 3
 
 
 EARLY: dict[str, Any] = {
@@ -249,8 +249,11 @@ def test_what_cannot_be_meant_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     cases: list[tuple[dict[str, Any], str]] = [
         ({"evaluate_every_steps": 5, "dev": None}, "evaluate_every_steps=5: expected dev"),
         ({"early_stopping": patient}, "early_stopping.patience=3: expected evaluate_every_steps of 1 or more, found 0"),
-        ({"export": ExportConfig(what=Export.best)}, "export.what=best: expected dev and evaluate_every_steps of 1"),
-        ({"mirrors": [Mirror.wandb]}, "mirrors: expected the package wandb for wandb, found none; pip install wandb"),
+        (
+            {"export": ExportConfig(what=ExportedStep.best)},
+            "export.what=best: expected dev and evaluate_every_steps of 1",
+        ),
+        ({"mirrors": [Tracker.wandb]}, "mirrors: expected the package wandb for wandb, found none; pip install wandb"),
     ]
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     for changes, message in cases:
@@ -266,11 +269,11 @@ def test_a_mirror_that_fails_is_said_once_and_the_rest_goes_on(
     def failing(step: int, numbers: dict[str, float]) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setitem(OPEN, Mirror.wandb, lambda *_: (failing, lambda: None))
-    monkeypatch.setitem(OPEN, Mirror.mlflow, lambda *_: (lambda step, values: taken.append((step, values)), list))
+    monkeypatch.setitem(OPEN, Tracker.wandb, lambda *_: (failing, lambda: None))
+    monkeypatch.setitem(OPEN, Tracker.mlflow, lambda *_: (lambda step, values: taken.append((step, values)), list))
     logging.getLogger("pipeline").propagate = True
     with caplog.at_level(logging.WARNING):
-        mirrors = Mirrors([Mirror.wandb, Mirror.mlflow], RunPaths(folder=tmp_path), name="x", step=0)
+        mirrors = Trackers([Tracker.wandb, Tracker.mlflow], RunPaths(folder=tmp_path), name="x", step=0)
         for step in (1, 2):
             mirrors.write({"step": step, "loss": 0.5, "kd": None, "parts": [1.0], "stopped_early": True})
         mirrors.close()

@@ -182,5 +182,5 @@ def test_what_an_objective_cannot_read_is_refused_before_any_rank_starts(
     for place, changes, message in cases:
         config = composed("train", *arguments_of(student, data, place, changes, runs_dir=str(tmp_path / "runs")))
         with pytest.raises(InputError, match=re.escape(message)):
-            launch.train(config)
+            launch.run(config)
     assert not (tmp_path / "runs").exists()

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.core.topk import hybrid, sampled, smoothed, top_k
+from pipeline.core.topk import hybrid, label_smoothed, sampled, top_k
 from pipeline.core.types import Batch, InputError
-from pipeline.objective.class_prior import hardened, moved
+from pipeline.objective.class_prior import harden, updated_thresholds
 from pipeline.objective.divergences import DIVERGENCES, NEEDS_TAIL, forward_kl, jsd, reverse_kl
-from pipeline.objective.fused_head import speak, sum_names
+from pipeline.objective.fused_head import combined_loss, sum_names
 from pipeline.objective.gates import Gate
 from pipeline.objective.position_groups import kd_of_logits
-from pipeline.objective.terms import TERMS, TermOptions, count_positions, read_positions
+from pipeline.objective.terms import TERMS, TermOptions, count_positions, term_positions
 from support.twin import make_batch, twin
 
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -52,7 +52,7 @@ def ours(
     leaf = logits_NV.float().detach().clone().requires_grad_()
     vocabulary = logits_NV.shape[1]
     model = OwnLogits(vocabulary)
-    loss, sums = speak(model, leaf, batch, terms, factors, vocabulary_size=vocabulary, fused=fused, **more)
+    loss, sums = combined_loss(model, leaf, batch, terms, factors, vocabulary_size=vocabulary, fused=fused, **more)
     loss.backward()
     assert leaf.grad is not None
     return loss.detach(), leaf.grad, dict(zip(sum_names(terms), sums.tolist(), strict=True))
@@ -62,7 +62,7 @@ def exact(
     logits_NV: Tensor, batch: Batch, terms: dict[str, TermOptions], factors: dict[str, float]
 ) -> tuple[Tensor, Tensor]:
     leaf = logits_NV.double().detach().requires_grad_()
-    reads = {name: read_positions(batch, name, options).nonzero().flatten().tolist() for name, options in terms.items()}
+    reads = {name: term_positions(batch, name, options).nonzero().flatten().tolist() for name, options in terms.items()}
     value = twin(leaf, batch, reads, terms, factors)
     value.backward()
     assert leaf.grad is not None
@@ -310,7 +310,7 @@ def test_a_batch_without_one_of_the_streams(num_gold: int, num_corpus: int, fuse
     terms = {"lm": TermOptions(on=("gold",)), "kd": TermOptions(on=("corpus",), temperature=2.0)}
     hidden_NH, model = torch.randn(num_gold + num_corpus, 30, requires_grad=True), OwnLogits(30)
     assert count_positions(batch, terms).tolist() == [num_gold, num_corpus]
-    loss, sums = speak(model, hidden_NH, batch, terms, {"lm": 1.0, "kd": 1.0}, vocabulary_size=30, fused=fused)
+    loss, sums = combined_loss(model, hidden_NH, batch, terms, {"lm": 1.0, "kd": 1.0}, vocabulary_size=30, fused=fused)
     loss.backward()
     # every parameter gets a gradient on every rank, or its collectives would not meet
     assert model.head.weight.grad is not None
@@ -329,7 +329,7 @@ def test_the_gradient_is_not_made_anew_for_a_larger_loss() -> None:
     grads = []
     for factor in (1.0, 3.0):
         hidden_NH.grad = model.head.weight.grad = None
-        loss, _ = speak(model, hidden_NH, batch, terms, factors, vocabulary_size=30)
+        loss, _ = combined_loss(model, hidden_NH, batch, terms, factors, vocabulary_size=30)
         (factor * loss).backward()
         grads.append((hidden_NH.grad, model.head.weight.grad))
     for one, other in zip(*grads, strict=True):
@@ -358,10 +358,10 @@ def test_thresholds_bring_each_class_to_its_prior() -> None:
             assert sum(theirs) == pytest.approx(1.0, abs=1e-4)
             if step == 0 and fused:
                 assert own[1] > theirs[1] + 0.3
-            thresholds = moved(thresholds, own=own, teacher=theirs)
+            thresholds = updated_thresholds(thresholds, own=own, teacher=theirs)
         assert own == pytest.approx(theirs, abs=0.02)
     value, grad, _ = ours(student_NV, batch, terms, {"confidence": 1.0}, fused=True, thresholds=thresholds)
-    own_N = hardened(student_NV, (2, 4, 7), thresholds)
+    own_N = harden(student_NV, (2, 4, 7), thresholds)
     leaf = student_NV.double().clone().requires_grad_()
     expected = torch.nn.functional.cross_entropy(leaf, own_N, reduction="sum")
     expected.backward()
@@ -381,7 +381,7 @@ def test_gates_are_what_they_say() -> None:
     batch = with_fields(batch, entropy_M=entropy_M, target_ids_N=torch.tensor([0, -100, 2]))
 
     def passed(**settings: Any) -> list[bool]:
-        return read_positions(batch, "kd", TermOptions(on=("corpus",), gate=Gate(**settings))).tolist()
+        return term_positions(batch, "kd", TermOptions(on=("corpus",), gate=Gate(**settings))).tolist()
 
     assert passed() == [True, True, True]
     assert passed(min_confidence=0.5) == [True, False, True]
@@ -389,7 +389,7 @@ def test_gates_are_what_they_say() -> None:
     assert passed(drop_wrong=True) == [True, True, False]
     unknown = with_fields(batch, entropy_M=torch.full((3,), torch.nan))
     with pytest.raises(InputError, match="expected the teacher's entropy at every position"):
-        read_positions(unknown, "kd", TermOptions(on=("corpus",), gate=Gate(max_entropy=1.0)))
+        term_positions(unknown, "kd", TermOptions(on=("corpus",), gate=Gate(max_entropy=1.0)))
 
 
 def with_fields(batch: Batch, **fields: Any) -> Batch:
@@ -401,7 +401,7 @@ def test_smoothing_keeps_the_first_choice_and_the_entropy(vocabulary: int) -> No
     teacher_NV = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
     entropy_N = torch.special.entr(torch.softmax(teacher_NV.double(), 1)).sum(1)
     top = top_k(teacher_NV, k=4, temperatures=TEMPERATURES)
-    smooth = smoothed(top, entropy_N.float(), vocabulary_size=vocabulary)
+    smooth = label_smoothed(top, entropy_N.float(), vocabulary_size=vocabulary)
     relative_N = smooth.relative_logits_NK[:, 1].double()
     for c, T in enumerate(TEMPERATURES):
         dense_NV = (relative_N[:, None] / T).expand(-1, vocabulary).clone()

@@ -17,7 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from pipeline.config.cli import CONF_DIR, register
-from pipeline.config.options import save_config, typed
+from pipeline.config.options import save_config, to_typed
 from pipeline.config.schema import (
     ROOTS,
     CaptureConfig,
@@ -115,7 +115,7 @@ def steps_done(folder: Path) -> int:
 def composed(root: str, *overrides: str) -> Any:
     register()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return typed(compose(root, overrides=list(overrides)), ROOTS[root])
+        return to_typed(compose(root, overrides=list(overrides)), ROOTS[root])
 
 
 BIT_BY_BIT = ("model.safetensors", "config.json")

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import start_logging
-from pipeline.core.runtime import leave, ranks_from_environment
+from pipeline.core.runtime import exit_rank, ranks_from_environment
 from pipeline.training.export import export
 from support.gradient_worker import engine_after
 from support.tiny import make_tokenizer
@@ -34,5 +34,5 @@ if __name__ == "__main__":
                 export(engine, student, make_tokenizer(), paths, ranks, config)
                 if ranks.rank == 0:
                     torch.save(logits_BSV, paths.folder / "logits.pt")
-                ranks.wait()
-    leave()
+                ranks.barrier()
+    exit_rank()

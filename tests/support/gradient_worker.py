@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config.schema import TrainConfig
 from pipeline.core.progress import start_logging
-from pipeline.core.runtime import leave, ranks_from_environment
+from pipeline.core.runtime import exit_rank, ranks_from_environment
 from pipeline.core.topk import top_k
 from pipeline.core.types import Captured, TokenSequence, TrainState
 from pipeline.data.mixture import collate
-from pipeline.data.packing import Segment, sequence
+from pipeline.data.packing import Segment, make_sequence
 from pipeline.objective.gates import Gate
 from pipeline.training import engine as engines
 from pipeline.training.builders import term_options
@@ -42,7 +42,7 @@ def rows() -> list[Row]:
         ids = tuple(torch.randint(VOCABULARY, (length,), generator=generator).tolist())
         num_targets = (length - 1, 1, 0, length // 2)[number % 4]
         targets = tuple((s, ids[s + 1]) for s in range(length - 1 - num_targets, length - 1))
-        one, captured = sequence([Segment(record_id=number, ids=ids, targets=targets)]), None
+        one, captured = make_sequence([Segment(record_id=number, ids=ids, targets=targets)]), None
         if number % 2 == 1:
             top = top_k(torch.randn(num_targets, VOCABULARY, generator=generator) * 2, k=6, temperatures=(1.0, 2.0))
             empty_N = torch.zeros(num_targets, dtype=torch.float16)
@@ -150,10 +150,10 @@ if __name__ == "__main__":
                     if ranks.rank == 0:
                         name = f"{ranks.world_size}-{layout}-zero{stage}-accumulation{accumulation}.pt"
                         torch.save(weights, out / name)
-                    ranks.wait()
+                    ranks.barrier()
             if dtype == "bfloat16" and layout == "striped" and ranks.world_size == 1:
                 for stage in (0, 1, 2):
                     check_that_steps_of_no_number_are_skipped(ranks, stage)
             if dtype == "float16":
                 torch.save(weights_after(ranks, layout, 1, 2, "float32"), out / f"{layout}.reference")
-    leave()
+    exit_rank()

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config.schema import Optimizer, TrainConfig
 from pipeline.core.progress import start_logging
-from pipeline.core.runtime import leave, ranks_from_environment
+from pipeline.core.runtime import exit_rank, ranks_from_environment
 from support import gradient_worker
 
 # a large epsilon makes AdamW's update proportional to the gradient
@@ -34,5 +34,5 @@ if __name__ == "__main__":
                 weights = gradient_worker.weights_after(ranks, "striped", stage, 2, dtype, changed)
                 if ranks.rank == 0:
                     torch.save(weights, Path(sys.argv[1]) / f"{ranks.world_size}-{dtype}-zero{stage}.pt")
-                ranks.wait()
-    leave()
+                ranks.barrier()
+    exit_rank()

@@ -10,10 +10,10 @@ import torch
 
 from pipeline.config.schema import Targets
 from pipeline.core.types import Scores
-from pipeline.evaluation.requests import Exam, open_exam
+from pipeline.evaluation.requests import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.scoring import score
 from pipeline.models import loading as models
-from pipeline.models.compatibility import longest_sequence
+from pipeline.models.compatibility import max_positions
 from pipeline.models.tokenizer import load_tokenizer
 from support.tiny import text_of
 
@@ -38,7 +38,7 @@ def scored(
     )
 
 
-def exam_of(folder: Path, path: Path, *, max_new_tokens: int = 0, **settings: Any) -> Exam:
+def exam_of(folder: Path, path: Path, *, max_new_tokens: int = 0, **settings: Any) -> EvaluationSet:
     text = text_of(path, "test", **{"targets": Targets.completion, **settings})
-    longest = longest_sequence(folder)
-    return open_exam(text, load_tokenizer(folder), longest=longest, max_new_tokens=max_new_tokens)
+    longest = max_positions(folder)
+    return open_evaluation_set(text, load_tokenizer(folder), longest=longest, max_new_tokens=max_new_tokens)

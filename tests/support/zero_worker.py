@@ -10,7 +10,7 @@ from pipeline.config.options import load_config
 from pipeline.config.schema import TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import start_logging
-from pipeline.core.runtime import StopRequest, leave, ranks_from_environment
+from pipeline.core.runtime import StopRequest, exit_rank, ranks_from_environment
 from pipeline.training.worker import train
 
 if __name__ == "__main__":
@@ -20,8 +20,8 @@ if __name__ == "__main__":
             paths = RunPaths(folder=Path(folder))
             config, asked_to_stop = load_config(paths.config, TrainConfig), paths.stop.exists()
             assert train(config, paths, ranks, StopRequest(paths.stop)) is not asked_to_stop
-            ranks.wait()
+            ranks.barrier()
             if asked_to_stop and "resumed" in folder:
                 paths.stop.unlink(missing_ok=True)
                 assert train(config, paths, ranks, StopRequest(paths.stop))
-    leave()
+    exit_rank()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.options import load_config, save_config
-from pipeline.config.schema import Export, TrainConfig
+from pipeline.config.schema import ExportedStep, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
 from pipeline.training import dev_evaluation as looks
@@ -92,7 +92,7 @@ def test_the_best_steps_weights_leave_at_every_stage_and_on_other_ranks(
     config = load_config(moved / "config.yaml", TrainConfig)
     config.deepspeed.zero_stage = 3
     save_config(config, moved / "config.yaml")
-    launch.bring_checkpoint(config, RunPaths(folder=moved), 1)
+    launch.convert_checkpoints(config, RunPaths(folder=moved), 1)
     train_in([moved], num_ranks=1)
     assert weights_of(moved) == weights_of(first)
     kept = {path.name for path in (moved / "checkpoints").glob("step-*")}
@@ -132,7 +132,7 @@ def test_killed_and_resumed_the_best_is_that_of_an_undisturbed_run(
 
 def test_a_best_of_nothing_is_refused() -> None:
     config = composed("train", "export.what=best", "evaluate_every_steps=9")
-    assert config.export.what is Export.best
+    assert config.export.what is ExportedStep.best
     looks.check(config, 9)
     with pytest.raises(InputError, match="expected evaluate_every_steps of at most the 8 steps of this run, found 9"):
         looks.check(config, 8)

@@ -253,5 +253,5 @@ def test_refusals_before_any_rank_starts(student: Path, data: Path, cache: Path,
         arguments = train_arguments(student, data, str(cache), runs_dir=str(tmp_path / "runs"))
         arguments += [f"{k.replace('__', '.')}={v}" for k, v in changes.items()]
         with pytest.raises(InputError, match=re.escape(message)):
-            launch.train(composed("train", *arguments))
+            launch.run(composed("train", *arguments))
         assert not (tmp_path / "runs").exists()

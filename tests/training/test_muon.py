@@ -15,7 +15,7 @@ from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
 from pipeline.data.mixture import collate
 from pipeline.models.forward import hidden_states
-from pipeline.objective.fused_head import speak
+from pipeline.objective.fused_head import combined_loss
 from pipeline.objective.gates import Gate
 from pipeline.objective.terms import count_positions
 from pipeline.training import checkpoints
@@ -79,7 +79,7 @@ def by_torch() -> Weights:
         hidden_NH = hidden_states(model, batch.input_ids_BS, batch.position_ids_BS).flatten(0, 1)
         hidden_NH = hidden_NH[batch.flat_positions_N]
         how = {"vocabulary_size": VOCABULARY, "fused": False}
-        speak(model, hidden_NH, batch, terms, coefficients, **how)[0].backward()
+        combined_loss(model, hidden_NH, batch, terms, coefficients, **how)[0].backward()
         adam_rate = learning_rate_at(config.optimizer, step, 10)
         rates = (adam_rate * config.optimizer.muon_learning_rate / config.optimizer.learning_rate, adam_rate)
         for optimizer, rate in zip((muon, adam), rates, strict=True):

@@ -22,7 +22,7 @@ import transformers
 
 from pipeline.cache.shards import ShardReader
 from pipeline.config.options import load_config
-from pipeline.config.schema import CheckpointConfig, Export, ExportConfig, TrainConfig
+from pipeline.config.schema import CheckpointConfig, ExportConfig, ExportedStep, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
 from pipeline.models.tokenizer import open_tokenizer
@@ -255,7 +255,7 @@ def test_the_best_steps_checkpoint_has_to_be_there(tmp_path: Path) -> None:
     (paths.checkpoints / best.tag).mkdir(parents=True)
     paths.published.write_text(json.dumps(dataclasses.asdict(newest)))
     last = TrainConfig()
-    config = dataclasses.replace(last, export=ExportConfig(what=Export.best))
+    config = dataclasses.replace(last, export=ExportConfig(what=ExportedStep.best))
     assert checkpoints.needed(paths, last) == [newest]
     with pytest.raises(InputError, match="expected the checkpoint of step 4, the best on dev, found none"):
         checkpoints.needed(paths, config)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pipeline.training.schedules import SHAPES, learning_rate, overtaken, ramp
+from pipeline.training.schedules import SHAPES, adaptive_kd_factor, learning_rate, ramp
 
 
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - {"constant"}))
@@ -89,11 +89,11 @@ def test_the_confidence_ramp_of_the_paper_does_not_jump() -> None:
 
 def test_overtaken_falls_when_ahead_rises_when_behind_and_noise_does_not_move_it() -> None:
     rule = {"teacher": 0.8, "margin": 0.01, "factor": 0.5, "least": 0.1}
-    assert overtaken(1.0, student=0.82, **rule) == 0.5
-    assert overtaken(0.5, student=0.78, **rule) == 1.0
-    assert overtaken(1.0, student=0.78, **rule) == 1.0  # never above what was asked for
-    assert overtaken(0.15, student=0.9, **rule) == 0.1
+    assert adaptive_kd_factor(1.0, student=0.82, **rule) == 0.5
+    assert adaptive_kd_factor(0.5, student=0.78, **rule) == 1.0
+    assert adaptive_kd_factor(1.0, student=0.78, **rule) == 1.0  # never above what was asked for
+    assert adaptive_kd_factor(0.15, student=0.9, **rule) == 0.1
     value = 0.5
     for noise in (0.809, 0.791, 0.805, 0.795):  # to and fro within the margin
-        value = overtaken(value, student=noise, **rule)
+        value = adaptive_kd_factor(value, student=noise, **rule)
     assert value == 0.5
