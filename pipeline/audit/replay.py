@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.audit.sampling import Sample
 from pipeline.capture.teacher import capture_batch, finish_copy
 from pipeline.core.progress import Progress
-from pipeline.core.topk import log_probabilities, narrow, pad_to_width
+from pipeline.core.topk import log_probabilities, narrow
 from pipeline.core.types import UNKNOWN_TARGET, Captured, InputError, Manifest, TopK
 from pipeline.models import loading as models
 from pipeline.models.forward import Model
@@ -115,8 +115,8 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
 def _drawn_distances(kept: TopK, other: TopK) -> Differences:
     """Half the summed difference of probabilities: a draw that moves, moves 1 / draws."""
     width = max(kept.ids_NK.shape[1], other.ids_NK.shape[1])
-    p_NK, q_NK = (log_probabilities(pad_to_width(top, width), temperature=1.0)[0].exp() for top in (kept, other))
-    ids_NK, others_NK = pad_to_width(kept, width).ids_NK, pad_to_width(other, width).ids_NK
+    p_NK, q_NK = (log_probabilities(top.pad_to_width(width), temperature=1.0)[0].exp() for top in (kept, other))
+    ids_NK, others_NK = kept.pad_to_width(width).ids_NK, other.pad_to_width(width).ids_NK
     same_NKK = (ids_NK[:, :, None] == others_NK[:, None, :]).float()  # padding repeats an id, at probability 0
     q_at_p_NK = (same_NKK * q_NK[:, None, :]).sum(2)
     p_at_q_NK = (same_NKK * p_NK[:, :, None]).sum(1)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from pipeline.bench.timing import Findings, figure, in_turn, ratios, seconds, shown, table
 from pipeline.core.runtime import compute_device, has_fast_matmul, keep_allocator_memory
-from pipeline.core.topk import join, top_k
+from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import UNKNOWN_TARGET, Batch, TopK
 from pipeline.objective.fused_head import combined_loss
 from pipeline.objective.terms import TermOptions
@@ -68,8 +68,9 @@ def make_case(num: int, *, vocabulary: int = VOCABULARY, k: int = K, dtype: torc
         gold_N=torch.zeros(num, dtype=torch.bool),
         weak_N=has_N,
         weak_ids_N=torch.full((num,), UNKNOWN_TARGET),
-        teacher=join(tops),
+        teacher=TopK.cat(tops),
         entropy_M=None,
+        keys_B=torch.zeros(1, dtype=torch.int64),
     )
     hidden_NH = torch.randn(num, HIDDEN, device=device, dtype=dtype)
     return Case(head=Head(vocabulary, dtype, device), hidden_NH=hidden_NH, batch=batch.to(device))
@@ -77,7 +78,7 @@ def make_case(num: int, *, vocabulary: int = VOCABULARY, k: int = K, dtype: torc
 
 def random_top(num: int, vocabulary: int, k: int) -> TopK:
     """Distributions that fall off as a language model's do, spread over the vocabulary."""
-    top = top_k(torch.randn(num, 4 * k) * 4, k=k, temperatures=(1.0,))
+    top, _, _ = top_k_and_entropy(torch.randn(num, 4 * k) * 4, k=k, temperatures=(1.0,))
     return dataclasses.replace(top, ids_NK=top.ids_NK * (vocabulary // (4 * k)))
 
 

@@ -12,7 +12,7 @@ from pipeline.bench.timing import Findings, figure, in_turn, seconds, shown, tab
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import ShardReader, shard_writer
 from pipeline.core.runtime import keep_allocator_memory
-from pipeline.core.topk import top_k
+from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import Captured, Manifest, TokenSequence
 from pipeline.data.mixture import collate
 from pipeline.data.packing import Segment, make_sequence
@@ -64,7 +64,7 @@ def random_row(record_id: int, generator: torch.Generator) -> tuple[TokenSequenc
     pairs = tuple((s, int(ids[s + 1])) for s in range(WINDOW - 1))
     one = make_sequence([Segment(record_id=record_id, ids=tuple(ids.tolist()), targets=pairs)])
     logits_NV = torch.randn(WINDOW - 1, 4 * K, generator=generator) * 4
-    top = top_k(logits_NV, k=K, temperatures=(1.0,))
+    top, _, _ = top_k_and_entropy(logits_NV, k=K, temperatures=(1.0,))
     spread_NK = (top.ids_NK * (VOCABULARY // (4 * K))) + torch.randint(VOCABULARY // (4 * K), (1,), generator=generator)
     unknown_N = torch.zeros(WINDOW - 1, dtype=torch.float16)
     return one, Captured(top=dataclasses.replace(top, ids_NK=spread_NK), next_log_prob_N=unknown_N, entropy_N=unknown_N)

@@ -14,7 +14,7 @@ from pipeline.bench.capture import CORPUS, MODEL
 from pipeline.bench.timing import Findings, figure, in_turn, ratios, seconds, shown, table
 from pipeline.config.schema import Dtype, ModelConfig
 from pipeline.core.runtime import compute_device, keep_allocator_memory
-from pipeline.core.topk import top_k
+from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import Batch, Captured, TokenSequence
 from pipeline.data.mixture import collate
 from pipeline.data.packing import Segment, collate_inputs, make_sequence
@@ -114,7 +114,7 @@ def captured_rows(
         hidden_BSH = hidden_states(teacher, input_ids_BS.to(teacher.device), position_ids_BS.to(teacher.device))
         logits_NV = logits(teacher, hidden_BSH[0][flat_N.to(teacher.device)], vocabulary).float().cpu()
         unknown_N = torch.zeros(len(logits_NV), dtype=torch.float16)
-        top = top_k(logits_NV, k=K, temperatures=(1.0,))
+        top, _, _ = top_k_and_entropy(logits_NV, k=K, temperatures=(1.0,))
         captured = Captured(top=top, next_log_prob_N=unknown_N, entropy_N=unknown_N)
         rows.append((one, None if number < GOLD else captured))
     return rows

@@ -25,7 +25,7 @@ from pipeline.core.files import RunPaths
 from pipeline.core.runtime import Ranks, StopRequest, keep_allocator_memory, ranks_from_environment
 from pipeline.core.types import Batch, TrainState
 from pipeline.data.mixture import Mixture, prefetch
-from pipeline.data.sampler import BatchSampler, CacheStream
+from pipeline.data.sampler import SHUFFLE_BLOCKS, BatchSampler, CacheStream
 from pipeline.models import loading as models
 from pipeline.models.forward import hidden_states
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
@@ -174,7 +174,7 @@ def small_mixture(config: StudentConfig, ranks: Ranks, cache: Path) -> Mixture:
             writer.write(one, captured)
         writer.commit(num_skipped=0)
     manifests.finalize_cache(cache, manifest, stale_seconds=60)
-    reader = ShardReader(cache)
+    reader = ShardReader(cache, cached_blocks=SHUFFLE_BLOCKS + 1)
     whole = CacheStream(weight=Fraction(1), parts=(reader.blocks,))
     fraction = Fraction(GOLD, SEQUENCES)
     order = BatchSampler(seed=1, global_batch=SEQUENCES, gold_fraction=fraction, num_gold=len(gold), corpora=(whole,))

@@ -22,11 +22,10 @@ import torch
 from pipeline.cache import manifest as manifests
 from pipeline.cache.downloads import Downloads
 from pipeline.cache.schema import ENCODING, arrow_schema, decode, encode
-from pipeline.core.files import content_hash
 from pipeline.core.object_store import Location
-from pipeline.core.topk import join, log_probabilities, narrow, select
+from pipeline.core.seeds import seed_from_values
+from pipeline.core.topk import log_probabilities, narrow
 from pipeline.core.types import Captured, InputError, Manifest, ShardInfo, TokenSequence, TopK
-from pipeline.data.sampler import SHUFFLE_BLOCKS
 
 pa.set_memory_pool(pa.system_memory_pool())  # malloc's, so that what keeps its memory (`keep_memory`) keeps Arrow's too
 
@@ -38,30 +37,12 @@ def shuffle_positions(
 ) -> list[tuple[TokenSequence, Captured]]:
     """The same sequences, each position with what was captured at another one of them: a control without knowledge."""
     counts = [len(sequence.target_ids_N) for sequence, _ in rows]
-    generator = torch.Generator().manual_seed(int(content_hash(list(seed))[:15], 16))
+    generator = torch.Generator().manual_seed(seed_from_values(*seed))
     order_N = torch.randperm(sum(counts), generator=generator)
     source_N = torch.empty_like(order_N)
     source_N[order_N] = order_N.roll(1)  # a single cycle: no position keeps its own
-    captured = [one for _, one in rows]
-    said = [one.weak_ids_N for one in captured if one.weak_ids_N is not None]
-    every = Captured(
-        top=join([one.top for one in captured]),
-        next_log_prob_N=torch.cat([one.next_log_prob_N for one in captured]),
-        entropy_N=torch.cat([one.entropy_N for one in captured]),
-        weak_ids_N=torch.cat(said) if said else None,
-    )
-    parts = source_N.split(counts)
-    return [(sequence, part_of(every, part)) for (sequence, _), part in zip(rows, parts, strict=True)]
-
-
-def part_of(captured: Captured, rows_N: torch.Tensor) -> Captured:
-    """What was captured at some positions."""
-    return Captured(
-        top=select(captured.top, rows_N),
-        next_log_prob_N=captured.next_log_prob_N[rows_N],
-        entropy_N=captured.entropy_N[rows_N],
-        weak_ids_N=None if captured.weak_ids_N is None else captured.weak_ids_N[rows_N],
-    )
+    moved = Captured.cat([captured for _, captured in rows]).select(source_N)
+    return [(sequence, part) for (sequence, _), part in zip(rows, moved.split(counts), strict=True)]
 
 
 def retained_mass_histogram(top: TopK) -> torch.Tensor:
@@ -109,7 +90,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            self._histogram += retained_mass_histogram(join([captured.top for _, captured in self._rows]))
+            self._histogram += retained_mass_histogram(TopK.cat([captured.top for _, captured in self._rows]))
             self._file.write_table(encode(self._rows, self._schema), row_group_size=len(self._rows))
             self._rows, self._rows_bytes = [], 0
 
@@ -160,8 +141,8 @@ def shard_writer(cache: Location, manifest: Manifest, index: int) -> Iterator[Sh
 class ShardReader:
     """Random access to the sequences of a whole cache by (block, row); a block is a row group of a shard.
 
-    A shard's bytes are checked against its ShardInfo before its first row is used. Holds as many decoded
-    blocks as the order shuffles together. A remote cache is read through `downloads`, whole shards at a time.
+    A shard's bytes are checked against its ShardInfo before its first row is used. The last `cached_blocks` decoded
+    blocks stay in memory. A remote cache is read through `downloads`, whole shards at a time.
     """
 
     def __init__(
@@ -171,6 +152,7 @@ class ShardReader:
         k: int | None = None,
         downloads: Downloads | None = None,
         shuffle_seed: int | None = None,
+        cached_blocks: int = 1,
     ) -> None:
         self.cache, self.manifest = cache, manifests.load_manifest(cache)
         if k is not None and self.manifest.kind != "topk":
@@ -181,7 +163,7 @@ class ShardReader:
         self._infos = manifests.committed_shards(cache, self.manifest)
         self._places = [(info, group) for info in self._infos for group in range(len(info.row_groups))]
         self.blocks = tuple(rows for info in self._infos for rows in info.row_groups)
-        self._block = lru_cache(maxsize=SHUFFLE_BLOCKS + 1)(self._read_block)
+        self._block = lru_cache(maxsize=cached_blocks)(self._read_block)
         self._shuffle_seed = shuffle_seed
         self._checked: set[int] = set()
 

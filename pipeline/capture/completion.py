@@ -1,15 +1,16 @@
-"""The teacher completes prompts, and its distribution over each token it says is captured as it says it."""
+"""The teacher completes prompts; its distribution at each generated token is recorded while it generates."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from pipeline.capture.teacher import PendingBatch, Spoken, capture_positions, joined, start_copy, timestamp
-from pipeline.core.topk import sampled, select, uniform_draws
-from pipeline.core.types import UNKNOWN_TARGET, Manifest, TokenSequence
+from pipeline.capture.teacher import PendingBatch, capture_positions, start_copy, timestamp
+from pipeline.core.topk import sampled, uniform_draws
+from pipeline.core.types import UNKNOWN_TARGET, Captured, Manifest, TokenSequence
 from pipeline.data.packing import pack, with_completion
 from pipeline.models.forward import Model
 from pipeline.models.generation import generate
@@ -17,9 +18,9 @@ from pipeline.models.generation import generate
 
 @torch.inference_mode()
 def completed_batches(teacher: Model, prompts: Sequence[TokenSequence], manifest: Manifest) -> Iterator[PendingBatch]:
-    """Complete prompts of like length together, and pack what was said into sequences.
+    """Complete prompts of similar length together, and pack prompts and completions into sequences.
 
-    The batches follow from the prompts alone, so that a shard done again says the same.
+    The batches follow from the prompts alone, so that a repeated shard generates the same.
     """
     options = manifest.made_of.get("complete", {})
     by_length = sorted(prompts, key=lambda prompt: (len(prompt.input_ids_S), prompt.record_ids))
@@ -27,55 +28,59 @@ def completed_batches(teacher: Model, prompts: Sequence[TokenSequence], manifest
     for first in range(0, len(by_length), size):
         batch = by_length[first : first + size]
         started = timestamp(next(teacher.parameters()).device)
-        said, spoken = _say(teacher, batch, manifest)
-        yield _packed(batch, said, spoken, manifest, started)
+        completions, steps = _complete(teacher, batch, manifest)
+        yield _pack_completions(batch, completions, steps, manifest, started)
 
 
-def _say(teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest) -> tuple[list[list[int]], list[Spoken]]:
-    """The tokens that the teacher says after each prompt, the end token included, and what it thought at each.
+def _complete(
+    teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest
+) -> tuple[list[list[int]], list[Captured]]:
+    """The generated ids of each prompt, the end token included, and the distributions that they were taken from.
 
-    `spoken[t]` has a row for every prompt of the batch; those past a prompt's own end are not to be read.
+    `steps[t]` has a row for every prompt of the batch; rows beyond the end of a prompt's completion mean nothing.
     """
     options, device = manifest.made_of["complete"], next(teacher.parameters()).device
     room = [min(options["max_new_tokens"], manifest.window - len(prompt.input_ids_S)) for prompt in batch]
-    draws_BTD = torch.stack(
-        [uniform_draws(p.key, max(room), draws=manifest.draws, seed=manifest.draw_seed) for p in batch]
-    )
-    chances_BT1 = torch.stack([uniform_draws(p.key, max(room), draws=1, seed=~options["seed"]) for p in batch])
+    longest = max(room)
+    captured_draws = [uniform_draws(p.key, longest, draws=manifest.draws, seed=manifest.draw_seed) for p in batch]
+    draws_BTD = torch.stack(captured_draws)
+    sampling_BT1 = torch.stack([uniform_draws(p.key, longest, draws=1, seed=~options["seed"]) for p in batch])
     unknown_B = torch.full((len(batch),), UNKNOWN_TARGET, device=device)
-    spoken: list[Spoken] = []
+    steps: list[Captured] = []
 
     def choose(t: int, logits_BV: Tensor) -> Tensor:
-        spoken.append(capture_positions(logits_BV, unknown_B, draws_BTD[:, t], manifest))
-        return _choose(logits_BV, options, chances_BT1[:, t])
+        steps.append(capture_positions(logits_BV, unknown_B, draws_BTD[:, t], manifest))
+        return _next_token(logits_BV, options, sampling_BT1[:, t])
 
     ends = [{manifest.made_of["end_token_id"]}] * len(batch)
     prompts = [prompt.input_ids_S for prompt in batch]
-    said = generate(teacher, prompts, choose, room=room, ends=ends, vocabulary_size=manifest.vocabulary_size)
-    return said, spoken
+    completions = generate(teacher, prompts, choose, room=room, ends=ends, vocabulary_size=manifest.vocabulary_size)
+    return completions, steps
 
 
-def _choose(logits_BV: Tensor, options: dict[str, object], chances_B1: Tensor) -> Tensor:
+def _next_token(logits_BV: Tensor, options: dict[str, object], uniforms_B1: Tensor) -> Tensor:
     if options["how"] == "greedy":
         return logits_BV.argmax(dim=1)
     assert isinstance(options["temperature"], float)
-    return sampled(logits_BV.float() / options["temperature"], uniforms_ND=chances_B1).ids_NK[:, 0]
+    return sampled(logits_BV.float() / options["temperature"], uniforms_ND=uniforms_B1).ids_NK[:, 0]
 
 
-def _packed(
-    batch: Sequence[TokenSequence], said: list[list[int]], spoken: list[Spoken], manifest: Manifest, started: object
+def _pack_completions(
+    batch: Sequence[TokenSequence],
+    completions: list[list[int]],
+    steps: list[Captured],
+    manifest: Manifest,
+    started: object,
 ) -> PendingBatch:
-    """Prompts and completions as sequences whose targets are what the teacher said; its truth nobody knows."""
-    segments = [with_completion(prompt, words) for prompt, words in zip(batch, said, strict=True)]
-    rows = {prompt.record_ids[0]: b for b, prompt in enumerate(batch)}
+    """Prompts with their completions as sequences: every generated token is supervised, its true target is unknown."""
+    segments = [with_completion(prompt, ids) for prompt, ids in zip(batch, completions, strict=True)]
     sequences = list(pack(segments, window=manifest.window))
-    whole = joined(spoken)  # row t * B + b: step t of prompt b
-    order = [t * len(batch) + rows[r] for s in sequences for r in s.record_ids for t in range(len(said[rows[r]]))]
-    weak_ids_N = torch.tensor([word for s in sequences for r in s.record_ids for word in said[rows[r]]])
-    rows_N = torch.tensor(order, device=whole.entropy_N.device)
-    kept = Spoken(
-        top=select(whole.top, rows_N),
-        next_log_prob_N=whole.next_log_prob_N[rows_N],
-        entropy_N=whole.entropy_N[rows_N],
-    )
-    return start_copy(sequences, kept, weak_ids_N, started)
+    row_of = {prompt.record_ids[0]: row for row, prompt in enumerate(batch)}
+    # the rows of the batch, in the order in which packing placed their records
+    packed_rows = [row_of[record_id] for sequence in sequences for record_id in sequence.record_ids]
+    weak_ids_N = torch.tensor([token for row in packed_rows for token in completions[row]])
+    # joined, the steps hold step t of row b at t * B + b: with B = 3, step 2 of row 1 is at 7
+    wanted = [t * len(batch) + row for row in packed_rows for t in range(len(completions[row]))]
+    captured = Captured.cat(steps)
+    captured = captured.select(torch.tensor(wanted, device=captured.entropy_N.device))
+    return start_copy(sequences, dataclasses.replace(captured, weak_ids_N=weak_ids_N), started)

@@ -7,26 +7,14 @@ are unbiased estimates of the whole distribution at T = 1, and know no tail: wha
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from pipeline.core.seeds import seed_from_bytes
 from pipeline.core.types import InputError, TopK
 
 ROWS_IN_CACHE = 32  # positions handled at once on a CPU: their fp32 logits then stay in its cache
 BLOCKS = 32  # entries of a block whose largest stands for it while the largest k are looked for
-
-
-def top_k(logits_NV: Tensor, *, k: int, temperatures: tuple[float, ...]) -> TopK:
-    """Keep the k largest logits of each position and fold all others, exactly, into one tail a temperature.
-
-    log_tail(T) = log sum_{i not kept} exp((l_i - max l) / T), from the logits as given, in fp32. `logits_NV`
-    must hold the real vocabulary only (rows of a padded head cut away).
-    """
-    return top_k_and_entropy(logits_NV, k=k, temperatures=temperatures)[0]
 
 
 def top_k_and_entropy(logits_NV: Tensor, *, k: int, temperatures: tuple[float, ...]) -> tuple[TopK, Tensor, Tensor]:
@@ -144,31 +132,8 @@ def _from_weights(ids_NK: Tensor, weights_NK: Tensor) -> TopK:
 
 def uniform_draws(key: bytes, count: int, *, draws: int, seed: int) -> Tensor:
     """fp64 [N, D] in [0, 1): a function of (seed, sequence key, position), so that a redone shard draws the same."""
-    digest = hashlib.blake2b(seed.to_bytes(8, "little", signed=True) + key, digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator().manual_seed(seed_from_bytes(seed.to_bytes(8, "little", signed=True) + key))
     return torch.rand(count, draws, generator=generator, dtype=torch.float64)
-
-
-def join(tops: Sequence[TopK]) -> TopK:
-    """The distributions of several, one after another, as wide as the widest."""
-    width = max(top.ids_NK.shape[1] for top in tops)
-    tops = [pad_to_width(top, width) for top in tops]
-    return TopK(
-        ids_NK=torch.cat([top.ids_NK for top in tops]).long(),
-        relative_logits_NK=torch.cat([top.relative_logits_NK for top in tops]),
-        log_tail_NC=torch.cat([top.log_tail_NC for top in tops]),
-        temperatures=tops[0].temperatures,
-    )
-
-
-def select(top: TopK, rows_N: Tensor | slice) -> TopK:
-    """The distributions of some positions."""
-    return TopK(
-        ids_NK=top.ids_NK[rows_N],
-        relative_logits_NK=top.relative_logits_NK[rows_N],
-        log_tail_NC=top.log_tail_NC[rows_N],
-        temperatures=top.temperatures,
-    )
 
 
 def from_log_probabilities(ids_NK: Tensor, log_p_NK: Tensor, *, has_tail: bool) -> TopK:
@@ -187,19 +152,6 @@ def from_log_probabilities(ids_NK: Tensor, log_p_NK: Tensor, *, has_tail: bool) 
         relative_logits_NK=relative_NK[:, :width],
         log_tail_NC=(log_rest_N1 - largest_N1 if has_tail else torch.full_like(largest_N1, -torch.inf)).float(),
         temperatures=(1.0,),
-    )
-
-
-def pad_to_width(top: TopK, width: int) -> TopK:
-    """The same distributions with padding up to `width` entries."""
-    missing = width - top.ids_NK.shape[1]
-    if missing == 0:
-        return top
-    return TopK(
-        ids_NK=torch.cat([top.ids_NK, top.ids_NK[:, :1].expand(-1, missing)], dim=1),
-        relative_logits_NK=functional.pad(top.relative_logits_NK, (0, missing), value=-torch.inf),
-        log_tail_NC=top.log_tail_NC,
-        temperatures=top.temperatures,
     )
 
 

@@ -4,21 +4,23 @@ Dimension key, for the whole package: B sequences, S positions, N supervised pos
 V vocabulary, H hidden size, M positions with a captured distribution, C cached temperatures. A tensor's
 name ends in its shape: `hidden_NH`. T is only ever the temperature.
 
-The alignment law: position s has read tokens 0..s and speaks about token s+1. The shift from tokens to
-targets is done once, in `corpus.py`, and nowhere else.
+The alignment law: position s has read tokens 0..s and predicts token s+1. The shift from tokens to
+targets is done once, in `data/`, and nowhere else.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # a wrong option should be refused before torch has loaded
     from torch import Tensor
 
-UNKNOWN_TARGET = -100  # a supervised position whose true next token nobody knows: only a teacher speaks there
+UNKNOWN_TARGET = -100  # a supervised position whose true next token is not known: only the teacher's output is
 
-SOURCES = ("gold", "corpus")  # where a sequence came from; a term's `on` names one or both
+V = TypeVar("V")
 
 
 class InputError(ValueError):
@@ -75,13 +77,46 @@ class TopK:
     """
 
     ids_NK: Tensor
-    """Token ids by falling logit: int64, or int32 as a shard holds them until they are joined in a batch."""
+    """Token ids by falling logit: int64, or int32 as a shard holds them until they are put into a batch."""
     relative_logits_NK: Tensor
     """float16: logit minus the position's largest, so the first is 0; -inf pads where fewer are kept."""
     log_tail_NC: Tensor
     """float32, nats: log of the sum of exp(relative logit / T) over all tokens not kept; -inf if none is left."""
     temperatures: tuple[float, ...]
     """The C temperatures that `log_tail_NC` holds, ascending; 1 is always among them."""
+
+    def select(self, rows_N: Tensor | slice) -> TopK:
+        """The distributions at some of the positions."""
+        return map_tensors(self, lambda column: column[rows_N])
+
+    @staticmethod
+    def cat(parts: Sequence[TopK]) -> TopK:
+        """The positions of several, one after another, padded to the largest K; ids become int64."""
+        import torch
+
+        width = max(part.ids_NK.shape[1] for part in parts)
+        parts = [part.pad_to_width(width) for part in parts]
+        return TopK(
+            ids_NK=torch.cat([part.ids_NK for part in parts]).long(),
+            relative_logits_NK=torch.cat([part.relative_logits_NK for part in parts]),
+            log_tail_NC=torch.cat([part.log_tail_NC for part in parts]),
+            temperatures=parts[0].temperatures,
+        )
+
+    def pad_to_width(self, width: int) -> TopK:
+        """The same distributions with `width` entries: -inf, with each position's first id, where fewer are kept."""
+        from torch import cat
+        from torch.nn import functional
+
+        missing = width - self.ids_NK.shape[1]
+        if missing == 0:
+            return self
+        return TopK(
+            ids_NK=cat([self.ids_NK, self.ids_NK[:, :1].expand(-1, missing)], dim=1),
+            relative_logits_NK=functional.pad(self.relative_logits_NK, (0, missing), value=float("-inf")),
+            log_tail_NC=self.log_tail_NC,
+            temperatures=self.temperatures,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,7 +129,27 @@ class Captured:
     entropy_N: Tensor
     """float16, nats: entropy of the teacher's full distribution at T = 1."""
     weak_ids_N: Tensor | None = None
-    """int64: the token that the teacher itself said, UNKNOWN_TARGET where it did not; None: it completes nothing."""
+    """int64: the token that the teacher generated there, or UNKNOWN_TARGET; None: this cache holds no completions."""
+
+    def select(self, rows_N: Tensor | slice) -> Captured:
+        """What is stored about some of the positions."""
+        return map_tensors(self, lambda column: column[rows_N])
+
+    def split(self, counts: Sequence[int]) -> list[Captured]:
+        """The first counts[0] positions, the next counts[1], ..."""
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        return [self.select(slice(end - count, end)) for count, end in zip(counts, ends, strict=True)]
+
+    @staticmethod
+    def cat(parts: Sequence[Captured]) -> Captured:
+        """The positions of several, one after another; weak ids where all parts have them."""
+        import torch
+
+        columns: dict[str, Any] = {"top": TopK.cat([part.top for part in parts])}
+        for name in (field.name for field in dataclasses.fields(Captured) if field.name != "top"):
+            held = [getattr(part, name) for part in parts]
+            columns[name] = None if any(column is None for column in held) else torch.cat(held)
+        return Captured(**columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,26 +174,26 @@ class Batch:
     entropy_M: Tensor | None
     """float32, nats: entropy of the teacher's full distribution there; NaN where an imported cache does not know it."""
 
-    keys_B: Tensor | None = None
+    keys_B: Tensor
     """int64: the first 8 bytes of each sequence's key, to record what a step has read."""
 
     def to(self, device: Any) -> Batch:
         """The same batch on another device."""
-        moved = {name: getattr(self, name) for name in self.__slots__}
-        for name, value in moved.items():
-            if value is not None:
-                moved[name] = topk_to(value, device) if name == "teacher" else value.to(device)
-        return Batch(**moved)
+        return map_tensors(self, lambda tensor: tensor.to(device))
 
 
-def topk_to(top: TopK, device: Any) -> TopK:
-    """The same distributions on another device."""
-    return TopK(
-        ids_NK=top.ids_NK.to(device),
-        relative_logits_NK=top.relative_logits_NK.to(device),
-        log_tail_NC=top.log_tail_NC.to(device),
-        temperatures=top.temperatures,
-    )
+def map_tensors(value: V, change: Callable[[Tensor], Tensor]) -> V:
+    """The same value with every tensor in it changed; a value inside it (a TopK) is changed alike."""
+    from torch import Tensor
+
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]  # V is one of the dataclasses above
+        held = getattr(value, field.name)
+        if isinstance(held, Tensor):
+            changed[field.name] = change(held)
+        elif dataclasses.is_dataclass(held):
+            changed[field.name] = map_tensors(held, change)
+    return dataclasses.replace(value, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.cache.shards import ShardReader
-from pipeline.core.topk import join, label_smoothed
-from pipeline.core.types import UNKNOWN_TARGET, Batch, Captured, InputError, TokenSequence
+from pipeline.core.topk import label_smoothed
+from pipeline.core.types import UNKNOWN_TARGET, Batch, Captured, InputError, TokenSequence, TopK
 from pipeline.data.curriculum import Curriculum
 from pipeline.data.packing import collate_inputs
 from pipeline.data.sampler import BatchSampler, Slot
@@ -91,7 +91,7 @@ def collate(rows: Sequence[tuple[TokenSequence, Captured | None]], from_gold: Se
         gold_N=torch.tensor(from_gold).repeat_interleave(counts),
         weak_N=has_teacher.repeat_interleave(counts),
         weak_ids_N=torch.cat([no if ids is None else ids for ids, no in zip(said, nothing, strict=True)]),
-        teacher=join([weak.top for weak in captured]) if captured else None,
+        teacher=TopK.cat([weak.top for weak in captured]) if captured else None,
         entropy_M=torch.cat([weak.entropy_N for weak in captured]).float() if captured else None,
     )
 

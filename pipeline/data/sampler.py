@@ -7,13 +7,14 @@ r, r + W, r + 2W, ... so any world size sees the same global batches.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
 import torch
+
+from pipeline.core.seeds import seed_from_bytes
 
 SHUFFLE_BLOCKS = 8  # row groups shuffled together: sorted corpora mix better, and memory stays bounded
 
@@ -145,6 +146,5 @@ def _pool_rows(
 
 
 def _permutation(size: int, *of: object) -> list[int]:
-    digest = hashlib.blake2b(repr(of).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator().manual_seed(seed_from_bytes(repr(of).encode()))
     return torch.randperm(size, generator=generator).tolist()

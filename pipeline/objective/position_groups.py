@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.core.topk import select
 from pipeline.core.types import Batch, TopK
 from pipeline.objective.class_prior import harden
 from pipeline.objective.divergences import LOG_ZERO
@@ -44,7 +43,7 @@ class PositionGroup:
 
     def part(self, rows: slice) -> PositionGroup:
         """Some of its positions."""
-        top = None if self.top is None else select(self.top, rows)
+        top = None if self.top is None else self.top.select(rows)
         cut = {name: getattr(self, name)[rows] for name in ("rows_N", "ids_NJ", "padding_NJ", "repeats_NJ")}
         return PositionGroup(names=self.names, extras=self.extras, top=top, **cut)
 
@@ -72,7 +71,7 @@ def _group(batch: Batch, terms: dict[str, TermOptions], names: tuple[str, ...], 
         tokens["own"] = torch.zeros_like(rows_N)  # known once there are logits
     if "kept" in wanted:
         assert batch.teacher is not None
-        top = select(batch.teacher, (batch.weak_N.cumsum(0) - 1)[rows_N])
+        top = batch.teacher.select((batch.weak_N.cumsum(0) - 1)[rows_N])
     return make_group(rows_N, names, tokens, top)
 
 

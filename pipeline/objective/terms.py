@@ -61,10 +61,6 @@ class SelectedLogits:
     overlap: dict[tuple[float, float], Tensor]
     """[N] for pairs of temperatures: inner product of the softmaxes over the unnamed; only for diagnostics."""
 
-    def log_q(self, temperature: float) -> Tensor:
-        """[N, J] log-probabilities of the named tokens."""
-        return self.logits_NJ / temperature - self._log_z(temperature)[:, None]
-
     def log_q_of(self, name: str) -> Tensor:
         """[N] log-probability, at T = 1, of the token that goes by a name."""
         return self.logits_NJ[:, self.extras.index(name)] - self._log_z(1.0)

@@ -21,7 +21,7 @@ from pipeline.core.types import Captured, InputError, TokenSequence
 from pipeline.data.curriculum import Curriculum, by_entropy
 from pipeline.data.mixture import Mixture
 from pipeline.data.records import open_text
-from pipeline.data.sampler import BatchSampler, CacheStream, exact_fraction, fraction_of_sequences
+from pipeline.data.sampler import SHUFFLE_BLOCKS, BatchSampler, CacheStream, exact_fraction, fraction_of_sequences
 from pipeline.data.tokenize import load_labeled_sequences
 from pipeline.objective.gates import Gate, confidence, threshold
 from pipeline.objective.terms import TERMS, TermOptions
@@ -95,6 +95,7 @@ def open_reader(config: TrainConfig, address: str, what: str) -> ShardReader:
         k=config.k,
         downloads=Downloads(folder=Path(config.downloads.dir), limit_bytes=config.downloads.bytes),
         shuffle_seed=config.seed if config.loss.kd.control is Control.shuffled else None,
+        cached_blocks=SHUFFLE_BLOCKS + 1,  # those that are shuffled together, and the first of the next
     )
 
 

@@ -19,9 +19,10 @@ import torch
 
 from pipeline.config.options import load_config
 from pipeline.config.schema import HeadPath, TrainConfig
-from pipeline.core.files import RunPaths, content_hash
+from pipeline.core.files import RunPaths
 from pipeline.core.progress import log, start_logging
 from pipeline.core.runtime import Ranks, StopRequest, exit_rank, ranks_from_environment, release_memory
+from pipeline.core.seeds import seed_from_values
 from pipeline.core.types import Batch, TrainState
 from pipeline.data.mixture import Mixture, fitting_micro_batch, prefetch
 from pipeline.models import loading as models
@@ -207,7 +208,7 @@ def take_step(
     """
     step, loss_config = state.step, config.loss
     # dropout is a function of the step, so that a resumed run draws the same
-    torch.manual_seed(int(content_hash([config.seed, step, ranks.rank])[:15], 16))
+    torch.manual_seed(seed_from_values(config.seed, step, ranks.rank))
     weights = weights_at(loss_config, tuple(terms), step, num_steps, kd_factor=state.kd_factor)
     learning_rate = learning_rate_at(config.optimizer, step, num_steps)
     engines.set_learning_rate(engine, learning_rate)
@@ -261,7 +262,7 @@ def engine_figures(ranks: Ranks, engine: Any, batches: list[Batch]) -> dict[str,
     `sequences` adds up the keys of the global batch, modulo 2^64: alike where the same sequences were read, however
     they were dealt to ranks.
     """
-    keys = ranks.all_reduce(torch.cat([batch.keys_B for batch in batches if batch.keys_B is not None]).sum())
+    keys = ranks.all_reduce(torch.cat([batch.keys_B for batch in batches]).sum())
     return {
         "grad_norm": float(engine.get_global_grad_norm() or 0.0),
         "skipped_steps": engine.skipped_steps,

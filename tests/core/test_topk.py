@@ -12,7 +12,6 @@ from pipeline.core.topk import (
     narrow,
     pad_to_width,
     sampled,
-    top_k,
     top_k_and_entropy,
     uniform_draws,
 )
@@ -31,7 +30,7 @@ def draw(shape: tuple[int, int, int, float]) -> torch.Tensor:
 def test_matches_the_dense_distribution_in_fp64_and_sums_to_one(shape: tuple, k: int, temperature: float) -> None:
     logits_NV = draw(shape)
     k = min(k, shape[1])
-    top = top_k(logits_NV, k=k, temperatures=(0.5, 1.0, 2.0))
+    top = top_k_and_entropy(logits_NV, k=k, temperatures=(0.5, 1.0, 2.0))[0]
     log_p_NK, log_tail_N = log_probabilities(top, temperature=temperature)
     total_N = log_p_NK.double().exp().sum(1) + log_tail_N.double().exp()
     assert torch.allclose(total_N, torch.ones_like(total_N), atol=1e-5)
@@ -53,9 +52,9 @@ def test_a_smaller_k_is_an_exact_view(shape: tuple) -> None:
     logits_NV = draw(shape).half().float()
     logits_NV -= logits_NV.max(1, keepdim=True).values  # representable, so that capturing at k rounds nothing
     logits_NV = logits_NV.half().float()
-    wide = top_k(logits_NV, k=shape[1], temperatures=(1.0, 2.0))
+    wide = top_k_and_entropy(logits_NV, k=shape[1], temperatures=(1.0, 2.0))[0]
     for k in range(1, shape[1] + 1):
-        direct, seen = top_k(logits_NV, k=k, temperatures=(1.0, 2.0)), narrow(wide, k=k)
+        direct, seen = top_k_and_entropy(logits_NV, k=k, temperatures=(1.0, 2.0))[0], narrow(wide, k=k)
         assert torch.equal(direct.relative_logits_NK, seen.relative_logits_NK)
         assert torch.allclose(direct.log_tail_NC, seen.log_tail_NC, atol=1e-5)
 
@@ -63,8 +62,8 @@ def test_a_smaller_k_is_an_exact_view(shape: tuple) -> None:
 def test_refusals() -> None:
     logits_NV = torch.randn(2, 10)
     with pytest.raises(InputError, match=r"expected 1 to 10 \(the vocabulary\), found 11"):
-        top_k(logits_NV, k=11, temperatures=(1.0,))
-    top = top_k(logits_NV, k=4, temperatures=(1.0,))
+        top_k_and_entropy(logits_NV, k=11, temperatures=(1.0,))[0]
+    top = top_k_and_entropy(logits_NV, k=4, temperatures=(1.0,))[0]
     with pytest.raises(InputError, match=r"expected one of the captured \[1.0\], found 2.0"):
         log_probabilities(top, temperature=2.0)
     with pytest.raises(InputError, match="expected 1 to the captured 4, found 5"):
@@ -89,7 +88,7 @@ def test_log_z_and_entropy_of_the_whole_distribution(shape: tuple, k: int, dead:
 
 def test_a_far_tail_keeps_its_mass() -> None:
     """exp(-200) is 0 in fp32, its logarithm is not -inf."""
-    top = top_k(torch.tensor([[0.0, -200.0, -200.0]]), k=1, temperatures=(1.0,))
+    top = top_k_and_entropy(torch.tensor([[0.0, -200.0, -200.0]]), k=1, temperatures=(1.0,))[0]
     assert top.log_tail_NC.item() == pytest.approx(-200.0 + torch.tensor(2.0).log().item())
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.core.topk import hybrid, label_smoothed, sampled, top_k
+from pipeline.core.topk import hybrid, label_smoothed, sampled, top_k_and_entropy
 from pipeline.core.types import Batch, InputError
 from pipeline.objective.class_prior import harden, updated_thresholds
 from pipeline.objective.divergences import DIVERGENCES, NEEDS_TAIL, forward_kl, jsd, reverse_kl
@@ -201,7 +201,7 @@ def test_the_mean_gradient_over_many_draws_is_the_dense_one(kind: str) -> None:
 def test_k_equal_to_the_vocabulary_is_dense_kl() -> None:
     generator = torch.Generator().manual_seed(0)
     teacher_NV, student_NV = (torch.randn(7, 50, generator=generator) for _ in range(2))
-    top = top_k(teacher_NV, k=50, temperatures=(1.0,))
+    top = top_k_and_entropy(teacher_NV, k=50, temperatures=(1.0,))[0]
     value = kd_of_logits(student_NV, top, TermOptions(on=())).item()
     stored_NV = torch.zeros_like(teacher_NV).scatter(1, top.ids_NK, top.relative_logits_NK.float())
     # stored logits are fp16: 2**-11 of the spread
@@ -216,7 +216,9 @@ def test_k_equal_to_the_vocabulary_is_dense_kl() -> None:
 def test_a_perfect_copy_costs_nothing_and_pulls_nowhere(divergence: str) -> None:
     logits_NV = torch.randn(4, 40, generator=torch.Generator().manual_seed(1))
     logits_NV = (logits_NV - logits_NV.max(1, keepdim=True).values).half().float()
-    batch = make_batch(num_gold=0, num_corpus=4, vocabulary=40, top=top_k(logits_NV, k=8, temperatures=(1.0,)))
+    batch = make_batch(
+        num_gold=0, num_corpus=4, vocabulary=40, top=top_k_and_entropy(logits_NV, k=8, temperatures=(1.0,))[0]
+    )
     options = {"kd": TermOptions(on=("corpus",), divergence=divergence)}
     value, grad, sums = ours(logits_NV, batch, options, {"kd": 1.0}, fused=True, diagnose=True)
     assert value.abs() < 1e-5
@@ -267,7 +269,7 @@ def test_jsd_tends_to_both_divergences_at_its_ends() -> None:
 
 
 def test_truncated_may_be_negative_and_is_not_clamped() -> None:
-    top = top_k(torch.tensor([[3.0, 2.0, 2.9, 2.8]]), k=1, temperatures=(1.0,))
+    top = top_k_and_entropy(torch.tensor([[3.0, 2.0, 2.9, 2.8]]), k=1, temperatures=(1.0,))[0]
     sure = torch.tensor([[9.0, 0.0, 0.0, 0.0]])
     assert kd_of_logits(sure, top, TermOptions(on=(), divergence="truncated")) < -0.1
 
@@ -290,7 +292,7 @@ EXTREMES = {
 @pytest.mark.parametrize("divergence", NAMED)
 def test_extremes_are_finite_and_never_negative(name: str, k: int, divergence: str, fused: bool) -> None:
     teacher_NV, student_NV = EXTREMES[name]
-    top = top_k(teacher_NV, k=k, temperatures=TEMPERATURES)
+    top = top_k_and_entropy(teacher_NV, k=k, temperatures=TEMPERATURES)[0]
     batch = make_batch(num_gold=0, num_corpus=1, vocabulary=5, top=top, known=1.0)
     for temperature in TEMPERATURES:
         terms = {"kd": TermOptions(on=("corpus",), temperature=temperature, divergence=divergence)}
@@ -346,7 +348,7 @@ def test_thresholds_bring_each_class_to_its_prior() -> None:
     student_NV[:, 4] += 3.0  # leans to class 4
     student_NV[:, 9] += 9.0  # no class at all, though likelier
     teacher_NV[:, [2, 4, 7]] += torch.tensor([5.0, 4.0, 4.5])
-    top = top_k(teacher_NV, k=8, temperatures=(1.0,))
+    top = top_k_and_entropy(teacher_NV, k=8, temperatures=(1.0,))[0]
     batch = make_batch(num_gold=0, num_corpus=400, top=top)
     terms, thresholds = {"confidence": TermOptions(on=("corpus",), class_ids=(2, 4, 7))}, (0.0, 0.0, 0.0)
     for fused in (True, False):
@@ -375,7 +377,7 @@ def test_thresholds_bring_each_class_to_its_prior() -> None:
 
 def test_gates_are_what_they_say() -> None:
     teacher_MV = torch.tensor([[9.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 5.0, 0.0]])
-    top = top_k(teacher_MV, k=2, temperatures=(1.0,))
+    top = top_k_and_entropy(teacher_MV, k=2, temperatures=(1.0,))[0]
     batch = make_batch(num_gold=0, num_corpus=3, vocabulary=3, top=top)
     entropy_M = torch.special.entr(torch.softmax(teacher_MV, 1)).sum(1)
     batch = with_fields(batch, entropy_M=entropy_M, target_ids_N=torch.tensor([0, -100, 2]))
@@ -400,7 +402,7 @@ def with_fields(batch: Batch, **fields: Any) -> Batch:
 def test_smoothing_keeps_the_first_choice_and_the_entropy(vocabulary: int) -> None:
     teacher_NV = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
     entropy_N = torch.special.entr(torch.softmax(teacher_NV.double(), 1)).sum(1)
-    top = top_k(teacher_NV, k=4, temperatures=TEMPERATURES)
+    top = top_k_and_entropy(teacher_NV, k=4, temperatures=TEMPERATURES)[0]
     smooth = label_smoothed(top, entropy_N.float(), vocabulary_size=vocabulary)
     relative_N = smooth.relative_logits_NK[:, 1].double()
     for c, T in enumerate(TEMPERATURES):

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.config.schema import TrainConfig
 from pipeline.core.progress import start_logging
 from pipeline.core.runtime import exit_rank, ranks_from_environment
-from pipeline.core.topk import top_k
+from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import Captured, TokenSequence, TrainState
 from pipeline.data.mixture import collate
 from pipeline.data.packing import Segment, make_sequence
@@ -44,7 +44,9 @@ def rows() -> list[Row]:
         targets = tuple((s, ids[s + 1]) for s in range(length - 1 - num_targets, length - 1))
         one, captured = make_sequence([Segment(record_id=number, ids=ids, targets=targets)]), None
         if number % 2 == 1:
-            top = top_k(torch.randn(num_targets, VOCABULARY, generator=generator) * 2, k=6, temperatures=(1.0, 2.0))
+            top = top_k_and_entropy(
+                torch.randn(num_targets, VOCABULARY, generator=generator) * 2, k=6, temperatures=(1.0, 2.0)
+            )[0]
             empty_N = torch.zeros(num_targets, dtype=torch.float16)
             captured = Captured(top=top, next_log_prob_N=empty_N, entropy_N=empty_N)
         made.append((one, captured))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.core.topk import top_k
+from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import UNKNOWN_TARGET, Batch, TopK
 from pipeline.objective.terms import TermOptions
 
@@ -105,7 +105,7 @@ def make_batch(
     num_weak = int(weak_N.sum())
     teacher_MV = torch.randn(num_weak, vocabulary, generator=generator) * scale
     if top is None and num_weak:
-        top = top_k(teacher_MV, k=min(k, vocabulary), temperatures=temperatures)
+        top = top_k_and_entropy(teacher_MV, k=min(k, vocabulary), temperatures=temperatures)[0]
     said_N = torch.where(weak_N, torch.randint(0, vocabulary, (total,), generator=generator), UNKNOWN_TARGET)
     return Batch(
         input_ids_BS=torch.zeros(1, max(total, 1), dtype=torch.int64),
@@ -117,4 +117,5 @@ def make_batch(
         weak_ids_N=said_N,
         teacher=top,
         entropy_M=torch.special.entr(torch.softmax(teacher_MV, 1)).sum(1) if num_weak else None,
+        keys_B=torch.zeros(1, dtype=torch.int64),
     )
