@@ -16,7 +16,8 @@ import torch
 
 from pipeline.bench.timing import Figure, Findings, figure, in_turn, ratios, seconds, shown, table
 from pipeline.cache import manifest as manifests
-from pipeline.capture.plan import make_plan, open_sequence_file
+from pipeline.cache.sequence_files import open_sequence_file, sequence_file
+from pipeline.capture.plan import make_plan
 from pipeline.capture.plan_lookup import plan_folder
 from pipeline.capture.worker import run_worker
 from pipeline.config.schema import CaptureConfig, ModelConfig, Targets, TextConfig
@@ -54,7 +55,7 @@ def run(quick: bool) -> Findings:
         one_target = options(teacher, corpus, folder / "caches", Targets.next)
         request = plan_folder(config)
         make_plan(config, request)
-        sequences = list(open_sequence_file(request.sequences, 0))
+        sequences = list(open_sequence_file(sequence_file(request.sequences, 0)))
         num_tokens = sum(len(sequence.input_ids_S) for sequence in sequences)
         prompts = [json.loads(line)["prompt"] for line in corpus.read_text().splitlines()]
         things = {

@@ -22,7 +22,7 @@ from pipeline.core.runtime import compute_device, has_fast_matmul, keep_allocato
 from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import UNKNOWN_TARGET, Batch, TopK
 from pipeline.objective.fused_head import combined_loss
-from pipeline.objective.terms import TermOptions
+from pipeline.objective.terms import StepInputs, TermOptions
 from pipeline.training.driver import ALLOCATOR_SETTINGS
 
 HIDDEN, VOCABULARY, K = 576, 49_152, 64  # SmolLM2-135M's
@@ -89,7 +89,13 @@ def ours(case: Case, hidden_NH: Tensor, *, fused: bool = True) -> Tensor:
     """Both terms in one pass."""
     factors, vocabulary_size = {name: 1.0 / len(hidden_NH) for name in TERMS}, len(case.head.lm_head.weight)
     return combined_loss(
-        case.head, hidden_NH, case.batch, TERMS, factors, vocabulary_size=vocabulary_size, fused=fused
+        case.head,
+        hidden_NH,
+        case.batch,
+        TERMS,
+        StepInputs(coefficients=factors),
+        vocabulary_size=vocabulary_size,
+        fused=fused,
     )[0]
 
 

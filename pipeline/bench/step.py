@@ -22,7 +22,7 @@ from pipeline.models import loading as models
 from pipeline.models.forward import Model, hidden_states, logits
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 from pipeline.objective.fused_head import combined_loss
-from pipeline.objective.terms import TermOptions, count_positions
+from pipeline.objective.terms import StepInputs, TermOptions, count_positions
 
 WINDOW, SEQUENCES, K = 256, 4, 64
 GOLD = 1  # of the sequences
@@ -50,7 +50,9 @@ def run(quick: bool) -> Findings:
     def combined() -> Tensor:
         hidden_BSH = hidden_states(student, batch.input_ids_BS, batch.position_ids_BS)
         hidden_NH = hidden_BSH.flatten(0, 1)[batch.flat_positions_N]
-        return combined_loss(student, hidden_NH, batch, TERMS, factors, vocabulary_size=vocabulary)[0]
+        return combined_loss(
+            student, hidden_NH, batch, TERMS, StepInputs(coefficients=factors), vocabulary_size=vocabulary
+        )[0]
 
     where = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
     known = {"labels": batch.input_ids_BS}  # as transformers calls them

@@ -32,7 +32,7 @@ from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 from pipeline.monitoring import health
 from pipeline.monitoring.metrics import MetricsFile
 from pipeline.objective.fused_head import combined_loss
-from pipeline.objective.terms import count_positions
+from pipeline.objective.terms import StepInputs, count_positions
 from pipeline.training import engine as engines
 from pipeline.training.worker import take_steps
 
@@ -145,7 +145,9 @@ class Bare:
         factors = {name: 1.0 / max(count, 1) for name, count in counts.items()}
         hidden_BSH = hidden_states(self._student, batch.input_ids_BS, batch.position_ids_BS)
         hidden_NH = hidden_BSH.flatten(0, 1)[batch.flat_positions_N]
-        loss = combined_loss(self._student, hidden_NH, batch, TERMS, factors, vocabulary_size=self._vocabulary)[0]
+        loss = combined_loss(
+            self._student, hidden_NH, batch, TERMS, StepInputs(coefficients=factors), vocabulary_size=self._vocabulary
+        )[0]
         loss.backward()
         if self._stepped is not self._weights:
             for stepped, weight in zip(self._stepped, self._weights, strict=True):

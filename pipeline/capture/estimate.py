@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.cache import manifest as manifests
+from pipeline.cache.sequence_files import SequenceFile, open_sequence_file, sequence_file
 from pipeline.cache.shards import shard_writer
-from pipeline.capture.plan import (
-    SequenceFile,
-    corpus_of,
-    make_manifest,
-    open_sequence_file,
-    shard_name,
-    tokenizer_of,
-    write_sequences,
-)
+from pipeline.capture.plan import corpus_of, make_manifest, tokenizer_of, write_sequences
 from pipeline.capture.worker import teacher_batches, write
 from pipeline.config.schema import CaptureConfig, Kind
 from pipeline.config.validate import check_capture
 from pipeline.core.object_store import is_url
 from pipeline.core.progress import readable, start_logging
 from pipeline.core.runtime import compute_device, keep_allocator_memory
-from pipeline.core.types import InputError, Manifest
-from pipeline.data.records import SUFFIXES, Text, read_chunks
+from pipeline.core.types import Manifest
+from pipeline.data.record_counts import count_records
+from pipeline.data.records import Text, read_chunks
 from pipeline.models import loading as models
 from pipeline.models.compatibility import check_window
 from pipeline.models.forward import Model
 from pipeline.models.paths import model_folder
 from pipeline.models.prepack import prepack
 
-HEAD_BYTES = 4 << 20  # of each file, to learn how many records a byte holds
 PROBE_RECORDS, PROBE_SECONDS = 2048, 20.0
 COMFORTABLE_SHARD_BYTES = 4 << 30
 
@@ -98,39 +87,6 @@ def hours(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def count_records(text: Text) -> tuple[bool, float]:
-    """Whether it is exact, and the number of records: Parquet says it; of lines, the beginning of a file tells."""
-    exact, count = True, 0.0
-    for file in text.files:
-        if file.suffix == ".parquet":
-            count += pq.read_metadata(file).num_rows
-            continue
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            head = stream.read(HEAD_BYTES)
-        lines = sum(bool(line.strip()) for line in _unpacked(file, head).splitlines())
-        exact = exact and len(head) == size
-        count += lines * size / max(len(head), 1)
-    if not count:
-        raise InputError(f"corpus: expected records in files ending in {', '.join(SUFFIXES)}, found none")
-    return exact, count
-
-
-def _unpacked(file: Path, head: bytes) -> bytes:
-    """The beginning of a file, decompressed as far as it goes."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
-    if compression is None:
-        return head
-    found = io.BytesIO()
-    with pa.CompressedInputStream(pa.BufferReader(head), compression) as stream:
-        try:
-            while some := stream.read(1 << 16):
-                found.write(some)
-        except (OSError, pa.ArrowException):
-            pass  # the beginning ends in the middle of a block
-    return found.getvalue()
-
-
 def probe(config: CaptureConfig, text: Text) -> Probe:
     """Capture the first records into a folder that goes away, for a few seconds, and measure."""
     teacher = config.teacher
@@ -139,9 +95,9 @@ def probe(config: CaptureConfig, text: Text) -> Probe:
     check_window(folder, config.window)
     group = next(read_chunks(text.files, size=min(PROBE_RECORDS, config.records_per_shard)))
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / shard_name(0)
+        path = sequence_file(Path(name), 0)
         write_sequences(path, group, text, folder, teacher.trust_remote_code, config.window, 0)
-        shard = open_sequence_file(Path(name), 0)
+        shard = open_sequence_file(sequence_file(Path(name), 0))
         num_records = sum(len(piece.numbers) for piece in group)
         manifest = make_manifest(config, tokenizer, num_records, hashes={})
         model = prepack(models.open_model(teacher, compute_device()))

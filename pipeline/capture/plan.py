@@ -8,31 +8,28 @@ captured; the plan itself is remembered, so that the same command knows its cach
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import secrets
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-from pyarrow import ArrowException
-
 from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease
-from pipeline.cache.schema import SCHEMA_VERSION, decode_sequences, encode_sequences, sequence_schema
+from pipeline.cache.schema import SCHEMA_VERSION
+from pipeline.cache.sequence_files import sequence_file, write_sequence_file
 from pipeline.capture.plan_lookup import PlanFolder, state_of
 from pipeline.config.schema import CaptureConfig, CompletionMode, Kind
 from pipeline.core.files import sync_files
 from pipeline.core.object_store import write_json
 from pipeline.core.progress import log
-from pipeline.core.types import InputError, Manifest, TokenSequence
+from pipeline.core.types import InputError, Manifest
 from pipeline.data.records import MalformedRecords, RawChunk, Text, open_text, raw_records, read_chunks
 from pipeline.data.tokenize import read_sequences, text_hash
 from pipeline.models import loading as models
@@ -40,7 +37,6 @@ from pipeline.models.compatibility import check_window
 from pipeline.models.paths import model_folder
 from pipeline.models.tokenizer import load_tokenizer, text_settings, tokenizer_hash, vocabulary_size
 
-ROWS_A_GROUP = 2048  # sequences written, and later read, at once: bounds the memory of a shard of any size
 CORPUS_A_PROCESS_BYTES = 4 << 20  # starting a process takes longer than tokenizing this much
 
 
@@ -182,7 +178,7 @@ def tokenize(config: CaptureConfig, text: Text, folder: Path, spool: Path) -> in
                 num_records += sum(len(piece.numbers) for piece in group)
                 first_id = index * config.records_per_shard
                 arguments = (group, text, folder, config.teacher.trust_remote_code, config.window, first_id)
-                waiting.append(executor.submit(write_sequences, spool / shard_name(index), *arguments))
+                waiting.append(executor.submit(write_sequences, sequence_file(spool, index), *arguments))
                 gather(2 * processes)
             gather(0)
         except BaseException:
@@ -210,42 +206,5 @@ def write_sequences(
     tokenizer = tokenizer_of(folder, trust_remote_code)
     malformed = MalformedRecords(skip=text.skip_malformed)
     packed = read_sequences(raw_records(group), text, tokenizer, malformed, window=window, first_id=first_id)
-    num_rows = 0
-    with pq.ParquetWriter(path, sequence_schema(), compression="zstd", write_page_checksum=True) as file:
-        while some := list(itertools.islice(packed, ROWS_A_GROUP)):
-            file.write_table(encode_sequences(some))
-            num_rows += len(some)
-        file.add_key_value_metadata({"num_skipped": str(malformed.count)})
+    num_rows = write_sequence_file(path, packed, num_skipped=lambda: malformed.count)
     return num_rows, malformed.count
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceFile:
-    """The sequences of one shard, waiting to be captured."""
-
-    path: Path
-    num_rows: int
-    num_skipped: int
-
-    def __iter__(self) -> Iterator[TokenSequence]:
-        try:
-            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(ROWS_A_GROUP):
-                    yield from decode_sequences(batch)
-        except (OSError, ArrowException) as error:
-            raise InputError(
-                f"{self.path}: expected the tokenized corpus, found it damaged ({error}); delete {self.path.parent} "
-                "and run the same command again"
-            ) from error
-
-
-def open_sequence_file(sequences_dir: Path, index: int) -> SequenceFile:
-    """What the plan left for a shard."""
-    path = sequences_dir / shard_name(index)
-    metadata = pq.read_metadata(path)
-    return SequenceFile(path=path, num_rows=metadata.num_rows, num_skipped=int(metadata.metadata[b"num_skipped"]))
-
-
-def shard_name(index: int) -> str:
-    """The file of a shard's sequences."""
-    return f"{index:05d}.parquet"

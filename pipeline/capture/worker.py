@@ -16,9 +16,9 @@ from torch import set_num_threads
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease
+from pipeline.cache.sequence_files import SequenceFile, open_sequence_file, sequence_file
 from pipeline.cache.shards import ShardWriter, shard_writer
 from pipeline.capture.completion import completed_batches
-from pipeline.capture.plan import SequenceFile, open_sequence_file
 from pipeline.capture.teacher import PendingBatch, capture_batch, finish_copy
 from pipeline.config.schema import CaptureConfig, Dtype
 from pipeline.core.object_store import Location
@@ -61,7 +61,13 @@ def run_worker(
                 teacher = teacher or prepack(models.open_model(options, compute_device(worker)))
                 try:
                     capture_shard(
-                        teacher, open_sequence_file(sequences, index), cache, manifest, index, config, progress
+                        teacher,
+                        open_sequence_file(sequence_file(sequences, index)),
+                        cache,
+                        manifest,
+                        index,
+                        config,
+                        progress,
                     )
                 except (InputError, FileNotFoundError):
                     # frozen past the lease: others finished the shard, and cleared its plan away
@@ -76,7 +82,7 @@ def run_worker(
 def rows_left(sequences: Path, index: int) -> int:
     """The sequences that wait for a shard; none if others have made the cache whole this moment and cleared away."""
     try:
-        return open_sequence_file(sequences, index).num_rows
+        return open_sequence_file(sequence_file(sequences, index)).num_rows
     except FileNotFoundError:
         return 0
 

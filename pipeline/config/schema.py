@@ -27,7 +27,7 @@ Shape = Enum("Shape", ["constant", "linear", "cosine", "step", "wsd"])
 Divergence = Enum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation", "renormalised", "truncated"])
 GateBy = Enum("GateBy", ["confidence", "entropy"])
 Control = Enum("Control", ["none", "smoothed", "shuffled"])
-HardLabels = Enum("HardLabels", ["said", "likeliest"])
+HardLabels = Enum("HardLabels", ["generated", "likeliest"])
 HeadPath = Enum("HeadPath", ["fused", "full"])
 Optimizer = Enum("Optimizer", ["adamw", "muon"])
 GoldFractionOf = Enum("GoldFractionOf", ["sequences", "targets"])
@@ -218,7 +218,7 @@ class KdConfig:
     )
     beta: float = option(0.5, "jsd: from forward KL (0) to reverse KL (1)")
     gate: GateConfig = option(GateConfig, "on which positions the teacher is heard, by kd and confidence alike")
-    overtaken: AdaptiveWeightConfig = option(
+    adaptive_weight: AdaptiveWeightConfig = option(
         AdaptiveWeightConfig, "a weight that falls as the student overtakes the teacher"
     )
     control: Control = option(
@@ -233,7 +233,8 @@ class HardConfig:
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(lambda: [Source.corpus], "whose positions it reads")
     take: HardLabels = option(
-        HardLabels.said, "said: what the teacher completed (capture's complete.how); likeliest: its most likely token"
+        HardLabels.generated,
+        "said: what the teacher completed (capture's complete.how); likeliest: its most likely token",
     )
 
 
@@ -418,7 +419,9 @@ class TrainConfig:
     evaluate_every_steps: int = option(0, "steps between evaluations on dev while training; 0: never")
     early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "an end before the last step, decided on dev")
     health: HealthConfig = option(HealthConfig, "when a step is a sign of trouble", result=False)
-    mirrors: list[Tracker] = option(list, "copies of metrics.jsonl elsewhere: tensorboard, wandb, mlflow", result=False)
+    trackers: list[Tracker] = option(
+        list, "copies of metrics.jsonl elsewhere: tensorboard, wandb, mlflow", result=False
+    )
     export: ExportConfig = option(ExportConfig, "which weights are written, and how")
     launcher: LauncherConfig = option(LauncherConfig, "how ranks are started", result=False)
     downloads: DownloadsConfig = option(

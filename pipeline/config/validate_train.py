@@ -45,7 +45,7 @@ def check_train(config: TrainConfig) -> None:
     fraction(decay_fraction=config.optimizer.decay_fraction)
     _check_objective(config, terms)
     _check_dev_evaluation(config)
-    check_trackers(config.mirrors)
+    check_trackers(config.trackers)
     if (config.steps is None) == (config.epochs is None):
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
     if config.gold_fraction > 0 and config.gold is None and config.gold_cache is None:
@@ -161,7 +161,7 @@ def _check_adapter(config: TrainConfig) -> None:
 
 
 def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
-    loss, gate, follows = config.loss, config.loss.kd.gate, config.loss.kd.overtaken
+    loss, gate, follows = config.loss, config.loss.kd.gate, config.loss.kd.adaptive_weight
     for name, term in terms.items():
         if name != "lm" and Source.gold in term.on and term.weight > 0 and config.gold_cache is None:
             raise InputError(
@@ -181,14 +181,16 @@ def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
             f"loss.kd.gate.keep_fraction: expected 1, because the surest positions are chosen in the corpus and "
             f"this run reads none, found {gate.keep_fraction}; use gate.min_confidence or gate.max_entropy"
         )
-    at_least(0, diagnostics_every_steps=loss.diagnostics_every_steps, overtaken_every_steps=follows.every_steps)
+    at_least(0, diagnostics_every_steps=loss.diagnostics_every_steps, adaptive_weight_every_steps=follows.every_steps)
     if follows.every_steps > 0:
-        fraction(overtaken_margin=follows.margin, overtaken_least=follows.least)
+        fraction(adaptive_weight_margin=follows.margin, adaptive_weight_least=follows.least)
         if not 0.0 < follows.factor < 1.0:
-            raise InputError(f"loss.kd.overtaken.factor: expected more than 0 and less than 1, found {follows.factor}")
+            raise InputError(
+                f"loss.kd.adaptive_weight.factor: expected more than 0 and less than 1, found {follows.factor}"
+            )
         if config.dev is None or follows.teacher_predictions is None:
             raise InputError(
-                "loss.kd.overtaken: expected dev and overtaken.teacher_predictions, because two scores are compared, "
+                "loss.kd.adaptive_weight: expected dev and adaptive_weight.teacher_predictions, because two scores are compared, "
                 "found null; score the teacher on dev with scripts/evaluate.py"
             )
 
@@ -216,11 +218,11 @@ def _check_dev_evaluation(config: TrainConfig) -> None:
         )
 
 
-def check_trackers(mirrors: list[Tracker]) -> None:
-    """Refuse a mirror whose package is not there, before any rank starts."""
-    for mirror in mirrors:
-        module, package = TRACKER_PACKAGES[mirror]
+def check_trackers(trackers: list[Tracker]) -> None:
+    """Refuse a tracker whose package is not there, before any rank starts."""
+    for tracker in trackers:
+        module, package = TRACKER_PACKAGES[tracker]
         if importlib.util.find_spec(module) is None:
             raise InputError(
-                f"mirrors: expected the package {module} for {mirror.name}, found none; pip install {package}"
+                f"trackers: expected the package {module} for {tracker.name}, found none; pip install {package}"
             )

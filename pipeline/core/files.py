@@ -54,7 +54,7 @@ class RunPaths:
 
     @property
     def tensorboard(self) -> Path:
-        """TensorBoard's event files, where that mirror was asked for."""
+        """TensorBoard's event files, where that tracker was asked for."""
         return self.folder / "tensorboard"
 
     @property

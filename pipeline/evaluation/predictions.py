@@ -38,7 +38,7 @@ def predictions_table(
                 "choice_log_probs": likelihoods,
                 "num_targets": len(own[record.record_id]),
                 "nll_sum": -sum(own[record.record_id]),
-                "said": spoken,
+                "generated": spoken,
                 "exact": exact,
             }
         )
@@ -51,7 +51,7 @@ def predictions_table(
         "choice_log_probs": pl.List(pl.Float32),
         "num_targets": pl.Int64,
         "nll_sum": pl.Float64,
-        "said": pl.String,
+        "generated": pl.String,
         "exact": pl.Boolean,
     }
     return pl.DataFrame(rows, schema=schema)
@@ -75,7 +75,7 @@ def teacher_choices(exam: EvaluationSet, predictions: str) -> pl.Series:
 
 def teacher_score(exam: EvaluationSet, predictions: str) -> float:
     """The teacher's score on an exam by its predictions, as `decisive` has it."""
-    path = one_path(predictions, "loss.kd.overtaken.teacher_predictions")
+    path = one_path(predictions, "loss.kd.adaptive_weight.teacher_predictions")
     mine = pl.DataFrame({"record_key": [record_key(record) for record in exam.records]})
     rows = mine.join(pl.read_parquet(path).unique("record_key"), on="record_key", how="left")
     questions = {question.record_id for question in exam.questions}

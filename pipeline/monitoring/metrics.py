@@ -1,4 +1,4 @@
-"""What a training run leaves behind at every step: a line of metrics.jsonl, its mirrors, the progress shown."""
+"""What a training run leaves behind at every step: a line of metrics.jsonl, its trackers, the progress shown."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class StepLogger:
             config.name, total=num_steps, unit=" steps", done=done, log_every_seconds=every_seconds, quiet=quiet
         )
         self._metrics = None if quiet else MetricsFile(paths.metrics, keep_steps=done)
-        self._mirrors = Trackers([] if quiet else config.mirrors, paths, name=config.name, step=done)
+        self._trackers = Trackers([] if quiet else config.trackers, paths, name=config.name, step=done)
         rows = [] if quiet else MetricsFile.read(paths.metrics)
         self._watch = health.GradientMonitor(
             **dataclasses.asdict(config.health), rows=rows, skipped_steps=skipped_steps
@@ -51,16 +51,16 @@ class StepLogger:
         return figures | self._watch.look(figures)
 
     def append(self, figures: dict[str, Any], *, show: Sequence[str]) -> None:
-        """One more step, in the file, in its mirrors and to those who wait."""
+        """One more step, in the file, in its trackers and to those who wait."""
         if self._metrics is not None:
             self._metrics.append(figures)
-            self._mirrors.write(figures)
+            self._trackers.write(figures)
         self._progress.advance(1, **{name: figures[name] for name in show if figures[name] is not None})
 
     def close(self) -> None:
-        """End the bar and have the mirrors deliver."""
+        """End the bar and have the trackers deliver."""
         self._progress.close()
-        self._mirrors.close()
+        self._trackers.close()
 
 
 class MetricsFile:

@@ -1,6 +1,6 @@
 """Copies of metrics.jsonl for those who watch elsewhere: TensorBoard, Weights & Biases, MLflow; none is ever needed.
 
-metrics.jsonl stays the truth. What goes wrong with a mirror is said once and does not touch the run.
+metrics.jsonl stays the truth. What goes wrong with a tracker is said once and does not touch the run.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ Close = Callable[[], None]
 
 
 class Trackers:
-    """The mirrors of one run, from its checkpoint's step on."""
+    """The trackers of one run, from its checkpoint's step on."""
 
     def __init__(self, chosen: Sequence[Tracker], paths: RunPaths, *, name: str, step: int) -> None:
         self._open: dict[str, tuple[Write, Close]] = {}
-        for mirror in chosen:
+        for tracker in chosen:
             try:
-                self._open[mirror.name] = OPEN[mirror](paths, name, step)
+                self._open[tracker.name] = OPEN[tracker](paths, name, step)
             except Exception as error:  # whatever a foreign service may raise
-                self._give_up(mirror.name, error)
+                self._give_up(tracker.name, error)
 
     def write(self, figures: dict[str, Any]) -> None:
         """One more step: its numbers; what is no finite number stays in metrics.jsonl alone."""
         numbers = {key: float(value) for key, value in figures.items() if _is_number(value) and key != "step"}
-        for mirror, (write, _) in list(self._open.items()):
+        for tracker, (write, _) in list(self._open.items()):
             try:
                 write(figures["step"], numbers)
             except Exception as error:
-                self._give_up(mirror, error)
+                self._give_up(tracker, error)
 
     def close(self) -> None:
         """Have everything delivered."""
-        for mirror, (_, close) in list(self._open.items()):
+        for tracker, (_, close) in list(self._open.items()):
             try:
                 close()
             except Exception as error:
-                self._give_up(mirror, error)
+                self._give_up(tracker, error)
 
-    def _give_up(self, mirror: str, error: Exception) -> None:
-        self._open.pop(mirror, None)
+    def _give_up(self, tracker: str, error: Exception) -> None:
+        self._open.pop(tracker, None)
         log.warning(
-            "mirror %s: expected it to take figures, found %s: %s; training goes on without it, metrics.jsonl has "
+            "tracker %s: expected it to take figures, found %s: %s; training goes on without it, metrics.jsonl has "
             "everything",
-            *(mirror, type(error).__name__, error),
+            *(tracker, type(error).__name__, error),
         )
 
 

@@ -26,7 +26,7 @@ from pipeline.objective import diagnostics
 from pipeline.objective.class_prior import class_names, class_sums
 from pipeline.objective.divergences import LOG_ZERO
 from pipeline.objective.position_groups import PositionGroup, group_positions, select_logits
-from pipeline.objective.terms import TERMS, SelectedLogits, TermOptions, classes_of, temperatures_of
+from pipeline.objective.terms import TERMS, SelectedLogits, StepInputs, TermOptions, classes_of, temperatures_of
 
 CHUNK_BYTES = 100_000_000  # logits of one matmul: large enough that the weight's gradient is not added to often
 LEAST_CHUNK = 256  # positions: with a large vocabulary, memory gives way to speed here
@@ -40,21 +40,20 @@ class LossInputs:
 
     groups: list[PositionGroup]
     terms: dict[str, TermOptions]
-    coefficients: dict[str, float]
-    """weight / N of each term: what its sum is multiplied by."""
-    diagnose: bool
-    class_ids: tuple[int, ...] = ()
-    thresholds: tuple[float, ...] = ()
-    vocabulary_size: int = 0
+    step: StepInputs
+    vocabulary_size: int
     scale: float = 1.0
     softcap: float | None = None
-    loss_scale: float = 1.0
-    """What the loss will be multiplied by before the backward, so that gradients in float16 do not vanish."""
+
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        """The tokens among which `confidence` chooses."""
+        return classes_of(self.terms)
 
     def temperatures(self, group: PositionGroup) -> tuple[float, ...]:
         """Where the student is looked at: where the terms read it, and at 1 for diagnostics."""
         found = temperatures_of(self.terms, group.names)
-        return tuple(sorted({*found, 1.0})) if self.diagnose else found
+        return tuple(sorted({*found, 1.0})) if self.step.diagnose else found
 
 
 def combined_loss(
@@ -62,29 +61,18 @@ def combined_loss(
     hidden_NH: Tensor,
     batch: Batch,
     terms: dict[str, TermOptions],
-    coefficients: dict[str, float],
+    step: StepInputs,
     *,
     vocabulary_size: int,
     fused: bool = True,
-    diagnose: bool = False,
-    thresholds: tuple[float, ...] = (),
-    loss_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the loss and, detached, the sums behind it: see `sum_names`.
 
     `hidden_NH` belongs to the batch's supervised positions. Without `fused`, the same through full logits and autograd:
-    slower and larger, for heads that are not linear. `thresholds`: of the classes of `confidence`, if it has some.
+    slower and larger, for heads that are not linear.
     """
     groups = group_positions(batch, terms)
-    work = LossInputs(
-        groups=groups,
-        terms=terms,
-        coefficients=coefficients,
-        diagnose=diagnose,
-        class_ids=classes_of(terms),
-        thresholds=thresholds,
-        loss_scale=loss_scale,
-    )
+    work = LossInputs(groups=groups, terms=terms, step=step, vocabulary_size=vocabulary_size)
     order_N = torch.cat([hidden_NH.new_zeros(0, dtype=torch.int64), *(group.rows_N for group in groups)])
     hidden_NH = hidden_NH.index_select(0, order_N)
     if not fused:
@@ -92,7 +80,7 @@ def combined_loss(
         return _plain(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), work)
     head = linear_head(model, hidden_NH)
     pairs = [tensor for pair in head.maps for tensor in pair]
-    work = dataclasses.replace(work, vocabulary_size=vocabulary_size, scale=head.scale, softcap=head.softcap)
+    work = dataclasses.replace(work, scale=head.scale, softcap=head.softcap)
     return _Fused.apply(work, head.bias_V, *pairs)
 
 
@@ -100,8 +88,8 @@ def _value(student: SelectedLogits, group: PositionGroup, work: LossInputs) -> t
     """The loss of some positions, and the sums of each term and diagnostic, in the order of `sum_names`."""
     values = {name: TERMS[name].value(student, group.top, work.terms[name]) for name in group.names}
     sums = {name: value_N.sum() for name, value_N in values.items()}
-    loss = torch.stack([work.coefficients[name] * total for name, total in sums.items()]).sum()
-    if work.diagnose:
+    loss = torch.stack([work.step.coefficients[name] * total for name, total in sums.items()]).sum()
+    if work.step.diagnose:
         sums |= diagnostics.sums(student, group.ids_NJ, group.top, values)
     if work.class_ids and "own" in group.extras:
         assert group.top is not None
@@ -126,8 +114,8 @@ def _plain(logits_NV: Tensor, work: LossInputs) -> tuple[Tensor, Tensor]:
     for group in work.groups:
         mine_NV = logits_NV[first : first + len(group.rows_N)]
         first += len(group.rows_N)
-        group = group.with_own(mine_NV, work.class_ids, work.thresholds)
-        student = select_logits(mine_NV, group, work.temperatures(group), overlap=work.diagnose)
+        group = group.with_own(mine_NV, work.class_ids, work.step.thresholds)
+        student = select_logits(mine_NV, group, work.temperatures(group), overlap=work.step.diagnose)
         loss, found = _value(student, group, work)
         losses.append(loss)
         sums.append(found)
@@ -144,7 +132,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, work: LossInputs, bias_V: Tensor | None, *maps: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and gradients at once: they would need the same logits."""
         loss, sums, gradients = _one_pass(work, bias_V, maps, ctx.needs_input_grad[1:])
-        ctx.gradients, ctx.loss_scale = gradients, work.loss_scale
+        ctx.gradients, ctx.loss_scale = gradients, work.step.loss_scale
         ctx.mark_non_differentiable(sums)
         return loss, sums
 
@@ -244,14 +232,14 @@ def _block(logits_NV: Tensor, group: PositionGroup, work: LossInputs) -> tuple[T
         z_NV.div_(work.softcap).tanh_()
         slope_NV = 1.0 - z_NV.square()
         z_NV.mul_(work.softcap)
-    group = group.with_own(z_NV, work.class_ids, work.thresholds)
+    group = group.with_own(z_NV, work.class_ids, work.step.thresholds)
     student, spread = _look(z_NV, group, work)
     leaves = [student.logits_NJ, *student.log_rest.values()]
     with torch.enable_grad():
         for leaf in leaves:
             leaf.requires_grad_()
         loss, sums = _value(student, group, work)
-        gradients = torch.autograd.grad(loss * work.loss_scale, leaves, allow_unused=True)
+        gradients = torch.autograd.grad(loss * work.step.loss_scale, leaves, allow_unused=True)
     rests = dict(zip(student.log_rest, gradients[1:], strict=True))
     last, *others = reversed(spread)
     z_NV.mul_(_factor(rests[last], last, spread[last][1]))
@@ -289,7 +277,7 @@ def _look(
         torch.exp2(torch.mul(z_NV, math.log2(math.e) / T, out=e_NV), out=e_NV)  # 4 times as fast as `exp` on some CPUs
         spread[T] = (e_NV, e_NV.sum(dim=1))
     overlap = {}
-    if work.diagnose:
+    if work.step.diagnose:
         overlap = {(S, T): (a * b).sum(dim=1) / (m * n) for S, (a, m) in spread.items() for T, (b, n) in spread.items()}
     student = SelectedLogits(
         logits_NJ=logits_NJ,

@@ -37,8 +37,22 @@ class TermOptions:
     gate: Gate = field(default_factory=Gate)
     class_ids: tuple[int, ...] = ()
     """The tokens among which the student's own prediction is hardened; none: the whole vocabulary."""
-    take: str = "said"
+    take: str = "generated"
     """Hard weak labels: what the teacher "said" when it completed the record, or its "likeliest" token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """What the loss of a micro-batch depends on besides the batch: alike for all micro-batches of a step."""
+
+    coefficients: dict[str, float]
+    """weight / count of each term over the global batch: what its sum is multiplied by."""
+    diagnose: bool = False
+    """Also compute the sums of `diagnostics`."""
+    thresholds: tuple[float, ...] = ()
+    """Of the classes of `confidence`, in nats; empty without classes."""
+    loss_scale: float = 1.0
+    """What the engine multiplies the loss by before the backward, so that float16 gradients do not vanish."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -154,7 +168,7 @@ def teacher_positions(batch: Batch, gate: Gate) -> Tensor:
 
 def weak_labels(batch: Batch, take: str) -> Tensor:
     """int64 [N]: the teacher's hard labels, UNKNOWN_TARGET where there is none."""
-    if take == "said":
+    if take == "generated":
         return batch.weak_ids_N
     unknown_N = torch.full_like(batch.target_ids_N, UNKNOWN_TARGET)
     return unknown_N if batch.teacher is None else unknown_N.masked_scatter(batch.weak_N, top_token(batch.teacher))

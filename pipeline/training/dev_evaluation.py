@@ -36,7 +36,7 @@ class DevSet:
 
 def open_dev(config: TrainConfig, folder: Path, tokenizer: Any) -> DevSet | None:
     """Dev, and the teacher's score on it if a weight is made to follow it; None if this run never looks."""
-    follows = config.loss.kd.overtaken
+    follows = config.loss.kd.adaptive_weight
     if follows.every_steps == 0 and config.evaluate_every_steps == 0:
         return None
     assert config.dev is not None, "checked with the options"
@@ -61,7 +61,7 @@ def evaluate_dev(
     config: TrainConfig, ranks: Ranks, engine: Any, dev: DevSet | None, state: TrainState
 ) -> tuple[TrainState, dict[str, Any]]:
     """Score the student if it is time; what follows from it, and the figures. The first rank's score counts for all."""
-    follows = config.loss.kd.overtaken
+    follows = config.loss.kd.adaptive_weight
     is_evaluated = is_due(config.evaluate_every_steps, state.step)
     if dev is None or not (is_evaluated or is_due(follows.every_steps, state.step)):
         return state, {}

@@ -23,8 +23,8 @@ import deepspeed  # noqa: E402  (it logs, and chooses its accelerator, while it 
 
 from pipeline.config.schema import Dtype, Offload, Optimizer, TrainConfig  # noqa: E402
 from pipeline.core.types import Batch  # noqa: E402
-from pipeline.objective import fused_head as head  # noqa: E402
-from pipeline.objective.terms import TermOptions  # noqa: E402
+from pipeline.objective.fused_head import combined_loss  # noqa: E402
+from pipeline.objective.terms import StepInputs, TermOptions  # noqa: E402
 
 # A kernel for inference over several CPU ranks, which training never calls: without it no compiler is needed.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -41,10 +41,10 @@ class StudentWithLoss(nn.Module):
         self.objective = Objective(student, vocabulary_size=vocabulary_size, terms=terms, fused=fused)
         self.register_state_dict_post_hook(_leave_out_frozen)  # of checkpoints: the student's own has them all
 
-    def forward(self, batch: Batch, coefficients: dict[str, float], **how: Any) -> tuple[Tensor, Tensor]:
-        """The micro-batch's share of the loss, and the sums behind it; `how` is for `head.speak`."""
+    def forward(self, batch: Batch, step: StepInputs) -> tuple[Tensor, Tensor]:
+        """The micro-batch's share of the loss, and the sums behind it: `fused_head.sum_names`."""
         hidden_BSH = hidden_states(self.student, batch.input_ids_BS, batch.position_ids_BS)
-        loss, sums = self.objective(hidden_BSH.flatten(0, 1)[batch.flat_positions_N], batch, coefficients, how)
+        loss, sums = self.objective(hidden_BSH.flatten(0, 1)[batch.flat_positions_N], batch, step)
         # a rank whose micro-batch has no target still takes part in every collective
         return loss + 0.0 * hidden_BSH.float().sum(), sums
 
@@ -62,12 +62,12 @@ class Objective(nn.Module):
         for parameter in self._student[0].get_output_embeddings().parameters():
             deepspeed.zero.register_external_parameter(self, parameter)
 
-    def forward(
-        self, hidden_NH: Tensor, batch: Batch, coefficients: dict[str, float], how: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_NH: Tensor, batch: Batch, step: StepInputs) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, and the sums behind it."""
-        how = how | {"vocabulary_size": self.vocabulary_size, "fused": self._fused}
-        return head.combined_loss(self._student[0], hidden_NH, batch, self._terms, coefficients, **how)
+        size, is_fused = self.vocabulary_size, self._fused
+        return combined_loss(
+            self._student[0], hidden_NH, batch, self._terms, step, vocabulary_size=size, fused=is_fused
+        )
 
 
 def build(

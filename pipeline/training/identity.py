@@ -44,7 +44,7 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
         )
     if config.gold_cache is not None and config.gold_fraction > 0:
         identity["gold_cache"] = check_cache(config, config.gold_cache, "gold_cache", folder, tokenizer)
-    follows = config.loss.kd.overtaken
+    follows = config.loss.kd.adaptive_weight
     if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
         gold = open_text(config.gold, "gold")
         identity["gold"] = check_text(gold, tokenizer, window=config.window, require_targets=True).sha256
@@ -93,9 +93,9 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
             f"loss.hard.take=likeliest: expected a cache that keeps the largest logits, found {manifest.kind} "
             f"({cache}), whose likeliest draw is chance; capture with kind=topk or hybrid"
         )
-    if hard.take is HardLabels.said and "complete" not in manifest.made_of:
+    if hard.take is HardLabels.generated and "complete" not in manifest.made_of:
         raise InputError(
-            f"loss.hard.take=said: expected a cache whose records the teacher completed, found none in {cache}; "
+            f"loss.hard.take=generated: expected a cache whose records the teacher completed, found none in {cache}; "
             "capture with complete.how, or use loss.hard.take=likeliest"
         )
     return manifest.fingerprint

@@ -35,7 +35,7 @@ from pipeline.objective import diagnostics
 from pipeline.objective.class_prior import class_names, updated_thresholds
 from pipeline.objective.fused_head import sum_names
 from pipeline.objective.gates import Gate
-from pipeline.objective.terms import TermOptions, classes_of, count_positions
+from pipeline.objective.terms import StepInputs, TermOptions, classes_of, count_positions
 from pipeline.training import checkpoints
 from pipeline.training import dev_evaluation as looks
 from pipeline.training import engine as engines
@@ -217,9 +217,14 @@ def take_step(
     coefficients = {name: weights[name] * ranks.world_size / max(counts[name], 1.0) for name in terms}
     diagnose = is_due(loss_config.diagnostics_every_steps, step)
     totals = torch.zeros(len(sum_names(terms)), dtype=torch.float64, device=ranks.device)
-    how = {"diagnose": diagnose, "thresholds": state.thresholds or (0.0,) * len(classes_of(terms))}
+    inputs = StepInputs(
+        coefficients=coefficients,
+        diagnose=diagnose,
+        thresholds=state.thresholds or (0.0,) * len(classes_of(terms)),
+        loss_scale=engines.loss_scale(engine),
+    )
     for batch in batches:
-        loss, sums = engine(batch, coefficients, **how, loss_scale=engines.loss_scale(engine))
+        loss, sums = engine(batch, inputs)
         # a clone: the module's output itself DeepSpeed 0.19 divides by the accumulation all the same (ZeRO 0, float32)
         engine.backward(loss.clone(), scale_wrt_gas=False)
         engine.step()

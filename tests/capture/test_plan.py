@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache import manifest as manifests
+from pipeline.cache.sequence_files import open_sequence_file, sequence_file
 from pipeline.capture import estimate as probe
 from pipeline.capture import plan
 from pipeline.capture.driver import run
@@ -126,7 +127,7 @@ def test_a_damaged_plan_is_refused(teacher: Path, tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"expected the tokenized corpus, found it damaged .*; delete"):
-        list(plan.open_sequence_file(request.sequences, 0))
+        list(open_sequence_file(sequence_file(request.sequences, 0)))
 
 
 def test_a_finished_cache_is_known_without_torch(teacher: Path, data: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.schema import ENCODING, arrow_schema
-from pipeline.capture.plan import shard_name
+from pipeline.cache.sequence_files import sequence_file
 from pipeline.capture.plan_lookup import plan_folder
 from pipeline.core.types import Manifest
 from support.commands import ROOT, script
@@ -61,7 +61,7 @@ def write_corpus(path: Path, num_records: int) -> None:
 
 def speak_at_random(sequences: Path, cache: Path, manifest: Manifest, index: int) -> None:
     """Commit a shard in which the teacher said anything: what has to hold of a shard holds."""
-    planned = pq.read_table(sequences / shard_name(index))
+    planned = pq.read_table(sequence_file(sequences, index))
     lengths = np.diff(planned["target_ids"].combine_chunks().offsets.to_numpy())
     targets_N = planned["target_ids"].combine_chunks().values.to_numpy()
     chance, num = np.random.default_rng(index), len(targets_N)

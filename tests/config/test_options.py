@@ -65,7 +65,7 @@ def test_every_yaml_composes_and_holds_together(root: str, key: str, group: str,
 def test_no_yaml_is_left_out() -> None:
     used = {group for _, _, group in USES}
     assert {path.name for path in CONF_DIR.iterdir() if path.is_dir()} == used
-    assert {path.stem for path in CONF_DIR.glob("*.yaml")} == set(ROOTS) | {"quiet"}
+    assert {path.stem for path in CONF_DIR.glob("*.yaml")} == set(ROOTS) | {"hydra_defaults"}
 
 
 def test_experiments_are_named_as_their_files() -> None:
@@ -92,7 +92,7 @@ def test_result_options_leave_out_what_does_not_change_the_result() -> None:
     base = identity_options(composed("train"))
     same = ["micro_batch=4", "runs_dir=elsewhere", "launcher.num_processes=2", "checkpoint.every_steps=7"]
     same += ["deepspeed.zero_stage=3", "student.path=/moved", "cache=/moved", "dev.files=[/moved]"]
-    same += ["mirrors=[tensorboard]", "health.max_skipped_steps=2"]
+    same += ["trackers=[tensorboard]", "health.max_skipped_steps=2"]
     for override in same:
         assert identity_options(composed("train", override)) == base, override
     for override in ["seed=2", "loss.kd.weight=0.3", "global_batch=32", "student.dtype=float32", "name=other", "k=4"]:

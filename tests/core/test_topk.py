@@ -10,7 +10,6 @@ from pipeline.core.topk import (
     largest_k,
     log_probabilities,
     narrow,
-    pad_to_width,
     sampled,
     top_k_and_entropy,
     uniform_draws,
@@ -161,4 +160,4 @@ def test_draws_are_a_function_of_seed_key_and_position() -> None:
 
 def test_widening_changes_nothing() -> None:
     top = sampled(torch.randn(4, 30), uniforms_ND=torch.rand(4, 9, dtype=torch.float64))
-    assert torch.equal(dense(pad_to_width(top, 20), 30), dense(top, 30))
+    assert torch.equal(dense(top.pad_to_width(20), 30), dense(top, 30))

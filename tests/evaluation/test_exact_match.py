@@ -67,7 +67,7 @@ def test_answers_are_transformers_own_whatever_the_batch(speaker: Path, tmp_path
     path = write_lines(tmp_path / "a.jsonl", rows)
     for batch_tokens in (1, 60, 10_000):
         scores, table = scored(speaker, path, max_new_tokens=12, batch_tokens=batch_tokens)
-        assert table["said"].to_list() == texts, batch_tokens
+        assert table["generated"].to_list() == texts, batch_tokens
         assert table["exact"].to_list() == [i % 2 == 1 for i in range(len(PROMPTS))]
         assert scores.num_free_records == len(PROMPTS)
         assert scores.exact_match == pytest.approx(sum(i % 2 for i in range(len(PROMPTS))) / len(PROMPTS))
@@ -91,7 +91,7 @@ def test_records_with_choices_are_not_asked(student: Path, tmp_path: Path) -> No
     ]
     scores, table = scored(student, write_lines(tmp_path / "a.jsonl", rows), max_new_tokens=3)
     assert (scores.num_choice_records, scores.num_free_records) == (1, 1)
-    assert table["said"].is_null().to_list() == table["exact"].is_null().to_list() == [True, False]
+    assert table["generated"].is_null().to_list() == table["exact"].is_null().to_list() == [True, False]
     unasked, table = scored(student, tmp_path / "a.jsonl")
     assert (unasked.num_free_records, unasked.exact_match) == (0, None)
     assert table["exact"].null_count() == 2
@@ -103,7 +103,7 @@ def test_every_rank_says_what_the_first_one_says(student: Path, tmp_path: Path) 
     ranks: Any = SimpleNamespace(first=lambda tokens_B: torch.full_like(tokens_B, 40))
     model = models.load_model(student, dtype="float32", device=torch.device("cpu"))
     _, table = score(model, exam, batch_tokens=99, teacher_predictions=None, log_every_seconds=9, ranks=ranks)
-    assert table["said"][0] == exam.tokenizer.decode([40] * 4).strip()
+    assert table["generated"][0] == exam.tokenizer.decode([40] * 4).strip()
 
 
 # -------------------------------------------------------------------------------------------- what is wanted
@@ -206,7 +206,7 @@ def test_a_run_that_dev_asks_and_the_best_of_it(student: Path, tmp_path: Path) -
         assert (result[split]["exact_match"], result[split]["num_free_records"]) == (0.8, 5)
         table = pl.read_parquet(run / f"predictions-{split}.parquet")
         assert table["exact"].to_list() == [True] * 4 + [False]
-        assert table["said"].to_list()[:4] == [line.split()[1] for line in LINES[:4]]
+        assert table["generated"].to_list()[:4] == [line.split()[1] for line in LINES[:4]]
     assert "| test | 5 |  | 0.8000 ± 0.1789 |" in (run / "model" / "README.md").read_text()
 
     done = script(

@@ -1,4 +1,4 @@
-"""Figures of a run's health, what ends or warns a run, evaluation while it trains, mirrors of its metrics."""
+"""Figures of a run's health, what ends or warns a run, evaluation while it trains, trackers of its metrics."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ EARLY: dict[str, Any] = {
     "evaluate_every_steps": 3,
     "early_stopping.patience": 2,
     "early_stopping.min_delta": 1.0,  # of accuracy: nothing is ever better
-    "mirrors": "[tensorboard]",
+    "trackers": "[tensorboard]",
 }
 
 
@@ -240,7 +240,7 @@ def test_dev_under_every_zero_stage_is_that_of_one_rank(student: Path, data: Pat
         assert sum(row["tokens"] for row in rows_of(folders[stage])) == sum(r["tokens"] for r in rows_of(folders[0]))
 
 
-# ------------------------------------------------------------------------------------ refusals and broken mirrors
+# ------------------------------------------------------------------------------------ refusals and broken trackers
 
 
 def test_what_cannot_be_meant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +253,10 @@ def test_what_cannot_be_meant_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
             {"export": ExportConfig(what=ExportedStep.best)},
             "export.what=best: expected dev and evaluate_every_steps of 1",
         ),
-        ({"mirrors": [Tracker.wandb]}, "mirrors: expected the package wandb for wandb, found none; pip install wandb"),
+        (
+            {"trackers": [Tracker.wandb]},
+            "trackers: expected the package wandb for wandb, found none; pip install wandb",
+        ),
     ]
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     for changes, message in cases:
@@ -273,10 +276,10 @@ def test_a_mirror_that_fails_is_said_once_and_the_rest_goes_on(
     monkeypatch.setitem(OPEN, Tracker.mlflow, lambda *_: (lambda step, values: taken.append((step, values)), list))
     logging.getLogger("pipeline").propagate = True
     with caplog.at_level(logging.WARNING):
-        mirrors = Trackers([Tracker.wandb, Tracker.mlflow], RunPaths(folder=tmp_path), name="x", step=0)
+        trackers = Trackers([Tracker.wandb, Tracker.mlflow], RunPaths(folder=tmp_path), name="x", step=0)
         for step in (1, 2):
-            mirrors.write({"step": step, "loss": 0.5, "kd": None, "parts": [1.0], "stopped_early": True})
-        mirrors.close()
+            trackers.write({"step": step, "loss": 0.5, "kd": None, "parts": [1.0], "stopped_early": True})
+        trackers.close()
     assert taken == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("mirror wandb: expected it to take figures, found ConnectionError: no route to host;")
+    assert said.startswith("tracker wandb: expected it to take figures, found ConnectionError: no route to host;")

@@ -16,7 +16,7 @@ from pipeline.core.types import Batch, InputError
 from pipeline.models.forward import hidden_states, logit_rules
 from pipeline.objective import fused_head as head
 from pipeline.objective.fused_head import combined_loss, sum_names
-from pipeline.objective.terms import TermOptions
+from pipeline.objective.terms import StepInputs, TermOptions
 from support.twin import make_batch
 
 VOCABULARY, ROWS, HIDDEN = 30, 37, 16  # the head has more rows than there are tokens
@@ -88,8 +88,10 @@ def gradients(
     ids_BS = torch.arange(len(batch.gold_N))[None] % VOCABULARY
     hidden_NH = hidden_states(model, ids_BS, torch.arange(ids_BS.shape[1])[None])[0]
     torch.manual_seed(4)
-    options = {"vocabulary_size": vocabulary, "fused": fused, "diagnose": diagnose}
-    loss, sums = combined_loss(model, hidden_NH, batch, TERMS, FACTORS, **options)
+    options = {"vocabulary_size": vocabulary, "fused": fused}
+    loss, sums = combined_loss(
+        model, hidden_NH, batch, TERMS, StepInputs(coefficients=FACTORS, diagnose=diagnose), **options
+    )
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), sums, found
@@ -137,7 +139,9 @@ def test_bfloat16_within_its_rounding(name: str) -> None:
     def found(model: nn.Module, hidden_NH: Tensor, *, fused: bool) -> dict[str, Tensor]:
         hidden_NH = hidden_NH.clone().requires_grad_()
         model.zero_grad()
-        loss, _ = combined_loss(model, hidden_NH, batch, terms, FACTORS, vocabulary_size=VOCABULARY, fused=fused)
+        loss, _ = combined_loss(
+            model, hidden_NH, batch, terms, StepInputs(coefficients=FACTORS), vocabulary_size=VOCABULARY, fused=fused
+        )
         loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {
             "hidden": hidden_NH.grad
@@ -157,7 +161,9 @@ def test_where_nothing_is_supervised_nothing_reaches_the_head(monkeypatch: pytes
     monkeypatch.setattr(head, "_block", lambda z_NV, *rest: seen.append(len(z_NV)) or real(z_NV, *rest))
     batch = make_batch(num_gold=4, num_corpus=30, vocabulary=VOCABULARY)
     terms = {"lm": TermOptions(on=("gold",))}
-    combined_loss(model, torch.randn(34, HIDDEN), batch, terms, {"lm": 1.0}, vocabulary_size=VOCABULARY)
+    combined_loss(
+        model, torch.randn(34, HIDDEN), batch, terms, StepInputs(coefficients={"lm": 1.0}), vocabulary_size=VOCABULARY
+    )
     assert sum(seen) == 4
 
 
@@ -176,13 +182,15 @@ def test_heads_that_are_not_linear_are_refused_with_the_way_out() -> None:
 
     hidden_NH, batch = torch.randn(31, HIDDEN), batch_of()
     with pytest.raises(InputError, match=re.escape("expected a linear layer, found Sequential; use loss.head=full")):
-        combined_loss(Odd(), hidden_NH, batch, TERMS, FACTORS, vocabulary_size=VOCABULARY)
-    loss, sums = combined_loss(Odd(), hidden_NH, batch, TERMS, FACTORS, vocabulary_size=VOCABULARY, fused=False)
+        combined_loss(Odd(), hidden_NH, batch, TERMS, StepInputs(coefficients=FACTORS), vocabulary_size=VOCABULARY)
+    loss, sums = combined_loss(
+        Odd(), hidden_NH, batch, TERMS, StepInputs(coefficients=FACTORS), vocabulary_size=VOCABULARY, fused=False
+    )
     assert torch.isfinite(loss)
     assert len(sums) == len(sum_names(TERMS))
     dora = lora(target_modules=["lm_head"], use_dora=True)
     with pytest.raises(InputError, match="expected plain LoRA, found a variant"):
-        combined_loss(dora, hidden_NH, batch, TERMS, FACTORS, vocabulary_size=VOCABULARY)
+        combined_loss(dora, hidden_NH, batch, TERMS, StepInputs(coefficients=FACTORS), vocabulary_size=VOCABULARY)
 
 
 def test_scales_of_real_architectures_are_read_off_their_configuration() -> None:

@@ -63,7 +63,7 @@ def value_at(name: str, z_V: Tensor, batch: Batch, n: int, options: TermOptions)
     m = int(batch.weak_N[:n].sum())
     if name == "hard":
         likeliest = batch.teacher.ids_NK[m, batch.teacher.relative_logits_NK[m].argmax()]
-        return -log_q_V[batch.weak_ids_N[n] if options.take == "said" else likeliest]
+        return -log_q_V[batch.weak_ids_N[n] if options.take == "generated" else likeliest]
     return divergence_at(z_V, *teacher_at(batch.teacher, m, options.temperature), options)
 
 

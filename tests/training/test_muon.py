@@ -17,7 +17,7 @@ from pipeline.data.mixture import collate
 from pipeline.models.forward import hidden_states
 from pipeline.objective.fused_head import combined_loss
 from pipeline.objective.gates import Gate
-from pipeline.objective.terms import count_positions
+from pipeline.objective.terms import StepInputs, count_positions
 from pipeline.training import checkpoints
 from pipeline.training.builders import learning_rate_at, term_options, weights_at
 from support.commands import ROOT, composed, losses_of, prepared, run_ranks, train_arguments
@@ -79,7 +79,7 @@ def by_torch() -> Weights:
         hidden_NH = hidden_states(model, batch.input_ids_BS, batch.position_ids_BS).flatten(0, 1)
         hidden_NH = hidden_NH[batch.flat_positions_N]
         how = {"vocabulary_size": VOCABULARY, "fused": False}
-        combined_loss(model, hidden_NH, batch, terms, coefficients, **how)[0].backward()
+        combined_loss(model, hidden_NH, batch, terms, StepInputs(coefficients=coefficients), **how)[0].backward()
         adam_rate = learning_rate_at(config.optimizer, step, 10)
         rates = (adam_rate * config.optimizer.muon_learning_rate / config.optimizer.learning_rate, adam_rate)
         for optimizer, rate in zip((muon, adam), rates, strict=True):
