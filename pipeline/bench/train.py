@@ -34,14 +34,15 @@ from pipeline.monitoring.metrics import MetricsFile
 from pipeline.objective.fused_head import combined_loss
 from pipeline.objective.terms import StepInputs, count_positions
 from pipeline.training import engine as engines
-from pipeline.training.worker import take_steps
+from pipeline.training.run import Run
+from pipeline.training.steps import take_steps
 
 LEARNING_RATE, MAX_GRAD_NORM, BETAS, EPSILON = 1e-6, 1.0, (0.9, 0.999), 1e-8
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
 
 
 def run(quick: bool) -> Findings:
-    """Some optimizer steps in a row by `train.take_steps` on one rank at ZeRO 0, and the same ones by the bare loop."""
+    """Some optimizer steps in a row by `steps.take_steps` on one rank at ZeRO 0, and the same ones by the bare loop."""
     keep_allocator_memory()  # as training's ranks do
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
@@ -87,8 +88,8 @@ class Ours:
     """Training as `scripts/train.py` does it, a few steps at a time."""
 
     def __init__(self, config: StudentConfig, mixture: Mixture, ranks: Ranks, folder: Path, vocabulary: int) -> None:
-        self._paths, self._mixture, self._ranks = RunPaths(folder=folder), mixture, ranks
-        self._config = TrainConfig(
+        paths = RunPaths(folder=folder)
+        train_config = TrainConfig(
             name="bench",
             student=config,
             gold_fraction=float(mixture.order.gold_fraction),
@@ -96,22 +97,28 @@ class Ours:
             deepspeed=DeepspeedConfig(zero_stage=0),
         )
         student = models.open_model(config, ranks.device).train()
-        self._size = health.model_size(student)
-        self._engine = engines.build(
-            engines.StudentWithLoss(student, vocabulary_size=vocabulary, terms=TERMS),
-            self._config,
+        module = engines.StudentWithLoss(student, vocabulary_size=vocabulary, terms=TERMS)
+        self._run = Run(
+            config=train_config,
+            paths=paths,
+            ranks=ranks,
+            stop=StopRequest(paths.stop),
+            engine=engines.build(module, train_config, micro_batch=SEQUENCES, accumulation=1),
+            mixture=mixture,
+            terms=TERMS,
+            num_steps=0,
             micro_batch=SEQUENCES,
-            accumulation=1,
+            model_size=health.model_size(student),
+            dev=None,
         )
         self._state = TrainState()
         self.rows: list[dict[str, Any]] = []
 
     def steps(self, count: int) -> None:
         """The next optimizer steps, with their line in metrics.jsonl each."""
-        last = self._state.step + count
-        known = (self._engine, self._mixture, self._state, last, SEQUENCES, TERMS, self._size, None)
-        self._state = take_steps(self._config, self._paths, self._ranks, StopRequest(self._paths.stop), *known)
-        self.rows += MetricsFile.read(self._paths.metrics)[1 - count :]
+        self._run = dataclasses.replace(self._run, num_steps=self._state.step + count)
+        self._state = take_steps(self._run, self._state)
+        self.rows += MetricsFile.read(self._run.paths.metrics)[1 - count :]
 
 
 class Bare:

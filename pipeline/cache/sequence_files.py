@@ -1,4 +1,4 @@
-"""Files of tokenized sequences, before any teacher ran: what a plan leaves for the workers, and a driver for its ranks."""
+"""Files of tokenized sequences, before the teacher runs: a plan leaves them for its workers, a driver for its ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an option is: declared with its sentence, made typed, kept in a file, hashed where it decides a result."""
+"""What an option is: declared with one sentence of help, typed, saved, and hashed where it decides a result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def option(default: Any, help: str, *, result: bool = True, content: bool = False, address: bool = False) -> Any:
-    """A dataclass field that knows its sentence and whether it changes what a run produces."""
+    """A dataclass field with its help sentence; `result`: whether it changes what a run produces."""
     metadata = {"help": help, "result": result, "content": content, "address": address}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -25,7 +25,7 @@ def option(default: Any, help: str, *, result: bool = True, content: bool = Fals
 
 
 def to_typed(node: Any, schema: type[T]) -> T:
-    """The composed configuration as its dataclass; an option that must be said and was not is an InputError."""
+    """The composed configuration as its dataclass; InputError where a required option is missing."""
     missing = sorted(key for key in OmegaConf.missing_keys(node) if not key.startswith("hydra."))
     if missing:
         hints = "\n".join(f"  {key}: {_help_of(schema, key)}" for key in missing)
@@ -41,12 +41,12 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def load_config(path: Path, schema: type[T]) -> T:
-    """Read what `save` wrote."""
+    """Read what `save_config` wrote."""
     return to_typed(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)), schema)
 
 
 def identity_options(config: Any) -> dict[str, Any]:
-    """The options that decide what comes out, as plain data: files and what is marked `result=False` left out."""
+    """The options that decide a result, as plain data: without files and without options marked `result=False`."""
     chosen: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -57,14 +57,14 @@ def identity_options(config: Any) -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """An option's value as JSON knows it: an enum by its name."""
+    """An option's value as JSON data: an enum by its name."""
     if isinstance(value, Enum):
         return value.name
     return [to_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def options(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every leaf option below a dataclass as (dotted name, default, sentence)."""
+    """Every leaf option below a dataclass as (dotted name, default, help)."""
     hints = get_type_hints(schema)
     for item in dataclasses.fields(schema):
         inner = _dataclass_in(hints[item.name])

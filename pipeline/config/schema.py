@@ -1,8 +1,8 @@
 """Every option of every stage: its default, its unit, one sentence. YAML under `conf/` holds choices only.
 
-An option marked `result=False` changes where, when or how fast a run works but not what comes out of it: it
-stays out of the run's hash. One marked `content=True` names files, which enter the hash by what is in them; one
-marked `address=True` may name a place in an object store (s3://bucket/prefix) instead of a local path.
+An option marked `result=False` changes where, when or how fast a run works, but not its result: it is not part of the
+run's hash. One marked `content=True` names files, which enter the hash by their content. One marked `address=True` may
+name a place in an object store (s3://bucket/prefix) instead of a local path.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ModelConfig:
     revision: str | None = option(None, "commit or tag of a hub name")
     dtype: Dtype = option(
         Dtype.auto,
-        "what the weights are loaded and run as; auto: bfloat16 where this machine multiplies it fast, else float32",
+        "type of the weights, loaded and run; auto: bfloat16 where this machine multiplies it fast, else float32",
     )
     attention: str | None = option(
         None, "attention kernel by transformers' name (sdpa, eager, ...); null: its choice for the model", result=False
@@ -57,26 +57,28 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    rank: int = option(16, "rank of the matrices A and B that stand beside each layer's frozen weight")
-    alpha: int = option(32, "their product is multiplied by alpha / rank (rslora: alpha / sqrt(rank))")
-    dropout: float = option(0.0, "fraction of a layer's input that the adapter does not see while it trains")
+    rank: int = option(16, "rank of the matrices A and B beside each layer's frozen weight")
+    alpha: int = option(32, "the product B A is multiplied by alpha / rank (rslora: alpha / sqrt(rank))")
+    dropout: float = option(0.0, "dropout on the adapter's input while it trains, a fraction")
     targets: list[str] | None = option(None, "linear layers, by the end of their names; null: all but the head")
-    rslora: bool = option(False, "scale by alpha / sqrt(rank), which stays stable at high ranks")
-    dora: bool = option(False, "DoRA: train each weight's size apart from its direction; ZeRO 0 to 2")
-    train_embeddings: bool = option(False, "train the embeddings too, whole; where they are the head, ask for both")
-    train_head: bool = option(False, "train the head too, whole; LoRA beside it: name it in targets")
+    rslora: bool = option(False, "scale by alpha / sqrt(rank), stable at high ranks")
+    dora: bool = option(False, "DoRA: train the magnitude of each weight separately from its direction; ZeRO 0 to 2")
+    train_embeddings: bool = option(False, "also train the full embeddings; where they are tied to the head, set both")
+    train_head: bool = option(False, "also train the full head; for LoRA on the head instead, name it in targets")
 
 
 @dataclass
 class StudentConfig(ModelConfig):
-    adapter: AdapterConfig | None = option(None, "LoRA: train a few small matrices, all else frozen; null: everything")
+    adapter: AdapterConfig | None = option(
+        None, "LoRA: train small matrices, everything else frozen; null: train all weights"
+    )
 
 
 @dataclass
 class ColumnsConfig:
     text: str = option("text", "column of plain text")
-    prompt: str = option("prompt", "column of what comes before the completion")
-    completion: str = option("completion", "column of what the model should say")
+    prompt: str = option("prompt", "column of the prompt, which precedes the completion")
+    completion: str = option("completion", "column of the completion, the text that the model should generate")
     messages: str = option("messages", "column of a chat, a list of {role, content}")
     choices: str = option("choices", "column of alternative completions, for scoring")
     answer: str = option("answer", "column of the index of the right choice")
@@ -92,7 +94,9 @@ class TextConfig:
     targets: Targets = option(
         Targets.all, "positions to supervise: all, the completion's, or only the next token after the prompt"
     )
-    malformed: MalformedPolicy = option(MalformedPolicy.stop, "on a malformed record: stop, or skip and count it")
+    malformed: MalformedPolicy = option(
+        MalformedPolicy.stop, "what to do on a malformed record: stop, or skip and count it"
+    )
     end_token: bool = option(True, "append the tokenizer's end token to a text or completion")
     columns: ColumnsConfig = option(ColumnsConfig, "names of the input's columns")
 
@@ -101,12 +105,16 @@ class TextConfig:
 class CompletionConfig:
     how: CompletionMode = option(
         CompletionMode.none,
-        "records with a prompt alone: none: as they are; greedy or sample: the teacher completes them",
+        "records with a prompt alone: none: used as they are; greedy, sample: the teacher completes them",
     )
     max_new_tokens: int = option(128, "longest completion, in tokens; the window bounds it too")
-    temperature: float = option(1.0, "of sampling; what is captured stays the distribution at `temperatures`")
-    seed: int = option(0, "decides what is sampled")
-    batch_records: int = option(16, "prompts completed together; changes rounding, so it is part of a cache's identity")
+    temperature: float = option(
+        1.0, "temperature of sampling; the captured distributions are those at `temperatures` all the same"
+    )
+    seed: int = option(0, "seed of the sampling")
+    batch_records: int = option(
+        16, "prompts completed together; changes rounding, so it is part of the cache's fingerprint"
+    )
 
 
 @dataclass
@@ -123,12 +131,14 @@ class CaptureConfig:
     corpus: TextConfig = option(TextConfig, "unlabeled text")
     window: int = option(512, "longest sequence, in tokens; records are packed into it")
     kind: Kind = option(Kind.topk, "topk: k largest and an exact tail; sampled: draws; hybrid: k largest and draws")
-    k: int = option(64, "logits kept a position, by size; the rest is one exact tail (topk) or drawn from (hybrid)")
-    draws: int = option(50, "draws a position for sampled and hybrid")
-    seed: int = option(0, "decides those draws")
+    k: int = option(
+        64, "largest logits kept per position; the others are one exact tail (topk) or are drawn from (hybrid)"
+    )
+    draws: int = option(50, "draws per position, for sampled and hybrid")
+    seed: int = option(0, "seed of those draws")
     temperatures: list[float] = option(lambda: [1.0], "temperatures whose tail is kept; must contain 1")
     complete: CompletionConfig = option(
-        CompletionConfig, "what the teacher says after a prompt, captured as it says it"
+        CompletionConfig, "completions by the teacher; its distributions are recorded while it generates"
     )
     records_per_shard: int = option(20_000, "records in one shard")
     plans_dir: str | None = option(
@@ -140,7 +150,7 @@ class CaptureConfig:
         None, "INDEX/COUNT: only these shards (0/16 to 15/16); null: SLURM's array task, else all", result=False
     )
     lease_seconds: float = option(
-        60.0, "a shard whose worker gave no sign of life for this long is taken over", result=False
+        60.0, "a shard whose worker has not renewed its lease for this long is taken over", result=False
     )
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
 
@@ -149,8 +159,8 @@ class CaptureConfig:
 class ImportConfig:
     name: str = option(MISSING, "first part of the cache folder's name")
     caches_dir: str = option("caches", "folder that holds all caches", result=False)
-    source: str = option(MISSING, "folder or glob of what another project kept of its teacher", content=True)
-    format: Format = option(MISSING, "which project's form: distillkit, axolotl_raw or axolotl_prepared")
+    source: str = option(MISSING, "folder or glob of the teacher outputs that another project stored", content=True)
+    format: Format = option(MISSING, "format of those files: distillkit, axolotl_raw or axolotl_prepared")
     tokenizer: str = option(MISSING, "folder of that teacher's tokenizer in Hugging Face layout", content=True)
     alignment: Alignment | None = option(
         None, "axolotl_prepared only: row j describes token j + 1 (current) or token j (legacy)"
@@ -178,27 +188,35 @@ class RampConfig:
 class LmConfig:
     weight: float = option(1.0, "weight of the language-model term (cross entropy on known targets)")
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
-    on: list[Source] = option(lambda: [Source.gold], "whose positions it reads: gold, corpus or both")
+    on: list[Source] = option(lambda: [Source.gold], "texts whose positions it reads: gold, corpus or both")
 
 
 @dataclass
 class GateConfig:
-    min_confidence: float = option(0.0, "least probability of the teacher's most likely token, at T = 1")
-    max_entropy: float | None = option(None, "most entropy of the teacher's distribution, nats; null: any")
-    keep_fraction: float = option(1.0, "of all positions, only this fraction: the surest ones")
-    by: GateBy = option(GateBy.confidence, "what keep_fraction takes for sure: confidence (high) or entropy (low)")
-    drop_wrong: bool = option(False, "where the true target is known: only if it is the teacher's most likely token")
+    min_confidence: float = option(0.0, "minimum probability of the teacher's top token, at T = 1")
+    max_entropy: float | None = option(None, "maximum entropy of the teacher's distribution, nats; null: no limit")
+    keep_fraction: float = option(
+        1.0, "keep only this fraction of all positions: those with the most confident teacher"
+    )
+    by: GateBy = option(GateBy.confidence, "measure for keep_fraction: confidence (high) or entropy (low)")
+    drop_wrong: bool = option(
+        False, "where the true target is known: keep the position only if it is the teacher's top token"
+    )
 
 
 @dataclass
 class AdaptiveWeightConfig:
-    every_steps: int = option(0, "score the student on dev every so many steps to adapt the weight; 0: never")
+    every_steps: int = option(0, "steps between evaluations on dev that adapt the weight; 0: never")
     teacher_predictions: str | None = option(
-        None, "the teacher's predictions-dev.parquet (or a glob matching one): the score to overtake", content=True
+        None, "the teacher's predictions-dev.parquet (or a glob matching one), whose score is compared", content=True
     )
-    margin: float = option(0.01, "of score (accuracy, exact match or -nll): closer than this, nothing changes")
-    factor: float = option(0.5, "the weight is multiplied by it when ahead of the teacher, divided when behind")
-    least: float = option(0.0, "the weight's factor never falls below this")
+    margin: float = option(
+        0.01, "difference of scores (accuracy, exact match or -nll) below which the weight does not change"
+    )
+    factor: float = option(
+        0.5, "the weight is multiplied by it when the student is better than the teacher, divided when worse"
+    )
+    least: float = option(0.0, "minimum of the weight's factor")
 
 
 @dataclass
@@ -206,7 +224,7 @@ class KdConfig:
     weight: float = option(1.0, "weight of the distillation term (the book's lambda)")
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(
-        lambda: [Source.corpus], "whose positions it reads: those that carry a captured distribution"
+        lambda: [Source.corpus], "texts whose positions it reads, where they carry a captured distribution"
     )
     temperature: float = option(1.0, "softens teacher and student alike; must have been captured")
     temperature_squared: bool = option(
@@ -217,13 +235,13 @@ class KdConfig:
         "forward_kl, reverse_kl, jsd, total_variation: kept entries and tail; renormalised, truncated: kept ones alone",
     )
     beta: float = option(0.5, "jsd: from forward KL (0) to reverse KL (1)")
-    gate: GateConfig = option(GateConfig, "on which positions the teacher is heard, by kd and confidence alike")
+    gate: GateConfig = option(GateConfig, "positions on which the teacher is used, by kd and confidence alike")
     adaptive_weight: AdaptiveWeightConfig = option(
-        AdaptiveWeightConfig, "a weight that falls as the student overtakes the teacher"
+        AdaptiveWeightConfig, "lowers the weight while the student is better than the teacher on dev"
     )
     control: Control = option(
         Control.none,
-        "in the teacher's place: smoothed (its first choice, the rest even, equal entropy), shuffled (other positions)",
+        "control for the teacher: smoothed (label smoothing of equal entropy), shuffled (other positions' outputs)",
     )
 
 
@@ -231,10 +249,10 @@ class KdConfig:
 class HardConfig:
     weight: float = option(0.0, "weight of cross entropy with the teacher's hard labels; 0: off")
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
-    on: list[Source] = option(lambda: [Source.corpus], "whose positions it reads")
+    on: list[Source] = option(lambda: [Source.corpus], "texts whose positions it reads")
     take: HardLabels = option(
         HardLabels.generated,
-        "said: what the teacher completed (capture's complete.how); likeliest: its most likely token",
+        "generated: the teacher's completion (capture's complete.how); likeliest: its top token",
     )
 
 
@@ -242,11 +260,11 @@ class HardConfig:
 class ConfidenceConfig:
     weight: float = option(0.0, "weight of cross entropy with the student's own most likely token; 0: off")
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
-    on: list[Source] = option(lambda: [Source.corpus], "whose positions it reads: those that kd can read")
+    on: list[Source] = option(lambda: [Source.corpus], "texts whose positions it reads, where kd can read them")
     choices: list[str] | None = option(
         None,
-        "the completions to choose among, each known by its first token, predicted as often as the teacher is for it; "
-        "null: any token",
+        "completions among which the student's prediction is hardened, by their first tokens, each as often as the "
+        "teacher predicts it; null: any token",
     )
 
 
@@ -254,8 +272,8 @@ class ConfidenceConfig:
 class LossConfig:
     lm: LmConfig = option(LmConfig, "ground-truth labels")
     kd: KdConfig = option(KdConfig, "the teacher's distribution")
-    hard: HardConfig = option(HardConfig, "the teacher's words")
-    confidence: ConfidenceConfig = option(ConfidenceConfig, "the student's own words")
+    hard: HardConfig = option(HardConfig, "the teacher's hard labels")
+    confidence: ConfidenceConfig = option(ConfidenceConfig, "the student's own predictions")
     head: HeadPath = option(
         HeadPath.fused, "fused: one pass in chunks; full: whole logits and autograd, for any head", result=False
     )
@@ -271,13 +289,13 @@ class OptimizerConfig:
     )
     learning_rate: float = option(4e-5, "peak learning rate of AdamW")
     muon_learning_rate: float = option(
-        0.002, "peak learning rate of Muon: an update's size is about 1 in every direction"
+        0.002, "peak learning rate of Muon, whose orthogonal updates have a spectral norm of about 1"
     )
-    muon_momentum: float = option(0.95, "Muon's decay of the momentum that it makes orthogonal")
-    schedule: Shape = option(Shape.linear, "its shape after the warm-up")
-    decay_fraction: float = option(0.2, "wsd: fraction of the steps over which it falls at the end")
-    warmup_fraction: float = option(0.05, "fraction of the steps over which it rises")
-    final_fraction: float = option(0.0, "where it ends, as a fraction of the peak")
+    muon_momentum: float = option(0.95, "decay of Muon's momentum")
+    schedule: Shape = option(Shape.linear, "shape of the learning rate after the warm-up")
+    decay_fraction: float = option(0.2, "wsd: fraction of the steps, at the end, over which it decays")
+    warmup_fraction: float = option(0.05, "fraction of the steps over which it warms up")
+    final_fraction: float = option(0.0, "final learning rate, as a fraction of the peak")
     beta1: float = option(0.9, "AdamW's decay of the first moment")
     beta2: float = option(0.999, "AdamW's decay of the second moment")
     epsilon: float = option(1e-8, "AdamW's epsilon")
@@ -287,9 +305,11 @@ class OptimizerConfig:
 
 @dataclass
 class DeepspeedConfig:
-    zero_stage: int = option(1, "0 to 3: what is partitioned over the ranks", result=False)
+    zero_stage: int = option(1, "ZeRO stage, 0 to 3: what is partitioned over the ranks", result=False)
     offload: Offload = option(
-        Offload.none, "where optimizer state (at ZeRO 3 weights too) lies: none: on the device; cpu; nvme", result=False
+        Offload.none,
+        "where optimizer state (at ZeRO 3 weights too) is kept: none (on the device), cpu or nvme",
+        result=False,
     )
     nvme_path: str | None = option(None, "folder on a local disk for offload=nvme", result=False)
     overrides: dict[str, Any] = option(dict, "merged into the DeepSpeed configuration, as DeepSpeed spells it")
@@ -298,15 +318,20 @@ class DeepspeedConfig:
 @dataclass
 class CheckpointConfig:
     every_steps: int = option(100, "steps between checkpoints; 0: only when stopped", result=False)
-    keep: int = option(1, "the last checkpoints kept while running; they go when the run is finished", result=False)
-    keep_every_steps: int = option(0, "a checkpoint of a step that it divides is kept for good; 0: none", result=False)
+    keep: int = option(
+        1, "newest checkpoints kept while running; they are deleted when the run is finished", result=False
+    )
+    keep_every_steps: int = option(
+        0, "checkpoints of multiples of this step stay after the run is finished; 0: none", result=False
+    )
 
 
 @dataclass
 class ScoringConfig:
     batch_tokens: int = option(4096, "tokens in one forward while scoring", result=False)
     max_new_tokens: int = option(
-        0, "exact match: a record without choices is completed, in so many tokens at most, and compared; 0: not asked"
+        0,
+        "exact match: records without choices are completed by at most this many tokens and compared; 0: not measured",
     )
     teacher_predictions: str | None = option(
         None,
@@ -317,38 +342,38 @@ class ScoringConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    patience: int = option(0, "the run ends after so many evaluations on dev without a better one; 0: never")
-    min_delta: float = option(0.0, "of score (accuracy, exact match or -nll): better means better by more than it")
+    patience: int = option(0, "the run ends after this many evaluations on dev without a better score; 0: never")
+    min_delta: float = option(0.0, "improvement of the score (accuracy, exact match or -nll) that counts as better")
 
 
 @dataclass
 class HealthConfig:
     max_skipped_steps: int = option(
-        5, "so many optimizer steps in a row that DeepSpeed skips for overflow end the run", result=False
+        5, "this many optimizer steps in a row that DeepSpeed skips for overflow end the run", result=False
     )
     warn_grad_norm: float = option(
-        10.0, "warn of a gradient norm more than so many times its median over the last 100 steps", result=False
+        10.0, "warn of a gradient norm more than this many times its median over the last 100 steps", result=False
     )
 
 
 @dataclass
 class LauncherConfig:
-    num_processes: int | None = option(None, "ranks on this machine; null: one a GPU, or one", result=False)
+    num_processes: int | None = option(None, "ranks on this machine; null: one per GPU, or one", result=False)
     time_limit: float | None = option(
-        None, "minutes that this command may take: it saves before and leaves with exit code 75", result=False
+        None, "minutes that this command may take: before that it saves and ends with exit code 75", result=False
     )
-    leave_seconds: float = option(120.0, "how long before that limit it begins to save", result=False)
+    leave_seconds: float = option(120.0, "seconds before that limit at which it starts to save", result=False)
     hang_seconds: float = option(
-        1800.0, "a step, with its checkpoint, that takes longer ends the run: a rank hangs", result=False
+        1800.0,
+        "a step with its checkpoint that takes longer is taken for a hanging rank and ends the run",
+        result=False,
     )
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
 
 
 @dataclass
 class ExportConfig:
-    what: ExportedStep = option(
-        ExportedStep.last, "whose weights leave the run: the last step's, or those of the step that was best on dev"
-    )
+    what: ExportedStep = option(ExportedStep.last, "step whose weights are exported: the last, or the best on dev")
     shard_bytes: int = option(
         5_000_000_000, "the model's weights are split into safetensors files of at most so many bytes", result=False
     )
@@ -357,14 +382,16 @@ class ExportConfig:
 @dataclass
 class DownloadsConfig:
     dir: str = option("caches/.downloads", "folder for shards of caches in object stores; may be shared", result=False)
-    bytes: int = option(50_000_000_000, "bytes it may take; the shards not used for longest go first", result=False)
+    bytes: int = option(
+        50_000_000_000, "maximum bytes of that folder; the least recently used shards are deleted first", result=False
+    )
 
 
 @dataclass
 class TrainConfig:
     name: str = option(MISSING, "first part of the run folder's name; what the report calls the experiment")
     runs_dir: str = option("runs", "folder that holds all runs", result=False)
-    seed: int = option(1, "decides the order of the data and every other draw")
+    seed: int = option(1, "seed of the data order and of every other draw")
     student: StudentConfig = option(StudentConfig, "the strong model, before training")
     cache: str | None = option(
         None,
@@ -376,36 +403,37 @@ class TrainConfig:
         list, "further captures of the same tokenizer, mixed with `cache`", content=True, address=True
     )
     cache_weights: list[float] | None = option(
-        None, "how often `cache` and each of `more_caches` has its turn; null: by their numbers of sequences"
+        None, "weights of `cache` and each of `more_caches` in the mixture; null: their numbers of sequences"
     )
     curriculum_parts: int = option(
-        1, "cut each cache into so many parts by the teacher's entropy; an epoch takes the surest first; 1: no order"
+        1,
+        "cut each cache into this many parts by the teacher's entropy; an epoch starts with the lowest; 1: one part",
     )
     k: int | None = option(None, "kept entries to read from the cache; null: all that were captured")
     gold: TextConfig | None = option(None, "trusted text with known targets; null: none")
     gold_cache: str | None = option(
         None,
-        "a capture of the gold set, read in gold's place: targets and the teacher's distributions; null: read gold",
+        "a capture of the gold set, read instead of gold: targets and the teacher's distributions; null: read gold",
         content=True,
         address=True,
     )
-    dev: TextConfig | None = option(None, "held-out text that decisions may look at; null: none")
+    dev: TextConfig | None = option(None, "held-out text for decisions during training; null: none")
     test: TextConfig | None = option(None, "held-out text for the reported score; null: none")
     window: int = option(512, "longest gold sequence, in tokens; records are packed into it")
     gold_fraction: float = option(MISSING, "fraction of the global batch's sequences that are gold")
     gold_fraction_of: GoldFractionOf = option(
         GoldFractionOf.sequences, "sequences, or targets: that fraction of all supervised positions is gold, on average"
     )
-    gold_epochs: float | None = option(None, "at most so many passes over gold, then the corpus alone; null: no end")
+    gold_epochs: float | None = option(None, "maximum passes over gold, then the corpus alone; null: no limit")
     global_batch: int = option(8, "sequences in one optimizer step, over all ranks")
     global_batch_tokens: int | None = option(
         None,
-        "in global_batch's place: tokens in one optimizer step, as sequences of `window`, packed full",
+        "instead of global_batch: tokens in one optimizer step, counted as sequences of `window`",
         result=False,
     )
-    micro_batch: int = option(8, "at most so many sequences in one forward of one rank", result=False)
+    micro_batch: int = option(8, "maximum sequences in one forward of one rank", result=False)
     gradient_checkpointing: bool = option(
-        False, "keep only each layer's input and compute the rest again in the backward", result=False
+        False, "keep only each layer's input and recompute the rest in the backward", result=False
     )
     steps: int | None = option(None, "optimizer steps; give this or epochs")
     epochs: float | None = option(
@@ -414,15 +442,17 @@ class TrainConfig:
     loss: LossConfig = option(LossConfig, "the combined objective")
     optimizer: OptimizerConfig = option(OptimizerConfig, "AdamW or Muon, and the schedule")
     deepspeed: DeepspeedConfig = option(DeepspeedConfig, "the engine")
-    checkpoint: CheckpointConfig = option(CheckpointConfig, "what survives a stop")
+    checkpoint: CheckpointConfig = option(CheckpointConfig, "checkpoints during training")
     scoring: ScoringConfig = option(ScoringConfig, "evaluation at the end")
     evaluate_every_steps: int = option(0, "steps between evaluations on dev while training; 0: never")
-    early_stopping: EarlyStoppingConfig = option(EarlyStoppingConfig, "an end before the last step, decided on dev")
-    health: HealthConfig = option(HealthConfig, "when a step is a sign of trouble", result=False)
+    early_stopping: EarlyStoppingConfig = option(
+        EarlyStoppingConfig, "ends the run before its last step, decided on dev"
+    )
+    health: HealthConfig = option(HealthConfig, "limits that warn or end a run", result=False)
     trackers: list[Tracker] = option(
         list, "copies of metrics.jsonl elsewhere: tensorboard, wandb, mlflow", result=False
     )
-    export: ExportConfig = option(ExportConfig, "which weights are written, and how")
+    export: ExportConfig = option(ExportConfig, "which weights are exported, and how")
     launcher: LauncherConfig = option(LauncherConfig, "how ranks are started", result=False)
     downloads: DownloadsConfig = option(
         DownloadsConfig, "caches in object stores are read through this folder", result=False
@@ -451,7 +481,7 @@ class AuditConfig:
         None, "replay: the teacher of the cache; show: any model folder with its tokenizer", result=False
     )
     rows: int = option(8, "sequences drawn at random for replay and show")
-    seed: int = option(0, "decides which")
+    seed: int = option(0, "seed of that choice")
     record: int | None = option(None, "show: the record with this id, all its positions; null: random rows")
     top: int = option(8, "show: entries a position")
     out: str | None = option(None, "summary: folder for summary.json, summary.png and summary.svg; null: print only")

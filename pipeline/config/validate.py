@@ -1,4 +1,4 @@
-"""What cannot be meant is refused before anything is read: checks across options, and paths that match nothing."""
+"""Reject contradictory options before reading any input: checks across options, and paths that match nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.core.types import InputError
 
 
 def check_capture(config: CaptureConfig) -> None:
-    """Refuse what cannot be meant, before anything is read."""
+    """Reject contradictory options before reading any input."""
     at_least(2, window=config.window)
     at_least(1, k=config.k, draws=config.draws, records_per_shard=config.records_per_shard)
     at_least(1, batch_sequences=config.batch_sequences, num_workers=config.num_workers)
@@ -31,14 +31,14 @@ def check_capture(config: CaptureConfig) -> None:
     )
     if config.complete.how is not CompletionMode.none and config.corpus.targets is not Targets.completion:
         raise InputError(
-            f"complete.how={config.complete.how.name}: expected corpus.targets=completion, because what the teacher "
-            f"says is what it supervises, found {config.corpus.targets.name}"
+            f"complete.how={config.complete.how.name}: expected corpus.targets=completion, because the teacher "
+            f"supervises what it generates, found {config.corpus.targets.name}"
         )
     at_least(1, complete_max_new_tokens=config.complete.max_new_tokens, complete_batch=config.complete.batch_records)
     positive(complete_temperature=config.complete.temperature)
     if config.kind is not Kind.topk and config.temperatures != [1.0]:
         raise InputError(
-            f"temperatures: expected [1.0], because a {config.kind.name} cache is valid only there, found "
+            f"temperatures: expected [1.0], because a {config.kind.name} cache is exact only at T = 1, found "
             f"{config.temperatures}; use kind=topk for other temperatures"
         )
     if 1.0 not in config.temperatures:
@@ -46,7 +46,7 @@ def check_capture(config: CaptureConfig) -> None:
 
 
 def check_audit(config: AuditConfig) -> None:
-    """Refuse what cannot be meant, before anything is read."""
+    """Reject contradictory options before reading any input."""
     at_least(1, rows=config.rows, top=config.top, batch_sequences=config.batch_sequences)
     at_least(0, record=0 if config.record is None else config.record)
     positive(log_every_seconds=config.log_every_seconds)
@@ -71,7 +71,7 @@ def positive(**values: float) -> None:
 
 
 def check_files(config: Any, prefix: str = "") -> None:
-    """Refuse paths and globs that match nothing, in the first second; hub names and addresses are asked for later."""
+    """Reject paths and globs that match nothing, within the first second; hub names and URLs are checked later."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
@@ -87,7 +87,7 @@ def check_files(config: Any, prefix: str = "") -> None:
 
 
 def urls_in(config: Any) -> Iterator[tuple[str, str]]:
-    """The options of a root that name a place in an object store, with their values."""
+    """The options of a root that hold the URL of an object store, with their values."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         values = value if isinstance(value, list) else [value]

@@ -1,13 +1,15 @@
-"""What cannot be meant by the options of training, refused before anything is read."""
+"""Reject contradictory options of training before reading any input."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from typing import Any
 
 from pipeline.config.schema import (
     Dtype,
     ExportedStep,
+    LossConfig,
     Offload,
     Optimizer,
     Source,
@@ -25,8 +27,8 @@ TRACKER_PACKAGES = {  # what is imported, what pip calls it
 
 
 def check_train(config: TrainConfig) -> None:
-    """Refuse what cannot be meant, before anything is read."""
-    kd, terms = config.loss.kd, {name: getattr(config.loss, name) for name in ("lm", "kd", "hard", "confidence")}
+    """Reject contradictory options before reading any input."""
+    kd, terms = config.loss.kd, terms_of(config.loss)
     at_least(2, window=config.window)
     at_least(1, global_batch=config.global_batch, micro_batch=config.micro_batch)
     at_least(1, steps=1 if config.steps is None else config.steps)
@@ -66,6 +68,12 @@ def check_train(config: TrainConfig) -> None:
         raise InputError("no term with a weight above 0 reads any text of this run; check loss.*.weight, loss.*.on")
 
 
+def terms_of(loss: LossConfig) -> dict[str, Any]:
+    """The options of every term: each field of the objective that has a weight."""
+    terms = {item.name: getattr(loss, item.name) for item in dataclasses.fields(loss)}
+    return {name: term for name, term in terms.items() if hasattr(term, "weight")}
+
+
 def _check_mixing(config: TrainConfig) -> None:
     at_least(1, curriculum_parts=config.curriculum_parts)
     num_caches = 1 + len(config.more_caches)
@@ -87,7 +95,7 @@ def _check_mixing(config: TrainConfig) -> None:
         positive(gold_epochs=config.gold_epochs)
         if config.gold_fraction == 1:
             raise InputError(
-                f"gold_epochs: expected null with gold_fraction=1, where nothing else could fill a batch, found "
+                f"gold_epochs: expected null with gold_fraction=1, because nothing else could fill a batch, found "
                 f"{config.gold_epochs}; use epochs={config.gold_epochs}"
             )
     tokens = config.global_batch_tokens
@@ -133,8 +141,8 @@ def _check_muon(config: TrainConfig) -> None:
     positive(muon_learning_rate=config.optimizer.muon_learning_rate)
     if config.optimizer.max_grad_norm > 0:
         raise InputError(
-            "optimizer.name=muon: expected optimizer.max_grad_norm=0, because DeepSpeed would clip Muon's orthogonal "
-            f"updates, whose size says nothing, at some ZeRO stages, found {config.optimizer.max_grad_norm}"
+            "optimizer.name=muon: expected optimizer.max_grad_norm=0, because at some ZeRO stages DeepSpeed would clip "
+            f"Muon's updates after they are orthogonalised, found {config.optimizer.max_grad_norm}"
         )
     if config.student.dtype is Dtype.float16 or config.deepspeed.offload is not Offload.none:
         raise InputError(
@@ -153,8 +161,8 @@ def _check_adapter(config: TrainConfig) -> None:
     fraction(adapter_dropout=adapter.dropout)
     if adapter.dora and config.deepspeed.zero_stage == 3:
         raise InputError(
-            "student.adapter.dora: expected deepspeed.zero_stage 0 to 2, because DoRA begins with the size of each "
-            "whole weight, found 3; use deepspeed=zero2 or dora=false"
+            "student.adapter.dora: expected deepspeed.zero_stage 0 to 2, because DoRA starts from the norms of "
+            "complete weights, found 3; use deepspeed=zero2 or dora=false"
         )
     if adapter.targets == []:
         raise InputError("student.adapter.targets: expected names of linear layers or null for all, found []")
@@ -165,7 +173,7 @@ def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
     for name, term in terms.items():
         if name != "lm" and Source.gold in term.on and term.weight > 0 and config.gold_cache is None:
             raise InputError(
-                f"loss.{name}.on: expected [corpus], because gold carries nothing of the teacher's, found gold in it; "
+                f"loss.{name}.on: expected [corpus], because gold carries no output of the teacher, found gold in it; "
                 "capture the gold set as well and give its cache as gold_cache"
             )
         fraction(**{f"loss.{name}.ramp.{end}": getattr(term.ramp, end) for end in ("start_fraction", "end_fraction")})
@@ -178,8 +186,8 @@ def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
     positive(keep_fraction=gate.keep_fraction)
     if gate.keep_fraction < 1 and (config.cache is None or config.gold_fraction == 1):
         raise InputError(
-            f"loss.kd.gate.keep_fraction: expected 1, because the surest positions are chosen in the corpus and "
-            f"this run reads none, found {gate.keep_fraction}; use gate.min_confidence or gate.max_entropy"
+            f"loss.kd.gate.keep_fraction: expected 1, because the fraction is of the corpus and this run reads "
+            f"none, found {gate.keep_fraction}; use gate.min_confidence or gate.max_entropy"
         )
     at_least(0, diagnostics_every_steps=loss.diagnostics_every_steps, adaptive_weight_every_steps=follows.every_steps)
     if follows.every_steps > 0:
@@ -190,8 +198,8 @@ def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
             )
         if config.dev is None or follows.teacher_predictions is None:
             raise InputError(
-                "loss.kd.adaptive_weight: expected dev and adaptive_weight.teacher_predictions, because two scores are compared, "
-                "found null; score the teacher on dev with scripts/evaluate.py"
+                "loss.kd.adaptive_weight: expected dev and adaptive_weight.teacher_predictions, because it compares "
+                "two scores, found null; score the teacher on dev with scripts/evaluate.py"
             )
 
 
@@ -204,22 +212,22 @@ def _check_dev_evaluation(config: TrainConfig) -> None:
     if config.evaluate_every_steps > 0 and config.dev is None:
         raise InputError(
             f"evaluate_every_steps={config.evaluate_every_steps}: expected dev, the text to evaluate on, found null; "
-            "give dev or evaluate_every_steps=0"
+            "set dev or evaluate_every_steps=0"
         )
     if early.patience > 0 and config.evaluate_every_steps == 0:
         raise InputError(
-            f"early_stopping.patience={early.patience}: expected evaluate_every_steps of 1 or more, found 0; say how "
-            "often dev decides, or use early_stopping.patience=0"
+            f"early_stopping.patience={early.patience}: expected evaluate_every_steps of 1 or more, found 0; set "
+            "evaluate_every_steps, or early_stopping.patience=0"
         )
     if config.export.what is ExportedStep.best and config.evaluate_every_steps == 0:
         raise InputError(
-            "export.what=best: expected dev and evaluate_every_steps of 1 or more, found 0; say how often dev decides, "
+            "export.what=best: expected dev and evaluate_every_steps of 1 or more, found 0; set both, "
             "or use export.what=last"
         )
 
 
 def check_trackers(trackers: list[Tracker]) -> None:
-    """Refuse a tracker whose package is not there, before any rank starts."""
+    """Reject a tracker whose package is not installed, before any rank starts."""
     for tracker in trackers:
         module, package = TRACKER_PACKAGES[tracker]
         if importlib.util.find_spec(module) is None:

@@ -43,6 +43,11 @@ class RunPaths:
         return self.folder / "stop-requested"
 
     @property
+    def inputs(self) -> Path:
+        """Gold, dev and test as tokens, for the ranks; gone when the run is finished."""
+        return self.folder / "inputs"
+
+    @property
     def log(self) -> Path:
         """Rank 0's log lines."""
         return self.folder / "log.txt"

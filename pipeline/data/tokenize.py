@@ -1,10 +1,10 @@
-"""Records -> tokens -> packed sequences: the only place where targets are shifted."""
+"""Records -> token ids -> segments with their targets: the only place where tokens are shifted to targets."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,80 @@ from pipeline.data.records import MalformedRecords, Raw, Text, all_records, pars
 
 RECORDS_PER_CALL = 1024  # records handed to the tokenizer at once
 
+Targets = tuple[tuple[int, int], ...]
+"""(position s, token s+1): what each supervised position should predict."""
 
-# --------------------------------------------------------------------------------------------- tokens
+
+# ------------------------------------------------------------------------------------------ token ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedRecord:
+    """A record as token ids."""
+
+    record: Record
+    prompt_ids: list[int]
+    """Empty for plain text."""
+    completion_ids: list[int] | None
+    """With the end token where the text asks for one; None where the record has no completion."""
+    choice_ids: list[list[int]]
+    """Of each choice, with the same end as a completion."""
+
+
+def encode_records(
+    records: Iterable[Record], tokenizer: Any, *, end_token: bool, with_choices: bool = False
+) -> Iterator[EncodedRecord]:
+    """Tokenize records in batches: prompts, completions and, if asked, choices by the same rules.
+
+    Special tokens that the tokenizer adds go to the start of a record only, and not where a chat template has written
+    them already. A templated completion or choice brings the template's own end of turn; any other gets the end token.
+    """
+    end = [tokenizer.eos_token_id] if end_token else []
+    remaining = iter(records)
+    while batch := list(itertools.islice(remaining, RECORDS_PER_CALL)):
+        texts: list[tuple[str, bool]] = []
+        for record in batch:
+            if record.prompt is not None:
+                texts.append((record.prompt, not record.templated))
+            if record.completion is not None:
+                texts.append((record.completion, record.prompt is None and not record.templated))
+            if with_choices:
+                texts += [(choice, False) for choice in record.choices]
+        ids = iter(_tokenize(texts, tokenizer))
+        for record in batch:
+            end_ids = [] if record.templated else end
+            yield EncodedRecord(  # the iterator is read in the order in which the texts were listed above
+                record=record,
+                prompt_ids=[] if record.prompt is None else next(ids),
+                completion_ids=None if record.completion is None else next(ids) + end_ids,
+                choice_ids=[next(ids) + end_ids for _ in record.choices] if with_choices else [],
+            )
+
+
+def _tokenize(texts: Sequence[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each (text, whether the tokenizer adds its special tokens), by one call for each kind."""
+    found: list[list[int]] = [[] for _ in texts]
+    for special in (True, False):
+        places = [place for place, (_, adds_special) in enumerate(texts) if adds_special == special]
+        if not places:
+            continue
+        called = tokenizer(
+            [texts[place][0] for place in places],
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        for place, ids in zip(places, called["input_ids"], strict=True):
+            found[place] = ids
+    return found
+
+
+def shifted_targets(ids: Sequence[int], *, first: int) -> Targets:
+    """The shift: from position `first` on, each position s predicts the token at s + 1."""
+    return tuple((s, ids[s + 1]) for s in range(first, len(ids) - 1))
+
+
+# ------------------------------------------------------------------------------------------- segments
 
 
 def segments(
@@ -30,89 +102,51 @@ def segments(
 ) -> Iterator[Segment]:
     """Records -> segments no longer than the window, with their targets.
 
-    Plain text longer than the window is split into segments that overlap by
-    one token, so that every token is a target once; a record with a prompt must fit. With `require_targets`
-    a record whose truth is unknown is rejected.
+    Plain text longer than the window is split into segments that overlap by one token, so that every token is a target
+    once; a record with a prompt must fit. With `require_targets` a record without a known target is rejected.
     """
-    records = iter(records)
-    while some := list(itertools.islice(records, RECORDS_PER_CALL)):
-        for record, (head, tail) in zip(some, _encode(some, tokenizer, text.end_token), strict=True):
-            try:
-                if tail is None and text.completes:
-                    yield _prompt_of(record.record_id, head, window)
-                else:
-                    yield from _segments_of(record.record_id, head, tail, window, text.targets, require_targets)
-            except InputError as error:
-                malformed.reject(record.where, str(error))
+    for encoded in encode_records(records, tokenizer, end_token=text.end_token):
+        try:
+            if encoded.completion_ids is None and text.completes:
+                yield _prompt_segment(encoded, window)
+            else:
+                yield from record_segments(encoded, text.targets, window=window, require_targets=require_targets)
+        except InputError as error:
+            malformed.reject(encoded.record.where, str(error))
 
 
-def _encode(records: list[Record], tokenizer: Any, end_token: bool) -> list[tuple[list[int], list[int] | None]]:
-    """(prompt ids, completion ids) of each record; plain text is a completion after an empty prompt."""
-    end = [tokenizer.eos_token_id] if end_token else []
-
-    def ids(texts: list[str], special: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False)[
-            "input_ids"
-        ]
-
-    by_special: dict[bool, list[str]] = {True: [], False: []}
-    plan: list[tuple[tuple[bool, int] | None, tuple[bool, int] | None]] = []
-    for record in records:
-        places: list[tuple[bool, int] | None] = []
-        for text, starts in ((record.prompt, True), (record.completion, record.prompt is None)):
-            special = starts and not record.templated
-            places.append(None if text is None else (special, len(by_special[special])))
-            if text is not None:
-                by_special[special].append(text)
-        plan.append((places[0], places[1]))
-    encoded = {special: ids(texts, special) for special, texts in by_special.items()}
-    return [
-        (
-            [] if prompt is None else encoded[prompt[0]][prompt[1]],
-            None
-            if completion is None
-            # a templated completion brings the template's own end of turn
-            else encoded[completion[0]][completion[1]] + ([] if record.templated else end),
-        )
-        for record, (prompt, completion) in zip(records, plan, strict=True)
-    ]
-
-
-def _segments_of(
-    record_id: int, head: list[int], tail: list[int] | None, window: int, targets: str, require_targets: bool
+def record_segments(
+    encoded: EncodedRecord, targets: str, *, window: int | None, require_targets: bool = False
 ) -> Iterator[Segment]:
-    is_text = not head
-    if tail is None and (require_targets or targets == "completion"):
+    """The segments of one record; InputError where it does not fit the window (None: no limit) or has no target."""
+    prompt_ids, completion_ids, is_text = encoded.prompt_ids, encoded.completion_ids, not encoded.prompt_ids
+    if completion_ids is None and (require_targets or targets == "completion"):
         raise InputError("expected a known target, found no completion (nor choices with an answer)")
     if is_text and targets != "all":
         raise InputError(f"expected a prompt, because targets={targets}, found plain text or an empty prompt")
+    ids, first = prompt_ids + (completion_ids or []), 0 if targets == "all" else len(prompt_ids) - 1
+    pairs = shifted_targets(ids, first=first)
     if targets == "next":
-        pairs = [(len(head) - 1, tail[0] if tail else UNKNOWN_TARGET)]
-        ids = head
-    else:
-        ids = head + (tail or [])
-        first = 0 if targets == "all" else len(head) - 1
-        pairs = [(s, ids[s + 1]) for s in range(first, len(ids) - 1)]
+        ids, pairs = prompt_ids, pairs[:1] or ((first, UNKNOWN_TARGET),)
     if not pairs:
         raise InputError(f"expected at least two tokens, found {len(ids)}: nothing to predict")
-    if is_text:
+    record_id = encoded.record.record_id
+    if is_text and window is not None:
         for start in range(0, len(ids) - 1, window - 1):
             part = ids[start : start + window]
-            shifted = tuple((s, part[s + 1]) for s in range(len(part) - 1))
-            yield Segment(record_id=record_id, ids=tuple(part), targets=shifted)
+            yield Segment(record_id=record_id, ids=tuple(part), targets=shifted_targets(part, first=0))
         return
-    if len(ids) > window:
+    if window is not None and len(ids) > window:
         raise InputError(f"expected at most {window} tokens (window), found {len(ids)}")
-    yield Segment(record_id=record_id, ids=tuple(ids), targets=tuple(pairs))
+    yield Segment(record_id=record_id, ids=tuple(ids), targets=pairs)
 
 
-def _prompt_of(record_id: int, head: list[int], window: int) -> Segment:
-    """A segment without targets: the teacher is to say what follows."""
-    if not 1 <= len(head) < window:
-        raise InputError(f"expected a prompt of 1 to {window - 1} tokens (the window less one), found {len(head)}")
-    return Segment(record_id=record_id, ids=tuple(head), targets=())
+def _prompt_segment(encoded: EncodedRecord, window: int) -> Segment:
+    """A segment without targets: the teacher will complete it."""
+    ids = encoded.prompt_ids
+    if not 1 <= len(ids) < window:
+        raise InputError(f"expected a prompt of 1 to {window - 1} tokens (the window less one), found {len(ids)}")
+    return Segment(record_id=encoded.record.record_id, ids=tuple(ids), targets=())
 
 
 def read_sequences(
@@ -132,46 +166,23 @@ def read_sequences(
 
 
 def load_labeled_sequences(text: Text, tokenizer: Any, *, window: int) -> list[TokenSequence]:
-    """A whole text with known targets, packed, in memory."""
+    """A text with known targets, packed, in memory; refuses one without a usable record."""
+    check_end_token(text, tokenizer)
     malformed = MalformedRecords(skip=text.skip_malformed)
-    raw = all_records(text.files)
-    return list(read_sequences(raw, text, tokenizer, malformed, window=window, require_targets=True))
-
-
-# -------------------------------------------------------------------------------------------- packing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextSummary:
-    """What a text is, whatever its files are called."""
-
-    num_records: int
-    """Malformed ones included."""
-    sha256: str
-
-
-def check_text(text: Text, tokenizer: Any, *, window: int, require_targets: bool = False) -> TextSummary:
-    """Read, parse and tokenize every record once, and hash the files: what cannot be used stops before a model loads.
-
-    Refuses a text with no usable record.
-    """
-    if text.end_token and tokenizer.eos_token_id is None:
-        raise InputError(f"{text.what}: expected a tokenizer with an end token, found none; set end_token=false")
-    malformed, num_records = MalformedRecords(skip=text.skip_malformed), 0
-
-    def counted() -> Iterator[Raw]:
-        nonlocal num_records
-        for raw in all_records(text.files):
-            num_records += 1
-            yield raw
-
-    records = parse_records(counted(), text, tokenizer, malformed)
-    parts = segments(records, text, tokenizer, malformed, window=window, require_targets=require_targets)
-    if sum(1 for _ in parts) == 0:
+    sequences = list(
+        read_sequences(all_records(text.files), text, tokenizer, malformed, window=window, require_targets=True)
+    )
+    if not sequences:
         files = ", ".join(map(str, text.files))
         raise InputError(f"{text.what}: expected usable records, found none in {files} ({malformed.count} malformed)")
     malformed.log_count(text.what)
-    return TextSummary(num_records=num_records, sha256=text_hash(text))
+    return sequences
+
+
+def check_end_token(text: Text, tokenizer: Any) -> None:
+    """Refuse a text that wants an end token of a tokenizer that has none."""
+    if text.end_token and tokenizer.eos_token_id is None:
+        raise InputError(f"{text.what}: expected a tokenizer with an end token, found none; set end_token=false")
 
 
 def text_hash(text: Text) -> str:

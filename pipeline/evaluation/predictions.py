@@ -11,87 +11,90 @@ from pipeline.core.files import one_path
 from pipeline.core.types import InputError, Scores
 from pipeline.evaluation.requests import EvaluationSet, record_key
 
+PREDICTION_COLUMNS: dict[str, Any] = {
+    "record_id": pl.Int64,
+    "record_key": pl.Binary,
+    "answer": pl.Int64,
+    "predicted": pl.Int64,
+    "correct": pl.Boolean,
+    "choice_log_probs": pl.List(pl.Float32),
+    "num_targets": pl.Int64,
+    "nll_sum": pl.Float64,
+    "generated": pl.String,
+    "exact": pl.Boolean,
+}
+
 
 def predictions_table(
-    exam: EvaluationSet, log_probs: list[list[float]], answers: dict[int, tuple[str, bool]]
+    held_out: EvaluationSet, log_probs: list[list[float]], generated: dict[int, tuple[str, bool]]
 ) -> pl.DataFrame:
-    own: dict[int, list[float]] = {record.record_id: [] for record in exam.records}
-    choices: dict[int, list[float]] = {record.record_id: [] for record in exam.records}
-    for item, values in zip(exam.items, log_probs, strict=True):
-        if item.choice is None:
-            own[item.record_id] += values
+    """One row a record. `log_probs`: of each likelihood request; `generated`: text and exact match, by record id."""
+    own: dict[int, list[float]] = {record.record_id: [] for record in held_out.records}
+    choices: dict[int, list[float]] = {record.record_id: [] for record in held_out.records}
+    for request, values in zip(held_out.likelihoods, log_probs, strict=True):
+        if request.choice is None:
+            own[request.record_id] += values
         else:
-            choices[item.record_id].append(sum(values))
+            choices[request.record_id].append(sum(values))
     rows = []
-    for record in exam.records:
-        likelihoods = choices[record.record_id]
-        predicted = likelihoods.index(max(likelihoods)) if likelihoods else None
-        scored = predicted is not None and record.answer is not None
-        spoken, exact = answers.get(record.record_id, (None, None))
+    for record in held_out.records:
+        choice_log_probs = choices[record.record_id]
+        predicted = choice_log_probs.index(max(choice_log_probs)) if choice_log_probs else None
+        is_scored = predicted is not None and record.answer is not None
+        text, exact = generated.get(record.record_id, (None, None))
         rows.append(
             {
                 "record_id": record.record_id,
                 "record_key": record_key(record),
                 "answer": record.answer,
                 "predicted": predicted,
-                "correct": predicted == record.answer if scored else None,
-                "choice_log_probs": likelihoods,
+                "correct": predicted == record.answer if is_scored else None,
+                "choice_log_probs": choice_log_probs,
                 "num_targets": len(own[record.record_id]),
                 "nll_sum": -sum(own[record.record_id]),
-                "generated": spoken,
+                "generated": text,
                 "exact": exact,
             }
         )
-    schema: dict[str, Any] = {
-        "record_id": pl.Int64,
-        "record_key": pl.Binary,
-        "answer": pl.Int64,
-        "predicted": pl.Int64,
-        "correct": pl.Boolean,
-        "choice_log_probs": pl.List(pl.Float32),
-        "num_targets": pl.Int64,
-        "nll_sum": pl.Float64,
-        "generated": pl.String,
-        "exact": pl.Boolean,
-    }
-    return pl.DataFrame(rows, schema=schema)
+    return pl.DataFrame(rows, schema=PREDICTION_COLUMNS)
 
 
-def teacher_choices(exam: EvaluationSet, predictions: str) -> pl.Series:
-    """The teacher's choice on each record, joined by what the record says, never by its position."""
+def teacher_choices(held_out: EvaluationSet, predictions: str) -> pl.Series:
+    """The teacher's choice on each record, joined by the record's content, never by its position."""
     path = one_path(predictions, "scoring.teacher_predictions")
     teacher = pl.read_parquet(path).select("record_key", "predicted").unique("record_key")
-    mine = pl.DataFrame({"record_key": [record_key(record) for record in exam.records]})
-    joined = mine.join(teacher, on="record_key", how="left", maintain_order="left")["predicted"]
-    asked = pl.Series([bool(record.choices) for record in exam.records])
-    unknown = int((joined.is_null() & asked).sum())
-    if unknown:
+    records = pl.DataFrame({"record_key": [record_key(record) for record in held_out.records]})
+    predicted = records.join(teacher, on="record_key", how="left", maintain_order="left")["predicted"]
+    has_choices = pl.Series([bool(record.choices) for record in held_out.records])
+    num_missing = int((predicted.is_null() & has_choices).sum())
+    if num_missing:
         raise InputError(
-            f"{path}: expected the teacher's prediction for each of {len(asked)} records, found none for {unknown}; "
-            "score the teacher on the same text"
+            f"{path}: expected the teacher's prediction for each of {len(records)} records, found none for "
+            f"{num_missing}; score the teacher on the same text"
         )
-    return joined
+    return predicted
 
 
-def teacher_score(exam: EvaluationSet, predictions: str) -> float:
-    """The teacher's score on an exam by its predictions, as `decisive` has it."""
+def teacher_score(held_out: EvaluationSet, predictions: str) -> float:
+    """The teacher's `main_score` on the same records, from its predictions file."""
     path = one_path(predictions, "loss.kd.adaptive_weight.teacher_predictions")
-    mine = pl.DataFrame({"record_key": [record_key(record) for record in exam.records]})
-    rows = mine.join(pl.read_parquet(path).unique("record_key"), on="record_key", how="left")
-    questions = {question.record_id for question in exam.questions}
-    asked = pl.Series([record.record_id in questions for record in exam.records])
-    unknown = int((rows["num_targets"].is_null() | (asked & rows["exact"].is_null())).sum())
-    if unknown:
+    records = pl.DataFrame({"record_key": [record_key(record) for record in held_out.records]})
+    rows = records.join(pl.read_parquet(path).unique("record_key"), on="record_key", how="left")
+    to_generate = {request.record_id for request in held_out.generations}
+    is_generated = pl.Series([record.record_id in to_generate for record in held_out.records])
+    num_missing = int((rows["num_targets"].is_null() | (is_generated & rows["exact"].is_null())).sum())
+    if num_missing:
         raise InputError(
-            f"{path}: expected the teacher's prediction for each of {len(mine)} records of dev, found none for "
-            f"{unknown}; score the teacher on the same text, with scoring.max_new_tokens={exam.max_new_tokens}"
+            f"{path}: expected the teacher's prediction for each of {len(records)} records of dev, found none for "
+            f"{num_missing}; score the teacher on the same text, with scoring.max_new_tokens={held_out.max_new_tokens}"
         )
-    rows = rows.with_columns(exact=pl.when(asked).then(pl.col("exact")))  # what is not asked here decides nothing
+    # where this run generates nothing, what the teacher generated must not count
+    rows = rows.with_columns(exact=pl.when(is_generated).then(pl.col("exact")))
     return main_score(scores_of(rows))
 
 
 def main_score(scores: Scores) -> float:
-    """One number, more is better: accuracy over choices, else exact match if measured, else minus the nll."""
+    """The score that decisions use, higher is better: accuracy over choices, else exact match, else minus the nll."""
     for fraction in (scores.accuracy, scores.exact_match):
         if fraction is not None:
             return fraction
@@ -100,6 +103,7 @@ def main_score(scores: Scores) -> float:
 
 
 def scores_of(predictions: pl.DataFrame) -> Scores:
+    """Means over the rows of a predictions table."""
     num_targets = int(predictions["num_targets"].sum())
     nll = float(predictions["nll_sum"].sum()) / num_targets if num_targets else None
     with_choices = predictions.filter(pl.col("correct").is_not_null())

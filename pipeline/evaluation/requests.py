@@ -1,154 +1,164 @@
-"""A held-out text as questions: for each record, what is read and which tokens are to be scored."""
+"""A held-out text as requests to a model: tokens to read, and what to score or to generate after them."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from pipeline.config.schema import TextConfig
+from pipeline.core.files import write_atomically
 from pipeline.core.types import InputError, Record
-from pipeline.data.records import MalformedRecords, Text, read_records
-from pipeline.data.tokenize import segments
-
-Pairs = tuple[tuple[int, int], ...]  # (position, token): what to score
+from pipeline.data.records import MalformedRecords, Text, open_text, read_records
+from pipeline.data.tokenize import EncodedRecord, Targets, encode_records, record_segments, shifted_targets
+from pipeline.models.compatibility import max_positions
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LikelihoodRequest:
-    """One continuation of one record: the tokens read and the (position, token) pairs to score."""
+    """One continuation of one record, whose log-likelihood is asked for."""
 
     record_id: int
     choice: int | None
-    """None: the record's own targets, for the negative log-likelihood."""
+    """Index of the choice; None: the record's own targets, for the negative log-likelihood."""
     ids: tuple[int, ...]
-    pairs: Pairs
+    """The tokens to read."""
+    targets: Targets
+    """The (position, token) pairs to score."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """A record without choices whose completion the model is to say."""
+    """A record without choices whose completion the model generates."""
 
     record_id: int
     ids: tuple[int, ...]
     """The prompt's tokens."""
-    ends: frozenset[int]
-    """The tokens at which an answer ends."""
-    wanted: str
-    """The completion as the tokenizer gives it back, without the spaces around it."""
+    end_ids: frozenset[int]
+    """The tokens at which generation ends."""
+    expected: str
+    """The completion as the tokenizer decodes it, without spaces around it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSet:
-    """A held-out text, read and tokenized: all that can be wrong with it is found before a model loads."""
+    """A held-out text, read and tokenized: everything that can be wrong with it is found before a model loads."""
 
     records: tuple[Record, ...]
-    items: tuple[LikelihoodRequest, ...]
-    questions: tuple[GenerationRequest, ...]
+    likelihoods: tuple[LikelihoodRequest, ...]
+    generations: tuple[GenerationRequest, ...]
     """Empty where `max_new_tokens` is 0."""
     max_new_tokens: int
     tokenizer: Any
 
 
-def open_evaluation_set(text: Text, tokenizer: Any, *, longest: int | None, max_new_tokens: int) -> EvaluationSet:
-    """Read a held-out text; refuses one that asks nothing, and records longer than the model's positions.
+def read_evaluation_set(
+    config: TextConfig, name: str, tokenizer: Any, *, folder: Path, max_new_tokens: int
+) -> EvaluationSet:
+    """From options to a value: the requests of a text to the model that lies in a folder."""
+    text, longest = open_text(config, name), max_positions(folder)
+    return open_evaluation_set(text, tokenizer, longest=longest, max_new_tokens=max_new_tokens)
 
-    With `max_new_tokens` above 0 the model is to complete, in so many tokens at most, what has no choices.
+
+def open_evaluation_set(text: Text, tokenizer: Any, *, longest: int | None, max_new_tokens: int) -> EvaluationSet:
+    """Read a held-out text; refuses one without requests, and records longer than the model's positions.
+
+    With `max_new_tokens` above 0 the model completes the records without choices, by at most that many tokens.
     """
     malformed = MalformedRecords(skip=text.skip_malformed)
     records: list[Record] = []
-    items: list[LikelihoodRequest] = []
-    questions: list[GenerationRequest] = []
-    special = frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
-    for record in read_records(text, tokenizer):
+    likelihoods: list[LikelihoodRequest] = []
+    generations: list[GenerationRequest] = []
+    special_ids = frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+    for encoded in encode_records(
+        read_records(text, tokenizer), tokenizer, end_token=text.end_token, with_choices=True
+    ):
         try:
-            asked = [*_own_items(record, text, tokenizer), *_choice_items(record, text, tokenizer)]
-            free = _questions(record, text, tokenizer, special) if max_new_tokens > 0 else []
-            lengths = [len(item.ids) for item in asked] + [len(question.ids) + max_new_tokens for question in free]
-            most = max(lengths, default=0)
-            if longest is not None and most > longest:
-                raise InputError(f"expected at most {longest} tokens, the model's positions, found {most}")
+            to_score = [*_own_targets(encoded, text.targets), *_choices(encoded)]
+            to_generate = _generations(encoded, tokenizer, special_ids) if max_new_tokens > 0 else []
+            lengths = [len(request.ids) for request in to_score]
+            lengths += [len(request.ids) + max_new_tokens for request in to_generate]
+            if longest is not None and max(lengths, default=0) > longest:
+                raise InputError(f"expected at most {longest} tokens, the model's positions, found {max(lengths)}")
         except InputError as error:
-            malformed.reject(record.where, str(error))
+            malformed.reject(encoded.record.where, str(error))
             continue
-        records.append(record)
-        items += asked
-        questions += free
+        records.append(encoded.record)
+        likelihoods += to_score
+        generations += to_generate
     malformed.log_count(text.what)
-    if not items:
+    if not likelihoods:
         raise InputError(
             f"{text.what}: expected records with targets or choices, found none; there is nothing to score"
         )
     return EvaluationSet(
         records=tuple(records),
-        items=tuple(items),
-        questions=tuple(questions),
+        likelihoods=tuple(likelihoods),
+        generations=tuple(generations),
         max_new_tokens=max_new_tokens,
         tokenizer=tokenizer,
     )
 
 
-def check_generation_requests(exams: Sequence[EvaluationSet]) -> None:
-    """Refuse to ask for exact match where nothing can be asked."""
-    if any(exam.max_new_tokens > 0 for exam in exams) and not any(exam.questions for exam in exams):
+def check_generation_requests(sets: Sequence[EvaluationSet]) -> None:
+    """Refuse to measure exact match where no record can be completed."""
+    if any(held_out.max_new_tokens > 0 for held_out in sets) and not any(held_out.generations for held_out in sets):
         raise InputError(
             "scoring.max_new_tokens: expected records with a prompt and a completion and without choices, found none; "
             "use scoring.max_new_tokens=0"
         )
 
 
-def _own_items(record: Record, text: Text, tokenizer: Any) -> Iterator[LikelihoodRequest]:
-    if record.completion is None:
+def _own_targets(encoded: EncodedRecord, targets: str) -> Iterator[LikelihoodRequest]:
+    if encoded.record.completion is None:
         return
-    for segment in segments([record], text, tokenizer, MalformedRecords(skip=False), window=1 << 30):
+    for segment in record_segments(encoded, targets, window=None):
+        last, _ = segment.targets[-1]
         yield LikelihoodRequest(
-            record_id=record.record_id,
-            choice=None,
-            ids=segment.ids[: segment.targets[-1][0] + 1],
-            pairs=segment.targets,
+            record_id=segment.record_id, choice=None, ids=segment.ids[: last + 1], targets=segment.targets
         )
 
 
-def _choice_items(record: Record, text: Text, tokenizer: Any) -> Iterator[LikelihoodRequest]:
+def _choices(encoded: EncodedRecord) -> Iterator[LikelihoodRequest]:
+    record, prompt_ids = encoded.record, encoded.prompt_ids
     if not record.choices:
         return
     if record.prompt is None:
         raise InputError("expected a prompt beside the choices, found plain text")
-    prompt = tuple(tokenizer(record.prompt, add_special_tokens=not record.templated)["input_ids"])
-    end = [tokenizer.eos_token_id] if text.end_token else []
-    choices = [tuple(tokenizer(c, add_special_tokens=False)["input_ids"] + end) for c in record.choices]
-    for one, other in itertools.permutations(choices, 2):
-        if other[: len(one)] == one:  # the shorter could never lose
+    for shorter, longer in itertools.permutations(encoded.choice_ids, 2):
+        if longer[: len(shorter)] == shorter:  # the shorter one would always be at least as likely
             raise InputError("expected choices of which none begins another, found such; set end_token=true")
-    for index, ids in enumerate(choices):
-        pairs = tuple((len(prompt) - 1 + j, token) for j, token in enumerate(ids))
-        yield LikelihoodRequest(record_id=record.record_id, choice=index, ids=prompt + ids[:-1], pairs=pairs)
+    for index, choice_ids in enumerate(encoded.choice_ids):
+        ids = prompt_ids + choice_ids
+        targets = shifted_targets(ids, first=len(prompt_ids) - 1)
+        yield LikelihoodRequest(record_id=record.record_id, choice=index, ids=tuple(ids[:-1]), targets=targets)
 
 
-def _questions(record: Record, text: Text, tokenizer: Any, special: frozenset[int]) -> list[GenerationRequest]:
-    if record.choices or record.prompt is None or record.completion is None:
+def _generations(encoded: EncodedRecord, tokenizer: Any, special_ids: frozenset[int]) -> list[GenerationRequest]:
+    record, expected_ids = encoded.record, encoded.completion_ids
+    if record.choices or record.prompt is None or expected_ids is None:
         return []
-    ids = tokenizer(record.prompt, add_special_tokens=not record.templated)["input_ids"]
-    wanted = tokenizer(record.completion, add_special_tokens=False)["input_ids"]
-    # as a segment has it: a template has written how a turn ends, which need not be the tokenizer's end token
-    if text.end_token and not record.templated:
-        wanted = [*wanted, tokenizer.eos_token_id]
-    if not special & set(wanted):
+    if not special_ids & set(expected_ids):
         raise InputError(
-            "expected a completion that ends with a special token, because an answer is said up to there, found none; "
+            "expected a completion that ends with a special token, because generation stops there, found none; "
             "set end_token=true (a chat template has to end a turn with one), or use scoring.max_new_tokens=0"
         )
-    ends = special & {*wanted, tokenizer.eos_token_id}
     return [
         GenerationRequest(
-            record_id=record.record_id, ids=tuple(ids), ends=ends, wanted=decode_answer(tokenizer, wanted)
+            record_id=record.record_id,
+            ids=tuple(encoded.prompt_ids),
+            end_ids=special_ids & {*expected_ids, tokenizer.eos_token_id},
+            expected=decode_answer(tokenizer, expected_ids),
         )
     ]
 
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Tokens as text: no special ones, no spaces around it."""
+    """Token ids as text, without special tokens and without spaces around it."""
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
@@ -159,3 +169,37 @@ def record_key(record: Record) -> bytes:
     for part in parts:
         digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
     return digest.digest()
+
+
+# ------------------------------------------------------------------------------------------- on disk
+
+
+def save_evaluation_set(held_out: EvaluationSet, path: Path) -> None:
+    """Write the requests as JSON, for processes that should not tokenize the text again."""
+    saved = {
+        "max_new_tokens": held_out.max_new_tokens,
+        "records": [dataclasses.asdict(record) for record in held_out.records],
+        "likelihoods": [dataclasses.asdict(request) for request in held_out.likelihoods],
+        "generations": [
+            dataclasses.asdict(request) | {"end_ids": sorted(request.end_ids)} for request in held_out.generations
+        ],
+    }
+    write_atomically(path, json.dumps(saved))
+
+
+def load_evaluation_set(path: Path, tokenizer: Any) -> EvaluationSet:
+    """Read what `save_evaluation_set` wrote."""
+    saved = json.loads(path.read_text())
+    return EvaluationSet(
+        records=tuple(Record(**row | {"choices": tuple(row["choices"])}) for row in saved["records"]),
+        likelihoods=tuple(
+            LikelihoodRequest(**row | {"ids": tuple(row["ids"]), "targets": tuple(map(tuple, row["targets"]))})
+            for row in saved["likelihoods"]
+        ),
+        generations=tuple(
+            GenerationRequest(**row | {"ids": tuple(row["ids"]), "end_ids": frozenset(row["end_ids"])})
+            for row in saved["generations"]
+        ),
+        max_new_tokens=saved["max_new_tokens"],
+        tokenizer=tokenizer,
+    )

@@ -20,9 +20,7 @@ from pipeline.core.progress import log
 from pipeline.core.types import Captured, InputError, TokenSequence
 from pipeline.data.curriculum import Curriculum, by_entropy
 from pipeline.data.mixture import Mixture
-from pipeline.data.records import open_text
 from pipeline.data.sampler import SHUFFLE_BLOCKS, BatchSampler, CacheStream, exact_fraction, fraction_of_sequences
-from pipeline.data.tokenize import load_labeled_sequences
 from pipeline.objective.gates import Gate, confidence, threshold
 from pipeline.objective.terms import TERMS, TermOptions
 from pipeline.training import schedules as ramps
@@ -30,28 +28,27 @@ from pipeline.training import schedules as ramps
 SAMPLE_BLOCKS = 32  # row groups, at most, that a gate's threshold is read off: evenly spaced, a function of the cache
 
 
-def open_mixture(config: TrainConfig, tokenizer: Any) -> Mixture:
-    """The two streams of a run; gold is read, tokenized and packed here (or from its capture), the cache is opened."""
-    gold: list[tuple[TokenSequence, Captured | None]] = []
-    captured, addresses = None, []
+def open_mixture(config: TrainConfig, gold_sequences: Sequence[TokenSequence]) -> Mixture:
+    """The two streams of a run: gold as given, or from its own capture, and the caches."""
+    gold: list[tuple[TokenSequence, Captured | None]] = [(sequence, None) for sequence in gold_sequences]
+    gold_reader, addresses = None, []
     if config.gold_fraction > 0 and config.gold_cache is not None:
-        captured = open_reader(config, config.gold_cache, "gold_cache")
-        gold = [captured.row(block, row) for block, size in enumerate(captured.blocks) for row in range(size)]
-    elif config.gold_fraction > 0 and config.gold is not None:
-        sequences = load_labeled_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
-        gold = [(sequence, None) for sequence in sequences]
+        gold_reader = open_reader(config, config.gold_cache, "gold_cache")
+        gold = [gold_reader.row(block, row) for block, size in enumerate(gold_reader.blocks) for row in range(size)]
     if config.cache is not None and config.gold_fraction < 1:
         addresses = [config.cache, *config.more_caches]
     readers = [open_reader(config, address, "cache") for address in addresses]
     parts = config.curriculum_parts
     curriculum = [by_entropy(reader.mean_entropies(), parts) if parts > 1 else None for reader in readers]
-    one = next(iter(readers), captured)
+    any_reader = next(iter(readers), gold_reader)
     return Mixture(
         order=open_order(config, [sequence for sequence, _ in gold], readers, curriculum),
         gold=gold,
         readers=readers,
         curriculum=curriculum,
-        smooth_over=one.manifest.vocabulary_size if one and config.loss.kd.control is Control.smoothed else None,
+        smooth_over=any_reader.manifest.vocabulary_size
+        if any_reader and config.loss.kd.control is Control.smoothed
+        else None,
     )
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: saved by all ranks, published by one, kept as asked, brought to other ranks or another stage.
+"""Checkpoints of a run: saved by all ranks, published by one, kept as asked, converted for other ranks or stages.
 
-A checkpoint is one when `published.json` names it: that file is replaced atomically, after the checkpoint's own files
-are durable. What a crash leaves half done has no name, and is cleared away when the run goes on.
+A checkpoint counts once `published.json` names it: that file is replaced atomically, after the checkpoint's own files
+are durable. What a crash leaves unfinished is not named there, and is deleted when the run continues.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from torch import nn
 from pipeline.config.schema import CheckpointConfig, Dtype, ExportedStep, Optimizer, TrainConfig
 from pipeline.core.files import RunPaths, sync_files, write_json
 from pipeline.core.progress import log
-from pipeline.core.runtime import Ranks, full_numel
+from pipeline.core.runtime import full_numel
 from pipeline.core.types import InputError, RunFailed, TrainState
+from pipeline.training.run import Run
 
-FORMAT = 2  # of what published.json promises; 1 named no files
-ABOUT = "about.json"  # in each checkpoint's folder: what published.json said when it was the newest
+FORMAT = 2  # version of published.json; version 1 did not list the files
+ABOUT = "about.json"  # in each checkpoint's folder: the published.json of the time when it was the newest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What published.json says of the newest whole checkpoint."""
+    """The content of published.json: the newest complete checkpoint."""
 
     tag: str
     world_size: int
@@ -56,17 +57,17 @@ class Published:
 
 
 def published(paths: RunPaths) -> Published | None:
-    """The newest whole checkpoint; refuses one that is half there, another run's, or of another version of the code."""
+    """The newest complete checkpoint; refuses one with missing files, of another run, or of another code version."""
     return _read(paths, paths.published) if paths.published.exists() else None
 
 
 def keeps_best(config: TrainConfig) -> bool:
-    """Whether the checkpoint of the best step stays until the run is finished."""
+    """Whether the checkpoint of the best step is kept until the run is finished."""
     return config.export.what is ExportedStep.best
 
 
 def needed(paths: RunPaths, config: TrainConfig) -> list[Published]:
-    """What a run goes on with: the newest checkpoint and that of the best step, if it is to leave; none at first."""
+    """The checkpoints that a run needs to continue: the newest, and that of the best step where it is exported."""
     newest = published(paths)
     if newest is None:
         return []
@@ -75,12 +76,12 @@ def needed(paths: RunPaths, config: TrainConfig) -> list[Published]:
 
 
 def of_best(paths: RunPaths, state: TrainState) -> Published:
-    """The checkpoint of the step that was best on dev, kept whatever came after it; refused as the newest is."""
+    """The checkpoint of the step that was best on dev; refused like the newest."""
     about = paths.checkpoints / tag_of(state.best_step) / ABOUT
     if not about.exists():
         raise InputError(
-            f"{about}: expected the checkpoint of step {state.best_step}, the best on dev, found none; bring it back, "
-            f"or delete {paths.checkpoints} to begin again"
+            f"{about}: expected the checkpoint of step {state.best_step}, the best on dev, found none; restore it, "
+            f"or delete {paths.checkpoints} to start again"
         )
     return _read(paths, about)
 
@@ -90,21 +91,21 @@ def _read(paths: RunPaths, about: Path) -> Published:
     if found.get("format") != FORMAT:
         raise InputError(
             f"{about}: expected a checkpoint of format {FORMAT}, found {found.get('format', 1)}, made by "
-            f"another version of this code; go on with that version, or delete {paths.checkpoints} to begin again"
+            f"another version of this code; continue with that version, or delete {paths.checkpoints} to start again"
         )
     checkpoint = Published(**found)
     if checkpoint.run != paths.folder.name:
         raise InputError(
             f"{about}: expected a checkpoint of {paths.folder.name}, found one of {checkpoint.run}, whose "
-            f"options or inputs are others; delete {paths.checkpoints} to begin again"
+            f"options or inputs differ; delete {paths.checkpoints} to start again"
         )
     folder = paths.checkpoints / checkpoint.tag
     for name, size in checkpoint.files.items():
         held = (folder / name).stat().st_size if (folder / name).is_file() else None
         if held != size:
             raise InputError(
-                f"{folder / name}: expected {size} bytes, found {'no such file' if held is None else held}; bring it "
-                f"back, or delete {paths.checkpoints} to begin again"
+                f"{folder / name}: expected {size} bytes, found {'no such file' if held is None else held}; restore "
+                f"it, or delete {paths.checkpoints} to start again"
             )
     return checkpoint
 
@@ -112,41 +113,50 @@ def _read(paths: RunPaths, about: Path) -> Published:
 # ----------------------------------------------------------------------------------------------- saving
 
 
-def save(engine: Any, paths: RunPaths, state: TrainState, ranks: Ranks, config: TrainConfig) -> None:
-    """Save on all ranks, publish on the first by replacing one small file, then drop what need not be kept."""
-    folder = paths.checkpoints / tag_of(state.step)
-    paths.checkpoints.mkdir(parents=True, exist_ok=True)
+def save(run: Run, state: TrainState) -> None:
+    """Save on all ranks, publish on the first by replacing one small file, then delete what need not be kept."""
+    folder, checkpoints = run.paths.checkpoints / tag_of(state.step), run.paths.checkpoints
+    checkpoints.mkdir(parents=True, exist_ok=True)
     try:
-        where = {"tag": folder.name, "save_latest": False}
-        engine.save_checkpoint(str(paths.checkpoints), exclude_frozen_parameters=True, **where)
-        if ranks.rank == 0:
+        run.engine.save_checkpoint(str(checkpoints), tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
+        if run.ranks.rank == 0:
             sync_files(folder)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
-        free = shutil.disk_usage(paths.checkpoints).free
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
+        free = shutil.disk_usage(checkpoints).free
         shutil.rmtree(folder, ignore_errors=True)
         raise RunFailed(
-            f"{folder}: expected to save a checkpoint, found {error} with {free / 1e6:.0f} MB free; make room and give "
-            f"the same command again: it goes on from the last whole one"
+            f"{folder}: expected to save a checkpoint, found {error} with {free / 1e6:.0f} MB free; make room and run "
+            f"the same command again: it continues from the last complete checkpoint"
         ) from error
-    ranks.barrier()
-    if ranks.rank == 0:
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != ABOUT}
-        published = Published(
-            tag=folder.name,
-            state=dataclasses.asdict(state),
-            skipped_steps=engine.skipped_steps,
-            world_size=ranks.world_size,
-            zero_stage=config.deepspeed.zero_stage,
-            run=paths.folder.name,
-            files=files,
-        )
-        write_json(folder / ABOUT, dataclasses.asdict(published))
-        write_json(paths.published, dataclasses.asdict(published))
-        names = {tag_of(step) for step in kept(saved_steps(paths, up_to=state.step), config.checkpoint)}
-        if keeps_best(config):  # as it was converted, too: its ranks may be gone when it is asked for
-            names |= {tag_of(state.best_step), f"{tag_of(state.best_step)}-universal"}
-        drop(paths, names)
-    ranks.barrier()
+    run.ranks.barrier()
+    if run.ranks.rank == 0:
+        _publish(run, state, folder)
+        delete_others(run.paths, _to_keep(run, state))
+    run.ranks.barrier()
+
+
+def _publish(run: Run, state: TrainState, folder: Path) -> None:
+    """Describe a complete checkpoint in its folder, then in published.json, which makes it the newest."""
+    published = Published(
+        tag=folder.name,
+        state=dataclasses.asdict(state),
+        skipped_steps=run.engine.skipped_steps,
+        world_size=run.ranks.world_size,
+        zero_stage=run.config.deepspeed.zero_stage,
+        run=run.paths.folder.name,
+        files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != ABOUT},
+    )
+    write_json(folder / ABOUT, dataclasses.asdict(published))
+    write_json(run.paths.published, dataclasses.asdict(published))
+
+
+def _to_keep(run: Run, state: TrainState) -> set[str]:
+    """The names of the folders that stay after the checkpoint of this step."""
+    steps = saved_steps(run.paths, up_to=state.step)
+    names = {tag_of(step) for step in kept(steps, run.config.checkpoint)}
+    if keeps_best(run.config):  # its universal form too: the ranks that saved it may be gone when it is loaded
+        names |= {tag_of(state.best_step), f"{tag_of(state.best_step)}-universal"}
+    return names
 
 
 def tag_of(step: int) -> str:
@@ -155,7 +165,7 @@ def tag_of(step: int) -> str:
 
 
 def saved_steps(paths: RunPaths, *, up_to: int) -> list[int]:
-    """The steps whose folders are there; one beyond the published step is what a crash left half done."""
+    """The steps that have a folder, ascending; one beyond the published step was left unfinished by a crash."""
     steps = [int(path.name.removeprefix("step-")) for path in paths.checkpoints.glob("step-????????")]
     return sorted(step for step in steps if step <= up_to)
 
@@ -166,29 +176,29 @@ def kept(steps: Sequence[int], options: CheckpointConfig) -> set[int]:
 
 
 def milestones(steps: Sequence[int], options: CheckpointConfig) -> set[int]:
-    """Those that stay when the run is finished: each that `keep_every_steps` divides."""
+    """The steps whose checkpoints stay when the run is finished: the multiples of `keep_every_steps`."""
     every = options.keep_every_steps
     return {step for step in steps if every and step % every == 0}
 
 
-def drop(paths: RunPaths, keep: Container[str]) -> None:
-    """Remove every other checkpoint, what was converted, and what a crash left half done."""
+def delete_others(paths: RunPaths, keep: Container[str]) -> None:
+    """Delete every other checkpoint, converted ones, and what a crash left unfinished."""
     for path in paths.checkpoints.glob("step-*"):
         if path.name not in keep:
             shutil.rmtree(path)
 
 
 def clear(paths: RunPaths, options: CheckpointConfig) -> None:
-    """When a run is finished: only what is kept for good stays."""
+    """When a run is finished: delete all but the milestones."""
     paths.published.unlink(missing_ok=True)
     for_good = {tag_of(step) for step in milestones(saved_steps(paths, up_to=10**8), options)}
-    drop(paths, for_good)
+    delete_others(paths, for_good)
     if not for_good:
         shutil.rmtree(paths.checkpoints, ignore_errors=True)
 
 
 def checkpoint_bytes(parameters: Iterable[nn.Parameter], *, zero_stage: int) -> int:
-    """What one checkpoint takes: the trained weights, AdamW's two moments of each, and a float32 copy.
+    """Size of one checkpoint: the trained weights, AdamW's two moments of each, and a float32 copy.
 
     ZeRO 0 in float32 keeps no copy. Frozen weights are not in it: they are the student's, before training.
     """
@@ -201,7 +211,7 @@ def checkpoint_bytes(parameters: Iterable[nn.Parameter], *, zero_stage: int) -> 
 
 
 def check_room(paths: RunPaths, size: int, config: TrainConfig) -> None:
-    """Say what the checkpoints will take, and refuse to train towards a disk that cannot hold one."""
+    """Log the size of the checkpoints, and refuse to train where the disk cannot hold one."""
     free = shutil.disk_usage(paths.folder).free
     log.info(
         "a checkpoint takes about %.1f MB, %d of them while one is saved; %.1f MB are free",
@@ -216,19 +226,19 @@ def check_room(paths: RunPaths, size: int, config: TrainConfig) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------- going on
+# ------------------------------------------------------------------------------------------- continuing
 
 
 def fits(checkpoint: Published, config: TrainConfig, world_size: int) -> bool:
-    """Whether these ranks load it as it lies: bit by bit what was saved.
+    """Whether these ranks can load it as it was saved, bit by bit.
 
     At ZeRO 0 in float32 each rank holds everything, so their number does not matter; there DeepSpeed has no form for
     another stage either, which is refused.
     """
     stage = config.deepspeed.zero_stage
-    if checkpoint.zero_stage == stage and (checkpoint.world_size == world_size or is_plain(config, stage)):
+    if checkpoint.zero_stage == stage and (checkpoint.world_size == world_size or is_unwrapped(config, stage)):
         return True
-    if is_plain(config, stage) or is_plain(config, checkpoint.zero_stage):
+    if is_unwrapped(config, stage) or is_unwrapped(config, checkpoint.zero_stage):
         raise InputError(
             f"deepspeed.zero_stage: expected {checkpoint.zero_stage}, as in the checkpoint of step {checkpoint.step}, "
             f"found {stage}; in float32 a checkpoint changes between stages 1, 2 and 3 only"
@@ -242,18 +252,18 @@ def fits(checkpoint: Published, config: TrainConfig, world_size: int) -> bool:
     return False
 
 
-def is_plain(config: TrainConfig, zero_stage: int) -> bool:
-    """Whether DeepSpeed leaves weights and optimizer as torch has them."""
+def is_unwrapped(config: TrainConfig, zero_stage: int) -> bool:
+    """Whether DeepSpeed wraps neither weights nor optimizer: ZeRO 0 in float32."""
     return zero_stage == 0 and config.student.dtype is Dtype.float32
 
 
 def universal(paths: RunPaths, checkpoint: Published) -> Path:
-    """Where a checkpoint lies in DeepSpeed's universal form, one file a parameter, for any ranks and any stage."""
+    """The folder of a checkpoint in DeepSpeed's universal form: one file a parameter, for any ranks and any stage."""
     return paths.checkpoints / f"{checkpoint.tag}-universal"
 
 
 def convert(paths: RunPaths, checkpoint: Published) -> None:
-    """Bring a checkpoint into the universal form, by DeepSpeed's own program; a crash in between leaves nothing."""
+    """Convert a checkpoint to the universal form with DeepSpeed's own program; a crash leaves nothing behind."""
     done = universal(paths, checkpoint)
     if done.exists():
         return
@@ -267,6 +277,6 @@ def convert(paths: RunPaths, checkpoint: Published) -> None:
         raise RunFailed(
             f"{paths.checkpoints / checkpoint.tag}: expected DeepSpeed to convert a checkpoint of "
             f"{checkpoint.world_size} ranks at ZeRO {checkpoint.zero_stage}, found\n{ended.stderr[-3000:]}\n"
-            f"go on with those, or delete {paths.checkpoints} to begin again"
+            f"continue with those, or delete {paths.checkpoints} to start again"
         )
     unfinished.rename(done)

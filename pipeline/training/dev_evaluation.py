@@ -1,4 +1,4 @@
-"""Looks at dev during training: one score serves the weight that follows the teacher's and the end before the end."""
+"""Evaluation on dev during training: one score drives the adaptive KD weight, early stopping and the best step."""
 
 from __future__ import annotations
 
@@ -6,125 +6,121 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.config.schema import EarlyStoppingConfig, ExportedStep, TrainConfig
+from pipeline.core.files import RunPaths
 from pipeline.core.progress import log
-from pipeline.core.runtime import Ranks
 from pipeline.core.types import InputError, TrainState
-from pipeline.data.records import open_text
 from pipeline.evaluation.predictions import main_score, teacher_score
-from pipeline.evaluation.requests import EvaluationSet, open_evaluation_set
+from pipeline.evaluation.requests import EvaluationSet
 from pipeline.evaluation.scoring import score
-from pipeline.models.compatibility import max_positions
-from pipeline.training import schedules as ramps
-from pipeline.training.schedules import is_due
+from pipeline.training.inputs import load_held_out
+from pipeline.training.run import DevSet, Run
+from pipeline.training.schedules import adaptive_kd_factor, is_due
+
+DEV_SCORES = ("dev_accuracy", "dev_exact_match", "dev_nll")
+"""In the order of `main_score`: the first that a text has decides."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DevSet:
-    """What is looked at."""
-
-    exam: EvaluationSet
-    goal: float | None
-    """The teacher's score, where a weight follows it."""
-
-
-def open_dev(config: TrainConfig, folder: Path, tokenizer: Any) -> DevSet | None:
-    """Dev, and the teacher's score on it if a weight is made to follow it; None if this run never looks."""
-    follows = config.loss.kd.adaptive_weight
-    if follows.every_steps == 0 and config.evaluate_every_steps == 0:
+def open_dev(config: TrainConfig, paths: RunPaths, tokenizer: Any) -> DevSet | None:
+    """Dev, and the teacher's score on it where the KD weight adapts to it; None where this run never evaluates."""
+    adaptive = config.loss.kd.adaptive_weight
+    if adaptive.every_steps == 0 and config.evaluate_every_steps == 0:
         return None
-    assert config.dev is not None, "checked with the options"
-    longest, max_new_tokens = max_positions(folder), config.scoring.max_new_tokens
-    exam = open_evaluation_set(open_text(config.dev, "dev"), tokenizer, longest=longest, max_new_tokens=max_new_tokens)
-    if follows.every_steps == 0:
-        return DevSet(exam=exam, goal=None)
-    assert follows.teacher_predictions is not None, "checked with the options"
-    return DevSet(exam=exam, goal=teacher_score(exam, follows.teacher_predictions))
+    held_out = load_held_out(paths, "dev", tokenizer)
+    if adaptive.every_steps == 0:
+        return DevSet(held_out=held_out, teacher_score=None)
+    assert adaptive.teacher_predictions is not None, "checked with the options"
+    return DevSet(held_out=held_out, teacher_score=teacher_score(held_out, adaptive.teacher_predictions))
 
 
 def check(config: TrainConfig, num_steps: int) -> None:
-    """Refuse to look for the best of steps of which none is looked at."""
+    """Refuse to export the best step of a run that is too short to be evaluated once."""
     if config.export.what is ExportedStep.best and config.evaluate_every_steps > num_steps:
         raise InputError(
             f"export.what=best: expected evaluate_every_steps of at most the {num_steps} steps of this run, found "
-            f"{config.evaluate_every_steps}; look at dev more often, or use export.what=last"
+            f"{config.evaluate_every_steps}; evaluate on dev more often, or use export.what=last"
         )
 
 
-def evaluate_dev(
-    config: TrainConfig, ranks: Ranks, engine: Any, dev: DevSet | None, state: TrainState
-) -> tuple[TrainState, dict[str, Any]]:
-    """Score the student if it is time; what follows from it, and the figures. The first rank's score counts for all."""
-    follows = config.loss.kd.adaptive_weight
-    is_evaluated = is_due(config.evaluate_every_steps, state.step)
-    if dev is None or not (is_evaluated or is_due(follows.every_steps, state.step)):
+def evaluate_dev(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Score the student on dev where it is due; the state that follows, and the figures to log.
+
+    The first rank's score counts on all ranks.
+    """
+    adaptive, step = run.config.loss.kd.adaptive_weight, state.step
+    is_evaluated, is_adapted = is_due(run.config.evaluate_every_steps, step), is_due(adaptive.every_steps, step)
+    if run.dev is None or not (is_evaluated or is_adapted):
         return state, {}
     started = time.monotonic()
-    found, figures = _scored(config, ranks, engine, dev.exam)
+    found, figures = _score_student(run, run.dev.held_out)
     figures["dev_seconds"] = time.monotonic() - started
-    log.info("step %d: dev %.4f", state.step, found)
-    if is_due(follows.every_steps, state.step):
-        assert dev.goal is not None
-        rule = {"margin": follows.margin, "factor": follows.factor, "least": follows.least}
-        kd_factor = ramps.adaptive_kd_factor(state.kd_factor, student=found, teacher=dev.goal, **rule)
-        log.info("step %d: teacher %.4f, KD factor %g", state.step, dev.goal, kd_factor)
+    log.info("step %d: dev %.4f", step, found)
+    if is_adapted:
+        assert run.dev.teacher_score is not None
+        kd_factor = adaptive_kd_factor(
+            state.kd_factor,
+            student=found,
+            teacher=run.dev.teacher_score,
+            margin=adaptive.margin,
+            factor=adaptive.factor,
+            least=adaptive.least,
+        )
+        log.info("step %d: teacher %.4f, KD factor %g", step, run.dev.teacher_score, kd_factor)
         state = dataclasses.replace(state, kd_factor=kd_factor)
     if is_evaluated:
-        state = with_score(state, found, min_delta=config.early_stopping.min_delta)
+        state = with_score(state, found, min_delta=run.config.early_stopping.min_delta)
         figures |= {"best_step": state.best_step, "evaluations_since_best": state.evaluations_since_best}
     return state, figures
 
 
-def _scored(config: TrainConfig, ranks: Ranks, engine: Any, exam: EvaluationSet) -> tuple[float, dict[str, float]]:
-    student = engine.module.student
+def _score_student(run: Run, held_out: EvaluationSet) -> tuple[float, dict[str, float]]:
+    student = run.engine.module.student
     scores, _ = score(
         student,
-        exam,
-        batch_tokens=config.scoring.batch_tokens,
+        held_out,
+        batch_tokens=run.config.scoring.batch_tokens,
         teacher_predictions=None,
         log_every_seconds=1e9,
-        ranks=ranks,
+        ranks=run.ranks,
     )
     student.train()
-    measured = {"dev_accuracy": scores.accuracy, "dev_exact_match": scores.exact_match, "dev_nll": scores.nll}
-    known = {name: value for name, value in measured.items() if value is not None}
-    mine = torch.tensor([main_score(scores), *known.values()], dtype=torch.float64, device=ranks.device)
-    found, *others = ranks.broadcast(mine).tolist()
-    return found, dict(zip(known, others, strict=True))
+    measured = dict(zip(DEV_SCORES, (scores.accuracy, scores.exact_match, scores.nll), strict=True))
+    figures = {name: value for name, value in measured.items() if value is not None}
+    values = torch.tensor([main_score(scores), *figures.values()], dtype=torch.float64, device=run.ranks.device)
+    found, *rest = run.ranks.broadcast(values).tolist()
+    return found, dict(zip(figures, rest, strict=True))
 
 
 def with_score(state: TrainState, score: float, *, min_delta: float) -> TrainState:
-    """The state after one more evaluation: a new best is better than the old one by more than `min_delta`.
+    """The state after one more evaluation: a new best exceeds the old one by more than `min_delta`.
 
-    The first is the best whatever it is; one that is no number gives way to any that is one.
+    The first score is the best whatever it is; a NaN is replaced by any number.
     """
     best = state.best_score
-    held = -math.inf if best is None or math.isnan(best) else best
-    if best is None or score > held + min_delta:
+    to_exceed = -math.inf if best is None or math.isnan(best) else best
+    if best is None or score > to_exceed + min_delta:
         return dataclasses.replace(state, best_score=score, best_step=state.step, evaluations_since_best=0)
     return dataclasses.replace(state, evaluations_since_best=state.evaluations_since_best + 1)
 
 
 def is_over(options: EarlyStoppingConfig, state: TrainState) -> bool:
-    """Whether so many evaluations brought nothing better that the run ends here."""
+    """Whether early stopping ends the run: `patience` evaluations in a row without a better score."""
     return 0 < options.patience <= state.evaluations_since_best
 
 
 def dev_summary(rows: Sequence[dict[str, Any]], *, what: ExportedStep) -> dict[str, Any]:
-    """What a result says of the step that was exported and of looks at dev, read off the metrics."""
-    looks = [row for row in rows if "best_step" in row]
-    if not looks:
+    """Which step was exported and how dev decided it, for result.json, from the rows of metrics.jsonl."""
+    evaluated = [row for row in rows if "best_step" in row]
+    if not evaluated:
         return {"exported_step": len(rows)}
-    last = looks[-1]
+    last = evaluated[-1]
     return {
         "exported_step": last["best_step"] if what is ExportedStep.best else len(rows),
         "best_step": last["best_step"],
-        "decided_by": next(name for name in ("dev_accuracy", "dev_exact_match", "dev_nll") if name in last),
+        "decided_by": next(name for name in DEV_SCORES if name in last),
         "stopped_early_at": last["step"] if last.get("stopped_early") else None,
     }

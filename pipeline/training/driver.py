@@ -1,6 +1,6 @@
 """The driver of stage two: names a run by what decides its result, starts its ranks, waits, reads the result.
 
-No DeepSpeed and no CUDA here: a sweep's driver lives through many runs.
+No DeepSpeed and no CUDA in this process: a sweep's driver starts many runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,19 @@ from pipeline.core.types import InputError, RunFailed, Scores
 from pipeline.data.mixture import fitting_micro_batch
 from pipeline.evaluation.predictions import main_score
 from pipeline.models import loading as models
-from pipeline.models import lora as adapters
+from pipeline.models.lora import check_adapter
 from pipeline.training import checkpoints
 from pipeline.training.identity import identity_of
+from pipeline.training.inputs import RunInputs, save_inputs
 
-STARTED = time.time()  # of this command, whose time may be limited
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command goes on
-LOCK_WAIT_SECONDS = 60.0  # how long to wait for the ranks of a driver that was killed to notice
+STARTED = time.time()  # when this command started; its time may be limited
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command continues
+LOCK_WAIT_SECONDS = 60.0  # the ranks of a driver that was killed notice it, save and leave within this time
 
 
-# On a CPU an optimizer step moves gigabytes, and an allocator that returns them to the kernel after each step
-# has every page faulted in anew: a step of SmolLM2 took 0.5 to 1.5 s so, 0.2 s with these. What the
-# user's environment says stands.
+# On a CPU an optimizer step moves gigabytes. An allocator that returns them to the kernel after each step pays a page
+# fault for every page of the next: a step of SmolLM2 took 0.5 to 1.5 s, with these settings 0.2 s. Variables that the
+# user's environment sets already are kept.
 ALLOCATOR_SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -51,77 +53,101 @@ ALLOCATOR_SETTINGS = {
 
 
 class Stopped(SystemExit):
-    """The run was stopped on request and can go on; a sweep ends with it."""
+    """The run was stopped on request and can continue; a sweep ends with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PreparedRun:
+    """A run whose options and inputs are checked: its folder has the name that they decide."""
+
+    config: TrainConfig
+    paths: RunPaths
+    identity: dict[str, Any]
+    inputs: RunInputs
+    num_ranks: int
+
+    def write(self) -> None:
+        """Leave in the run folder what its ranks need."""
+        write_json(self.paths.identity, self.identity)
+        save_config(self.config, self.paths.config)
+        save_inputs(self.paths, self.inputs)
 
 
 def run(config: TrainConfig) -> float | None:
     """Bring one run to its result, from nothing or from where it stands; returns its score on dev (else test)."""
     start_logging()
-    check_train(config)
-    batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
-    config = dataclasses.replace(config, student=models.resolve_dtype(config.student), global_batch=batch)
-    models.check_trained_dtype(config.student)
-    ranks = num_processes(config)
-    fitting_micro_batch(config.global_batch, world_size=ranks, at_most=config.micro_batch)
-    identity = identity_of(config)
-    paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
+    prepared = prepare(config)
+    paths = prepared.paths
     if not paths.result.exists():
-        # refuse one that is not whole before waiting for anybody
-        checkpoints.needed(paths, config)
-        adapters.check_adapter(config.student)
+        # refuse an incomplete checkpoint before waiting for the lock
+        checkpoints.needed(paths, prepared.config)
+        check_adapter(prepared.config.student)
         paths.folder.mkdir(parents=True, exist_ok=True)
         with run_lock(paths) as lock:
-            if not paths.result.exists():  # else somebody finished it while we waited
-                run_to_result(config, identity, paths, ranks, lock)
+            if not paths.result.exists():  # else another process finished it while this one waited
+                run_to_result(prepared, lock)
                 return sweep_objective(paths)
     log.info("%s is finished; nothing to do", paths.folder)
     return sweep_objective(paths)
 
 
-def run_to_result(config: TrainConfig, identity: dict[str, Any], paths: RunPaths, ranks: int, lock: int) -> None:
+def prepare(config: TrainConfig) -> PreparedRun:
+    """Check the options, read and check every input, and find the run's folder; nothing is written."""
+    check_train(config)
+    batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
+    config = dataclasses.replace(config, student=models.resolve_dtype(config.student), global_batch=batch)
+    models.check_trained_dtype(config.student)
+    num_ranks = num_processes(config)
+    fitting_micro_batch(config.global_batch, world_size=num_ranks, at_most=config.micro_batch)
+    identity, inputs = identity_of(config)
+    paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
+    return PreparedRun(config=config, paths=paths, identity=identity, inputs=inputs, num_ranks=num_ranks)
+
+
+def run_to_result(prepared: PreparedRun, lock: int) -> None:
     """Run the ranks until there is a result; Stopped if asked to stop, RunFailed if they end without one."""
+    paths = prepared.paths
     paths.stop.unlink(missing_ok=True)
     with forward_signals(paths):
-        write_json(paths.identity, identity)
-        save_config(config, paths.config)
-        convert_checkpoints(config, paths, ranks)
-        log.info("%s: %s", "going on with" if paths.published.exists() else "starting", paths.folder)
-        exit_code = run_ranks(config, paths, ranks, lock)
-    # a rank may have been told to stop by a signal of its own, or by the clock
-    stopped = paths.stop.exists() or (exit_code == 0 and not paths.result.exists())
+        prepared.write()
+        convert_checkpoints(prepared.config, paths, prepared.num_ranks)
+        log.info("%s: %s", "resuming" if paths.published.exists() else "starting", paths.folder)
+        exit_code = run_ranks(prepared.config, paths, prepared.num_ranks, lock)
+    # a rank may have stopped because of a signal of its own, or because of the time limit
+    is_stopped = paths.stop.exists() or (exit_code == 0 and not paths.result.exists())
     paths.stop.unlink(missing_ok=True)
     if paths.result.exists():
         log.info("finished: %s", paths.folder)
-    elif stopped and exit_code == 0:
-        log.info("stopped: %s; the same command goes on from its checkpoint", paths.folder)
+    elif is_stopped and exit_code == 0:
+        log.info("stopped: %s; the same command continues from its checkpoint", paths.folder)
     else:
         raise RunFailed(f"{paths.folder} failed (exit code {exit_code}); the reason stands above and in {paths.log}")
-    if stopped:
+    if is_stopped:
         raise Stopped(EXIT_STOPPED)
 
 
 def convert_checkpoints(config: TrainConfig, paths: RunPaths, ranks: int) -> None:
-    """Convert the checkpoints that these ranks cannot load as they lie, before they start."""
+    """Before the ranks start, convert the checkpoints that they cannot load as they were saved."""
     if paths.model.exists():
         return
-    for found in checkpoints.needed(paths, config):
-        if not checkpoints.fits(found, config, ranks):
+    for checkpoint in checkpoints.needed(paths, config):
+        if not checkpoints.fits(checkpoint, config, ranks):
             log.info(
                 "the checkpoint of step %d is of %d ranks at ZeRO %d: converting it for %d ranks at ZeRO %d",
-                *(found.step, found.world_size, found.zero_stage, ranks, config.deepspeed.zero_stage),
+                *(checkpoint.step, checkpoint.world_size, checkpoint.zero_stage, ranks, config.deepspeed.zero_stage),
             )
-            checkpoints.convert(paths, found)
+            checkpoints.convert(paths, checkpoint)
 
 
 def num_processes(config: TrainConfig) -> int:
-    """Ranks on this machine: as asked, else one a GPU, else one."""
+    """Ranks on this machine: as configured, else one per GPU, else one."""
     if config.launcher.num_processes is not None:
         return config.launcher.num_processes
     return max(torch.cuda.device_count(), 1)
 
 
 def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> int:
-    """Start the ranks under torchrun and wait for them."""
+    """Start the ranks under torchrun and wait for them; returns the exit code."""
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1))}
     defaults = threads if torch.cuda.is_available() else threads | ALLOCATOR_SETTINGS
     environment = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
@@ -131,18 +157,18 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "pipeline.training.worker", str(paths.folder)]
 
-    # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; the lock goes along,
-    # so that it is held until the last rank has left even if this process is killed
+    # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; they inherit the
+    # lock, so that it is held until the last rank has ended even if this process is killed
     return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(lock,)).wait()
 
 
 @contextlib.contextmanager
 def forward_signals(paths: RunPaths) -> Iterator[None]:
-    """Turn signals to this process into the stop file, which its ranks look for at their next step."""
+    """Turn signals to this process into the stop file, which its ranks check after each step."""
 
     def ask_to_stop(number: int, frame: object) -> None:
         paths.stop.touch()
-        log.info("asked to stop: the ranks save at their next step and leave")
+        log.info("stop requested: the ranks save after their current step and end")
 
     handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.signal(number, ask_to_stop) for number in handled}
@@ -155,7 +181,7 @@ def forward_signals(paths: RunPaths) -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_lock(paths: RunPaths) -> Iterator[int]:
-    """Hold a run folder's lock; waits for ranks whose driver was killed, which notice, save and leave."""
+    """Hold a run folder's lock; waits for ranks whose driver was killed, until they have saved and ended."""
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     with paths.lock.open("a") as file:
         while True:
@@ -165,16 +191,16 @@ def run_lock(paths: RunPaths) -> Iterator[int]:
             except OSError:
                 if time.monotonic() > deadline:
                     raise InputError(
-                        f"{paths.folder}: expected nobody at work there, found {paths.lock.name} held for "
-                        f"{LOCK_WAIT_SECONDS:.0f} s; wait for that run or stop it"
+                        f"{paths.folder}: expected a free run folder, found {paths.lock.name} held by another "
+                        f"process for {LOCK_WAIT_SECONDS:.0f} s; wait for that run or stop it"
                     ) from None
-                log.info("%s: somebody is at work there; waiting", paths.folder)
+                log.info("%s: the run folder is locked by another process; waiting", paths.folder)
                 time.sleep(2.0)
         yield file.fileno()
 
 
 def sweep_objective(paths: RunPaths) -> float | None:
-    """What a sweep maximises: what decides on dev, else on test, else nothing."""
+    """What a sweep maximises: the main score on dev, else on test, else nothing."""
     result = json.loads(paths.result.read_text())
     split = result.get("dev") or result.get("test")
     return main_score(Scores(**split)) if split else None

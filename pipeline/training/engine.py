@@ -37,7 +37,7 @@ class StudentWithLoss(nn.Module):
         self, student: Model, *, vocabulary_size: int, terms: dict[str, TermOptions], fused: bool = True
     ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.terms = student, terms
         self.objective = Objective(student, vocabulary_size=vocabulary_size, terms=terms, fused=fused)
         self.register_state_dict_post_hook(_leave_out_frozen)  # of checkpoints: the student's own has them all
 
@@ -195,7 +195,7 @@ def _set_step_count(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
 
 
 @torch.no_grad()
-def take_over(engine: deepspeed.DeepSpeedEngine, folder: Path, *, steps: int, skipped_steps: int) -> None:
+def load_universal(engine: deepspeed.DeepSpeedEngine, folder: Path, *, steps: int, skipped_steps: int) -> None:
     """Load weights and AdamW's state from DeepSpeed's universal form, a folder a parameter, one after another.
 
     Not by DeepSpeed's own `load_universal`: that wants the file names of the stage that saved, and gives every

@@ -5,25 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
 from pipeline.config.schema import TrainConfig
 from pipeline.core.files import RunPaths, atomic_folder, write_atomically, write_json
-from pipeline.core.runtime import Ranks, compute_device
-from pipeline.data.records import open_text
-from pipeline.evaluation.requests import open_evaluation_set
+from pipeline.core.runtime import compute_device
 from pipeline.evaluation.scoring import score
 from pipeline.models import loading as models
-from pipeline.models import lora as adapters
-from pipeline.models.compatibility import max_positions
+from pipeline.models.lora import merge_adapter
 from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer
 from pipeline.monitoring.metrics import MetricsFile
 from pipeline.training import checkpoints
-from pipeline.training import dev_evaluation as looks
 from pipeline.training import engine as engines
+from pipeline.training.dev_evaluation import dev_summary
+from pipeline.training.inputs import load_held_out
+from pipeline.training.run import Run
 
 EXPORTED = {"last": "the last", "best": "the best on dev of those looked at"}
 LIBRARIES = ("torch", "transformers", "deepspeed")
@@ -75,22 +75,22 @@ def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
 
 
 def _story(base: str, adapter: dict[str, Any] | None) -> str:
-    told = f"`{base}`, trained on a weak teacher's captured logits and a trusted gold set under one objective."
+    text = f"`{base}`, trained on a weak teacher's captured logits and a trusted gold set under one objective."
     if adapter is None:
-        return told
+        return text
     layers = ", ".join(adapter["targets"] or ["all linear layers but the head"])
-    told += f" A {'DoRA' if adapter['dora'] else 'LoRA'} adapter of rank {adapter['rank']} and alpha {adapter['alpha']}"
-    told += f" on {layers} was trained, and is merged into these weights."
+    text += f" A {'DoRA' if adapter['dora'] else 'LoRA'} adapter of rank {adapter['rank']} and alpha {adapter['alpha']}"
+    text += f" on {layers} was trained, and is merged into these weights."
     whole = " and ".join(name for name in ("embeddings", "head") if adapter[f"train_{name}"])
-    return f"{told} Trained whole: {whole}." if whole else told
+    return f"{text} Trained whole: {whole}." if whole else text
 
 
 def _training(options: dict[str, Any], result: dict[str, Any]) -> str:
-    told = f"The weights of step {result['exported_step']}, {EXPORTED[options['export']['what']]}. "
-    told += f"{result['steps']} steps of {options['global_batch']} sequences, "
-    told += f"gold fraction {options['gold_fraction']}, peak learning rate {options['optimizer']['learning_rate']}, "
-    told += f"window {options['window']}; "
-    return told + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    text = f"The weights of step {result['exported_step']}, {EXPORTED[options['export']['what']]}. "
+    text += f"{result['steps']} steps of {options['global_batch']} sequences, "
+    text += f"gold fraction {options['gold_fraction']}, peak learning rate {options['optimizer']['learning_rate']}, "
+    text += f"window {options['window']}; "
+    return text + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 def _scores(result: dict[str, Any]) -> Iterator[list[str]]:
@@ -126,32 +126,33 @@ def _table(head: list[str], rows: Iterator[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def export(engine: Any, student: Any, tokenizer: Any, paths: RunPaths, ranks: Ranks, config: TrainConfig) -> None:
-    """Write the model folder, and before it the adapter alone where there is one; either exists only if it is whole."""
-    weights = engines.student_weights(engine, config.deepspeed.zero_stage)
-    if ranks.rank == 0:
+def export(run: Run, tokenizer: Any) -> None:
+    """Write the model folder, and before it the adapter alone where there is one; each appears only when complete."""
+    config, paths = run.config, run.paths
+    weights = engines.student_weights(run.engine, config.deepspeed.zero_stage)
+    if run.ranks.rank == 0:
         assert weights is not None
         if config.student.adapter is not None:
             with atomic_folder(paths.adapter) as folder:
-                weights = adapters.merge_adapter(config.student, weights, folder)
+                weights = merge_adapter(config.student, weights, folder)
         with atomic_folder(paths.model) as folder:
+            student = run.engine.module.student
             models.save_model(student, weights, tokenizer, folder, shard_bytes=config.export.shard_bytes)
-    ranks.barrier()
+    run.ranks.barrier()
 
 
 def finish(config: TrainConfig, paths: RunPaths) -> None:
-    """Score the exported folder on dev and test, write the result, drop the checkpoints."""
+    """Score the exported folder on dev and test, write the result, delete checkpoints and inputs."""
     exported = dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None, adapter=None)
     _, tokenizer = open_tokenizer(exported)
     model = prepack(models.open_model(exported, compute_device()))
     result: dict[str, Any] = {"name": config.name, "seed": config.seed}
-    longest, max_new_tokens = max_positions(paths.model), config.scoring.max_new_tokens
     for split, text in (("dev", config.dev), ("test", config.test)):
         if text is None:
             continue
         scores, predictions = score(
             model,
-            open_evaluation_set(open_text(text, split), tokenizer, longest=longest, max_new_tokens=max_new_tokens),
+            load_held_out(paths, split, tokenizer),
             batch_tokens=config.scoring.batch_tokens,
             teacher_predictions=config.scoring.teacher_predictions if split == "test" else None,
             log_every_seconds=config.launcher.log_every_seconds,
@@ -160,10 +161,11 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
         result[split] = dataclasses.asdict(scores)
     steps = MetricsFile.read(paths.metrics)
     result["steps"] = len(steps)
-    spent = ("seconds", "data_wait_seconds", "dev_seconds")
-    result["train_seconds"] = sum(row.get(name, 0.0) for row in steps for name in spent)
-    result |= looks.dev_summary(steps, what=config.export.what)
+    durations = ("seconds", "data_wait_seconds", "dev_seconds")
+    result["train_seconds"] = sum(row.get(name, 0.0) for row in steps for name in durations)
+    result |= dev_summary(steps, what=config.export.what)
     checkpoints.clear(paths, config.checkpoint)
+    shutil.rmtree(paths.inputs, ignore_errors=True)
     identity = json.loads(paths.identity.read_text())
     write_atomically(paths.model / "README.md", card(base=config.student.path, identity=identity, result=result))
     write_json(paths.result, result)

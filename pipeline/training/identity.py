@@ -11,22 +11,27 @@ from pipeline.config.schema import HardLabels, Source, TrainConfig
 from pipeline.core.files import content_hash
 from pipeline.core.object_store import one_location
 from pipeline.core.topk import temperature_index
-from pipeline.core.types import InputError
+from pipeline.core.types import InputError, TokenSequence
 from pipeline.data.records import open_text
-from pipeline.data.tokenize import check_text, text_hash
+from pipeline.data.tokenize import load_labeled_sequences, text_hash
 from pipeline.evaluation.predictions import teacher_choices, teacher_score
-from pipeline.evaluation.requests import check_generation_requests, open_evaluation_set
+from pipeline.evaluation.requests import (
+    EvaluationSet,
+    check_generation_requests,
+    read_evaluation_set,
+)
 from pipeline.models import loading as models
-from pipeline.models.compatibility import check_window, max_positions
+from pipeline.models.compatibility import check_window
 from pipeline.models.tokenizer import check_same_tokenizer, open_tokenizer, text_settings, tokenizer_hash
 from pipeline.objective.divergences import NEEDS_TAIL
 from pipeline.training.builders import class_ids
+from pipeline.training.inputs import RunInputs
 
 
-def identity_of(config: TrainConfig) -> dict[str, Any]:
-    """All that decides the result of a run: its options, and its inputs by their content.
+def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
+    """All that decides the result of a run: its options, and its inputs by content; and those inputs as tokens.
 
-    Reads and checks every input on the way, so that a bad one stops here, before any model loads.
+    Reads and checks every input on the way, so that a bad one is refused here, before any model loads.
     """
     folder, tokenizer = open_tokenizer(config.student)
     check_window(folder, config.window)
@@ -35,32 +40,48 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
         "options": identity_options(config),
         "student": [models.weights_hash(folder), tokenizer_hash(tokenizer), text_settings(tokenizer)],
     }
+    identity |= _cache_identity(config, folder, tokenizer)
+    gold: list[TokenSequence] = []
+    if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
+        text = open_text(config.gold, "gold")
+        gold = load_labeled_sequences(text, tokenizer, window=config.window)
+        identity["gold"] = text_hash(text)
+    held_out = {}
+    for name, text_config in (("dev", config.dev), ("test", config.test)):
+        if text_config is not None:
+            max_new_tokens = config.scoring.max_new_tokens
+            held_out[name] = read_evaluation_set(
+                text_config, name, tokenizer, folder=folder, max_new_tokens=max_new_tokens
+            )
+            identity[name] = text_hash(open_text(text_config, name))
+    identity |= _teacher_identity(config, held_out)
+    check_generation_requests(list(held_out.values()))
+    return identity, RunInputs(gold=gold, held_out=held_out)
+
+
+def _cache_identity(config: TrainConfig, folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """The fingerprints of the caches that a run reads."""
+    identity: dict[str, Any] = {}
+    read_together = [] if config.gold_cache is None else [config.gold_cache]
     if config.cache is not None and config.gold_fraction < 1:
         identity["cache"] = check_cache(config, config.cache, "cache", folder, tokenizer)
-        further = [check_cache(config, address, "more_caches", folder, tokenizer) for address in config.more_caches]
-        identity |= {"more_caches": further} if further else {}
-        check_same_temperatures(
-            [config.cache, *config.more_caches, *([config.gold_cache] if config.gold_cache else [])]
-        )
+        more = [check_cache(config, address, "more_caches", folder, tokenizer) for address in config.more_caches]
+        if more:
+            identity["more_caches"] = more
+        check_same_temperatures([config.cache, *config.more_caches, *read_together])
     if config.gold_cache is not None and config.gold_fraction > 0:
         identity["gold_cache"] = check_cache(config, config.gold_cache, "gold_cache", folder, tokenizer)
-    follows = config.loss.kd.adaptive_weight
-    if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
-        gold = open_text(config.gold, "gold")
-        identity["gold"] = check_text(gold, tokenizer, window=config.window, require_targets=True).sha256
-    longest, exams = max_positions(folder), []
-    for split, held_out in (("dev", config.dev), ("test", config.test)):
-        if held_out is not None:
-            text = open_text(held_out, split)
-            exam = open_evaluation_set(text, tokenizer, longest=longest, max_new_tokens=config.scoring.max_new_tokens)
-            exams.append(exam)
-            identity[split] = text_hash(text)
-            if split == "dev" and follows.every_steps > 0 and follows.teacher_predictions is not None:
-                identity["dev_goal"] = teacher_score(exam, follows.teacher_predictions)
-            if split == "test" and config.scoring.teacher_predictions is not None:
-                chosen = teacher_choices(exam, config.scoring.teacher_predictions)
-                identity["teacher_predictions"] = content_hash(chosen.to_list())
-    check_generation_requests(exams)
+    return identity
+
+
+def _teacher_identity(config: TrainConfig, held_out: dict[str, EvaluationSet]) -> dict[str, Any]:
+    """What a run takes from the teacher's predictions: its score on dev, its choices on test."""
+    identity: dict[str, Any] = {}
+    adaptive, choices = config.loss.kd.adaptive_weight, config.scoring.teacher_predictions
+    if "dev" in held_out and adaptive.every_steps > 0 and adaptive.teacher_predictions is not None:
+        identity["dev_goal"] = teacher_score(held_out["dev"], adaptive.teacher_predictions)
+    if "test" in held_out and choices is not None:
+        identity["teacher_predictions"] = content_hash(teacher_choices(held_out["test"], choices).to_list())
     return identity
 
 

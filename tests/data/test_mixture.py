@@ -16,10 +16,19 @@ import torch
 from pipeline.cache.shards import ShardReader
 from pipeline.core.types import InputError
 from pipeline.data.mixture import Mixture
-from pipeline.models.tokenizer import open_tokenizer
 from pipeline.training import driver as launch
-from pipeline.training.builders import open_mixture, steps_of
-from support.commands import BIT_BY_BIT, capture_arguments, composed, losses_of, only, script, stop_at, train_arguments
+from pipeline.training.builders import steps_of
+from support.commands import (
+    BIT_BY_BIT,
+    capture_arguments,
+    composed,
+    losses_of,
+    mixture_of,
+    only,
+    script,
+    stop_at,
+    train_arguments,
+)
 from support.tiny import make_model, make_tokenizer, prompts, write_lines
 
 
@@ -37,7 +46,7 @@ def other(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
 def opened(student: Path, data: Path, cache: Path) -> Callable[..., Mixture]:
     def mixture(**changes: Any) -> Mixture:
         config = composed("train", *train_arguments(student, data, str(cache), **changes))
-        return open_mixture(config, open_tokenizer(config.student)[1])
+        return mixture_of(config)
 
     return mixture
 
@@ -72,7 +81,7 @@ def test_without_weights_all_caches_end_their_epoch_together(
 ) -> None:
     changes = {"more_caches": f"[{other}]", "gold_fraction": 0, "steps": "null", "epochs": 2, "global_batch": 4}
     config = composed("train", *train_arguments(student, data, str(cache), **changes))
-    mixture = open_mixture(config, None)
+    mixture = mixture_of(config)
     sizes = [sum(ShardReader(place).blocks) for place in (cache, other)]
     steps = steps_of(config, mixture)
     assert steps == -(-2 * sum(sizes) // 4)
@@ -171,7 +180,7 @@ def test_a_mixed_run_stopped_and_gone_on_with_is_the_same_to_the_last_bit(
     assert identity["options"]["cache_weights"] == [2.0, 1.0]
     assert f"| mixed with it | {told[1]} |" in (run / "model" / "README.md").read_text()
     config = composed("train", *arguments)
-    mixture = open_mixture(config, open_tokenizer(config.student)[1])
+    mixture = mixture_of(config)
     keys = [[int.from_bytes(mixture.read(s)[0].key[:8], "little") for s in mixture.slots(step)] for step in range(120)]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [row["sequences"] for row in rows] == [f"{sum(of_step) % 2**64:016x}" for of_step in keys]

@@ -18,7 +18,7 @@ from pipeline.config.schema import ColumnsConfig, MalformedPolicy, Targets, Text
 from pipeline.core.types import UNKNOWN_TARGET, InputError
 from pipeline.data.packing import Segment, collate_inputs, make_sequence, pack
 from pipeline.data.records import MalformedRecords, all_records, open_text, read_records
-from pipeline.data.tokenize import check_text, load_labeled_sequences, read_sequences
+from pipeline.data.tokenize import load_labeled_sequences, read_sequences, text_hash
 from support.tiny import text_of, write_lines
 
 
@@ -162,8 +162,7 @@ def test_every_format_reads_the_same(tmp_path: Path) -> None:
     assert found == dict.fromkeys(("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.txt"), texts)
     assert len(read_records(text_of(tmp_path), Letters())) == 15  # a folder
     assert len(read_records(text_of(tmp_path / "*.jsonl*"), Letters())) == 9  # a glob
-    kinds = {check_text(text_of(tmp_path / name), Letters(), window=16).num_records for name in found}
-    assert kinds == {3}
+    assert {sum(1 for _ in all_records([tmp_path / name])) for name in found} == {3}
 
 
 def test_columns_are_options(tmp_path: Path) -> None:
@@ -196,7 +195,7 @@ def test_malformed_stops_with_place_and_reason_or_is_counted(name: str, tmp_path
         read_records(text_of(path), Letters())
     text = text_of(path, malformed=MalformedPolicy.skip)
     assert [record.record_id for record in read_records(text, Letters())] == [0, 2]  # ids do not shift
-    assert check_text(text, Letters(), window=16).num_records == 3
+    assert sum(1 for _ in all_records(text.files)) == 3
 
 
 LONG = {"prompt": "abcdefgh", "completion": "ijklmnop"}
@@ -222,8 +221,6 @@ def test_gold_without_targets(tmp_path: Path) -> None:
     text = text_of(path, "gold", targets=Targets.next)
     with pytest.raises(InputError, match=r"gold.jsonl, line 1: expected a known target, found no completion"):
         load_labeled_sequences(text, Letters(), window=16)
-    with pytest.raises(InputError, match=r"gold.jsonl, line 1: expected a known target, found no completion"):
-        check_text(text, Letters(), window=16, require_targets=True)
 
 
 def test_damaged_files_and_strange_names(tmp_path: Path) -> None:
@@ -248,7 +245,7 @@ def test_a_tokenizer_without_an_end_token(tmp_path: Path) -> None:
     endless = Letters()
     endless.eos_token_id = None
     with pytest.raises(InputError, match="expected a tokenizer with an end token, found none; set end_token=false"):
-        check_text(text_of(path), endless, window=16)
+        load_labeled_sequences(text_of(path), endless, window=16)
 
 
 def test_an_answer_without_choices_is_not_an_index(tmp_path: Path) -> None:
@@ -272,11 +269,11 @@ def test_missing_and_empty(tmp_path: Path) -> None:
         text_of(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(InputError, match=r"corpus: expected usable records, found none in .*empty.jsonl"):
-        check_text(text_of(tmp_path / "empty.jsonl"), Letters(), window=16)
+        load_labeled_sequences(text_of(tmp_path / "empty.jsonl"), Letters(), window=16)
 
 
 def test_content_hash_ignores_names_and_sees_content(tmp_path: Path) -> None:
-    one = check_text(text_of(write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])), Letters(), window=16)
-    same = check_text(text_of(write_lines(tmp_path / "b.jsonl", [{"text": "ab"}])), Letters(), window=16)
-    other = check_text(text_of(write_lines(tmp_path / "c.jsonl", [{"text": "ac"}])), Letters(), window=16)
-    assert one.sha256 == same.sha256 != other.sha256
+    one = text_hash(text_of(write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])))
+    same = text_hash(text_of(write_lines(tmp_path / "b.jsonl", [{"text": "ab"}])))
+    other = text_hash(text_of(write_lines(tmp_path / "c.jsonl", [{"text": "ac"}])))
+    assert one == same != other

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +13,6 @@ import pytest
 import torch
 import transformers
 
-from pipeline.config.options import save_config
 from pipeline.config.schema import Targets
 from pipeline.core.types import InputError
 from pipeline.evaluation.predictions import teacher_score
@@ -25,7 +21,7 @@ from pipeline.evaluation.scoring import score
 from pipeline.models import loading as models
 from pipeline.models.generation import batches_of_like_length
 from pipeline.models.tokenizer import load_tokenizer
-from support.commands import ROOT, composed, script, train_arguments
+from support.commands import prepare_run, run_ranks, script, train_arguments
 from support.scoring import exam_of, scored
 from support.tiny import LINES, make_model, make_tokenizer, text_of, write_lines
 
@@ -97,10 +93,10 @@ def test_records_with_choices_are_not_asked(student: Path, tmp_path: Path) -> No
     assert table["exact"].null_count() == 2
 
 
-def test_every_rank_says_what_the_first_one_says(student: Path, tmp_path: Path) -> None:
+def test_every_rank_generates_the_first_ranks_tokens(student: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "the weak", "completion": " a"}])
     exam = exam_of(student, path, max_new_tokens=4)
-    ranks: Any = SimpleNamespace(first=lambda tokens_B: torch.full_like(tokens_B, 40))
+    ranks: Any = SimpleNamespace(broadcast=lambda tokens_B: torch.full_like(tokens_B, 40))
     model = models.load_model(student, dtype="float32", device=torch.device("cpu"))
     _, table = score(model, exam, batch_tokens=99, teacher_predictions=None, log_every_seconds=9, ranks=ranks)
     assert table["generated"][0] == exam.tokenizer.decode([40] * 4).strip()
@@ -117,9 +113,9 @@ def test_a_turn_of_a_chat_ends_with_the_templates_token(tmp_path: Path) -> None:
         open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=5)
     tokenizer.add_special_tokens({"extra_special_tokens": ["</>"]})
     exam = open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=5)
-    (question,) = exam.questions
-    assert question.ends == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("</>")}
-    assert question.wanted == "a shard"
+    (question,) = exam.generations
+    assert question.end_ids == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("</>")}
+    assert question.expected == "a shard"
     assert tokenizer.decode(question.ids) == "<user>the weak</><assistant>"
 
 
@@ -174,15 +170,9 @@ def test_exact_match_under_every_zero_stage_is_that_of_one_rank(student: Path, t
     """Two ranks at ZeRO 1 to 3 neither hang nor say anything else."""
     folders = [tmp_path / f"zero{stage}" for stage in range(4)]
     for stage, folder in enumerate(folders):
-        folder.mkdir()
-        arguments = asking(student, tmp_path, deepspeed__zero_stage=stage, steps=20)
-        save_config(composed("train", *arguments), folder / "config.yaml")
-    for num_ranks, some in ((1, folders[:1]), (2, folders[1:])):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        command += [str(ROOT / "tests" / "support" / "zero_worker.py"), *map(str, some)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-5000:]
+        prepare_run(folder, asking(student, tmp_path, deepspeed__zero_stage=stage, steps=20))
+    run_ranks(1, folders[:1])
+    run_ranks(2, folders[1:])
     seen = []
     for folder in folders:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]

@@ -27,7 +27,7 @@ from pipeline.models import lora as adapters
 from pipeline.models.forward import Model
 from pipeline.monitoring.health import model_flops, model_size
 from pipeline.training import checkpoints
-from support.commands import ROOT, composed, losses_of, prepared, run_ranks, script, train_arguments
+from support.commands import ROOT, composed, losses_of, prepare_run, run_ranks, script, train_arguments
 from support.tiny import make_model
 
 CPU = torch.device("cpu")
@@ -196,7 +196,7 @@ def test_every_stage_trains_exports_stops_and_goes_on(
 
     def prepare(name: str, stage: int, *more: str, base: Path = student, stop: bool = False) -> Path:
         arguments = lora_arguments(base, data, cache, f"deepspeed.zero_stage={stage}", *more)
-        return prepared(tmp_path / name, arguments, stop=stop)
+        return prepare_run(tmp_path / name, arguments, stop=stop)
 
     stages = [prepare(f"zero{stage}", stage) for stage in (0, 1, 3)]
     stages += [prepare("zero2-checkpointing", 2, "gradient_checkpointing=true")]

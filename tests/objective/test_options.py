@@ -16,8 +16,17 @@ from pipeline.cache.shards import ShardReader
 from pipeline.core.types import InputError
 from pipeline.objective.gates import confidence, threshold
 from pipeline.training import driver as launch
-from pipeline.training.builders import open_gate, open_mixture
-from support.commands import capture_arguments, composed, script, start, steps_done, train_arguments, wait_for
+from pipeline.training.builders import open_gate
+from support.commands import (
+    capture_arguments,
+    composed,
+    mixture_of,
+    script,
+    start,
+    steps_done,
+    train_arguments,
+    wait_for,
+)
 
 
 def captured(folder: Path, teacher: Path, data: Path, **changes: Any) -> Path:
@@ -153,7 +162,7 @@ def test_a_shuffled_teacher_is_the_same_teacher_at_other_positions(cache: Path) 
 
 def test_a_smoothed_teacher_has_one_choice_and_even_others(student: Path, data: Path, cache: Path) -> None:
     config = composed("train", *arguments_of(student, data, cache, {"loss.kd.control": "smoothed", "gold_fraction": 0}))
-    mixture = open_mixture(config, None)
+    mixture = mixture_of(config)
     (batch, *_) = mixture.micro_batches(0, rank=0, world_size=1, micro_batch=4)
     assert batch.teacher is not None
     assert (batch.teacher.relative_logits_NK[:, 0] == 0).all()

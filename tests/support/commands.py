@@ -24,8 +24,17 @@ from pipeline.config.schema import (
     Dtype,
     ModelConfig,
     TextConfig,
+    TrainConfig,
 )
 from pipeline.core.files import RunPaths
+from pipeline.core.types import TokenSequence
+from pipeline.data.mixture import Mixture
+from pipeline.data.records import open_text
+from pipeline.data.tokenize import load_labeled_sequences
+from pipeline.models.tokenizer import open_tokenizer
+from pipeline.training.builders import open_mixture
+from pipeline.training.identity import identity_of
+from pipeline.training.inputs import save_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,15 +158,29 @@ def config_of(teacher: Path, files: Path, folder: Path, **changes: Any) -> Captu
     return CaptureConfig(**chosen)
 
 
-def prepared(folder: Path, arguments: list[str], *, stop: bool = False) -> Path:
+def prepare_run(folder: Path, arguments: list[str], *, stop: bool = False) -> Path:
+    """A run folder as the driver leaves it to the ranks; with `stop`, they are asked to stop at once."""
     folder.mkdir()
-    save_config(composed("train", *arguments), folder / "config.yaml")
+    config, paths = composed("train", *arguments), RunPaths(folder=folder)
+    _, inputs = identity_of(config)
+    save_config(config, paths.config)
+    save_inputs(paths, inputs)
     if stop:
-        RunPaths(folder=folder).stop.touch()
+        paths.stop.touch()
     return folder
 
 
+def mixture_of(config: TrainConfig) -> Mixture:
+    """What a rank of this run reads."""
+    gold: list[TokenSequence] = []
+    if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
+        tokenizer = open_tokenizer(config.student)[1]
+        gold = load_labeled_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
+    return open_mixture(config, gold)
+
+
 def run_ranks(num_ranks: int, folders: list[Path]) -> None:
+    """Train the runs of some folders one after another in one process group."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     command += [str(ROOT / "tests" / "support" / "zero_worker.py"), *map(str, folders)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

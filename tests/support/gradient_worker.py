@@ -18,8 +18,9 @@ from deepspeed.accelerator import get_accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config.schema import TrainConfig
+from pipeline.core.files import RunPaths
 from pipeline.core.progress import start_logging
-from pipeline.core.runtime import exit_rank, ranks_from_environment
+from pipeline.core.runtime import Ranks, StopRequest, exit_rank, ranks_from_environment
 from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import Captured, TokenSequence, TrainState
 from pipeline.data.mixture import collate
@@ -27,7 +28,8 @@ from pipeline.data.packing import Segment, make_sequence
 from pipeline.objective.gates import Gate
 from pipeline.training import engine as engines
 from pipeline.training.builders import term_options
-from pipeline.training.worker import take_step
+from pipeline.training.run import Run
+from pipeline.training.steps import take_step
 from support.commands import composed
 
 VOCABULARY, GLOBAL_BATCH, STEPS = 50, 8, 2
@@ -78,17 +80,17 @@ def options(dtype: str) -> TrainConfig:
 
 
 def weights_after(ranks, layout: str, stage: int, *how: Any) -> dict[str, torch.Tensor] | None:
-    return engines.student_weights(engine_after(ranks, layout, stage, *how)[0], stage)
+    return engines.student_weights(run_after(ranks, layout, stage, *how).engine, stage)
 
 
-def engine_after(
+def run_after(
     ranks,
     layout: str,
     stage: int,
     accumulation: int,
     dtype: str,
     changed: Callable[[TrainConfig], TrainConfig] = lambda config: config,
-) -> tuple[Any, TrainConfig]:
+) -> Run:
     config = copy.deepcopy(options(dtype))
     # a large epsilon makes AdamW's update proportional to the gradient
     changes = {"learning_rate": 1.0, "epsilon": 1.0, "warmup_fraction": 0.0, "max_grad_norm": 0.5}
@@ -98,32 +100,46 @@ def engine_after(
     config = changed(config)
     terms = term_options(config.loss, Gate())
     size = GLOBAL_BATCH // ranks.world_size // accumulation
-    engine = engines.build(
-        engines.StudentWithLoss(
-            student(tied=layout == "striped", dtype=dtype), vocabulary_size=VOCABULARY, terms=terms
-        ),
-        config,
-        micro_batch=size,
-        accumulation=accumulation,
+    module = engines.StudentWithLoss(
+        student(tied=layout == "striped", dtype=dtype), vocabulary_size=VOCABULARY, terms=terms
     )
+    run = run_of(config, ranks, engines.build(module, config, micro_batch=size, accumulation=accumulation), size)
     for step in range(STEPS):
         part = mine(step, layout, ranks.rank, ranks.world_size)
         groups = [part[i : i + size] for i in range(0, len(part), size)]
         batches = [collate(group, [captured is None for _, captured in group]) for group in groups]
-        figures = take_step(config, ranks, engine, batches, terms, TrainState(step=step), 10)
+        figures = take_step(run, TrainState(step=step), batches)
         assert figures["skipped_steps"] == 0
-    return engine, config
+    return run
+
+
+def run_of(config: TrainConfig, ranks: Ranks, engine: Any, micro_batch: int) -> Run:
+    """A run of ten steps whose batches are made by hand."""
+    return Run(
+        config=config,
+        paths=RunPaths(folder=Path()),
+        ranks=ranks,
+        stop=StopRequest(Path("stop")),
+        engine=engine,
+        mixture=None,
+        terms=engine.module.terms,
+        num_steps=10,
+        micro_batch=micro_batch,
+        model_size=None,
+        dev=None,
+    )
 
 
 def check_that_steps_of_no_number_are_skipped(ranks, stage: int) -> None:
     """An infinite gradient in one weight: no weight moves, and the step counts as skipped."""
-    engine, config = engine_after(ranks, "striped", stage, 1, "bfloat16")
+    run = run_after(ranks, "striped", stage, 1, "bfloat16")
+    engine = run.engine
     before = {name: weight.clone() for name, weight in engines.student_weights(engine, stage).items()}
-    part, terms = mine(0, "striped", ranks.rank, ranks.world_size), term_options(config.loss, Gate())
+    part = mine(0, "striped", ranks.rank, ranks.world_size)
     batches = [collate(part, [captured is None for _, captured in part])]
 
     def step_and_see() -> tuple[dict[str, Any], bool]:
-        figures = take_step(config, ranks, engine, batches, terms, TrainState(step=0), 10)
+        figures = take_step(run, TrainState(step=0), batches)
         after = engines.student_weights(engine, stage)
         return figures, all(torch.equal(after[name], weight) for name, weight in before.items())
 

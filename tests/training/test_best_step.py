@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
 from pipeline.training import dev_evaluation as looks
 from pipeline.training import driver as launch
-from support.commands import ROOT, composed, script, start, steps_done, train_arguments, wait_for
+from support.commands import composed, prepare_run, run_ranks, script, start, steps_done, train_arguments, wait_for
 from support.tiny import prompts, write_lines
 
 # the first look is the best for ever, and a step does not know how many are to come
@@ -37,14 +34,6 @@ def weights_of(run: Path) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
 
 
-def train_in(folders: list[Path], *, num_ranks: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    command += [str(ROOT / "tests" / "support" / "zero_worker.py"), *map(str, folders)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 def test_the_best_steps_weights_leave_at_every_stage_and_on_other_ranks(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -55,11 +44,7 @@ def test_the_best_steps_weights_leave_at_every_stage_and_on_other_ranks(
     """
 
     def prepare(name: str, **changes: Any) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        arguments = train_arguments(student, data, str(cache), **FIRST | changes)
-        save_config(composed("train", *arguments), folder / "config.yaml")
-        return folder
+        return prepare_run(tmp_path / name, train_arguments(student, data, str(cache), **FIRST | changes))
 
     told = [{"prompt": row["prompt"], "completion": row["completion"]} for row in prompts(12, labeled=True, first=60)]
     kinds = [("float32", stage) for stage in range(4)] + [("bfloat16", 0), ("bfloat16", 2)]
@@ -77,7 +62,7 @@ def test_the_best_steps_weights_leave_at_every_stage_and_on_other_ranks(
     moved = prepare("moved", steps=6, evaluate_every_steps=1)
     first = prepare("first", steps=1, evaluate_every_steps=1)
     (moved / "stop-requested").touch()
-    train_in([folder for pair in [*pairs, later] for folder in pair] + [moved, first], num_ranks=2)
+    run_ranks(2, [folder for pair in [*pairs, later] for folder in pair] + [moved, first])
     for best, last in pairs:
         assert weights_of(best) == weights_of(last), best.name
         # the last checkpoint and the best one were kept beside each other, and nothing else
@@ -93,7 +78,7 @@ def test_the_best_steps_weights_leave_at_every_stage_and_on_other_ranks(
     config.deepspeed.zero_stage = 3
     save_config(config, moved / "config.yaml")
     launch.convert_checkpoints(config, RunPaths(folder=moved), 1)
-    train_in([moved], num_ranks=1)
+    run_ranks(1, [moved])
     assert weights_of(moved) == weights_of(first)
     kept = {path.name for path in (moved / "checkpoints").glob("step-*")}
     assert kept == {"step-00000001", "step-00000001-universal", "step-00000004"}

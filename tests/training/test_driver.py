@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -17,10 +16,20 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
-from pipeline.config.options import save_config
 from pipeline.core.types import InputError
 from pipeline.training import driver as launch
-from support.commands import ROOT, composed, losses_of, script, start, steps_done, train_arguments, wait_for
+from support.commands import (
+    ROOT,
+    composed,
+    losses_of,
+    prepare_run,
+    run_ranks,
+    script,
+    start,
+    steps_done,
+    train_arguments,
+    wait_for,
+)
 from support.tiny import make_model, make_tokenizer, write_lines
 
 
@@ -86,23 +95,13 @@ def test_zero_0_to_3_on_two_ranks_equal_one_rank_without(
     """20 steps of fp32 training, gradients clipped, both terms: the same losses and the same weights."""
 
     def prepare(name: str, stage: int) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        arguments = train_arguments(student, data, str(cache), steps=20, micro_batch=1)
-        save_config(composed("train", *arguments, f"deepspeed.zero_stage={stage}"), folder / "config.yaml")
-        return folder
-
-    def run(num_ranks: int, folders: list[Path]) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        command += [str(ROOT / "tests" / "support" / "zero_worker.py"), *map(str, folders)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-5000:]
+        arguments = train_arguments(student, data, str(cache), steps=20, micro_batch=1, deepspeed__zero_stage=stage)
+        return prepare_run(tmp_path / name, arguments)
 
     alone = prepare("alone", 0)
     sharded = [prepare(f"zero{stage}", stage) for stage in range(4)]
-    run(1, [alone])
-    run(2, sharded)
+    run_ranks(1, [alone])
+    run_ranks(2, sharded)
     expected = torch.tensor(losses_of(alone))
     assert len(expected) == 20
     assert expected[-1] < 0.8 * expected[0]

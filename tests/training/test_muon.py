@@ -20,7 +20,7 @@ from pipeline.objective.gates import Gate
 from pipeline.objective.terms import StepInputs, count_positions
 from pipeline.training import checkpoints
 from pipeline.training.builders import learning_rate_at, term_options, weights_at
-from support.commands import ROOT, composed, losses_of, prepared, run_ranks, train_arguments
+from support.commands import ROOT, composed, losses_of, prepare_run, run_ranks, train_arguments
 from support.gradient_worker import GLOBAL_BATCH, STEPS, VOCABULARY, options, rows, student
 from support.muon_worker import changed
 
@@ -95,7 +95,7 @@ def test_stopped_and_resumed_bit_by_bit(student: Path, data: Path, cache: Path, 
     def prepare(name: str, stage: int, *, stop: bool = False) -> Path:
         changes = {"steps": 6, "micro_batch": 1, "optimizer__name": "muon", "optimizer__max_grad_norm": 0}
         arguments = train_arguments(student, data, str(cache), deepspeed__zero_stage=stage, **changes)
-        return prepared(tmp_path / name, arguments, stop=stop)
+        return prepare_run(tmp_path / name, arguments, stop=stop)
 
     whole = [prepare(f"zero{stage}", stage) for stage in range(4)]
     resumed = [prepare(f"zero{stage}-resumed", stage, stop=True) for stage in range(4)]

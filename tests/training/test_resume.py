@@ -25,12 +25,11 @@ from pipeline.config.options import load_config
 from pipeline.config.schema import CheckpointConfig, ExportConfig, ExportedStep, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
-from pipeline.models.tokenizer import open_tokenizer
 from pipeline.training import checkpoints
-from pipeline.training.builders import open_mixture
 from support.commands import (
     BIT_BY_BIT,
     losses_of,
+    mixture_of,
     mounted,
     needs_root,
     only,
@@ -151,8 +150,7 @@ def test_kills_at_random_times_change_nothing(student: Path, data: Path, cache: 
 def expected_sequences(run: Path, steps: int) -> list[str]:
     """What each step should have read: the pure order over the sequences, each once an epoch."""
     config = load_config(run / "config.yaml", TrainConfig)
-    tokenizer = open_tokenizer(config.student)[1]
-    mixture = open_mixture(config, tokenizer)
+    mixture = mixture_of(config)
     (reader,) = mixture.readers
     visited, sums = [], []
     for step in range(steps):

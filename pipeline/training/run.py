@@ -1,0 +1,43 @@
+"""A run as one rank sees it: everything that it has from its start, in one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.schema import TrainConfig
+from pipeline.core.files import RunPaths
+from pipeline.core.runtime import Ranks, StopRequest
+from pipeline.data.mixture import Mixture
+from pipeline.evaluation.requests import EvaluationSet
+from pipeline.monitoring.health import ModelSize
+from pipeline.objective.terms import TermOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DevSet:
+    """The held-out text by which a run decides while it trains."""
+
+    held_out: EvaluationSet
+    teacher_score: float | None
+    """The teacher's score on it, where the KD weight adapts to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Run:
+    """What does not change from step to step; what does is `TrainState`."""
+
+    config: TrainConfig
+    paths: RunPaths
+    ranks: Ranks
+    stop: StopRequest
+    engine: Any
+    """DeepSpeed's, around `engine.StudentWithLoss`."""
+    mixture: Mixture
+    terms: dict[str, TermOptions]
+    num_steps: int
+    micro_batch: int
+    """Sequences in one forward of one rank."""
+    model_size: ModelSize
+    dev: DevSet | None
+    """None where the run never evaluates on dev."""
