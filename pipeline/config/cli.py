@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -17,12 +19,13 @@ from hydra.types import RunMode
 from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.options import options, to_plain, to_typed
+from pipeline.config.options import RENAMED_FILES, RENAMED_OPTIONS, RENAMED_VALUES, options, to_plain, to_typed
 from pipeline.config.schema import ROOTS
 from pipeline.config.validate import check_files, urls_in
 from pipeline.core.types import InputError, RunFailed
 
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+PACKAGE = Path(__file__).resolve().parents[1]
+CONF_DIR = PACKAGE / "conf"
 
 
 def register() -> None:
@@ -51,21 +54,47 @@ def _groups() -> dict[str, list[str]]:
     }
 
 
+# ------------------------------------------------------------------------------------------- checks
+
+
 def check_override_names(root: str, arguments: list[str]) -> None:
-    """Refuse an option that does not exist, naming the nearest that do, before Hydra composes anything."""
+    """Reject an option that does not exist, naming the nearest that do, before Hydra composes anything."""
     known = {name for name, _, _ in options(ROOTS[root])}
     nodes = {name[:i] for name in known for i, letter in enumerate(name) if letter == "."}
-    for override in OverridesParser.create().parse_overrides(
-        [a for a in arguments if "=" in a and not a.startswith("--")]
-    ):
+    free_form = [name for name, default, _ in options(ROOTS[root]) if default == {}]  # such as deepspeed.overrides
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("--")]
+    for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group.replace("/", ".")
+        check_renamed(key, str(override.get_value_element_as_str()) if override.is_sweep_override() is False else "")
         if key.split(".")[0] == "hydra" or key in known | nodes or key in _groups():
             continue
-        if any(key.startswith(f"{name}.") for name, default, _ in options(ROOTS[root]) if default == {}):
-            continue  # inside a free-form dict such as deepspeed.overrides
+        if any(key.startswith(f"{name}.") for name in free_form):
+            continue
         near = difflib.get_close_matches(key, sorted(known | nodes), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
         raise InputError(f"expected the name of an option, found {key!r}; {hint}")
+
+
+def check_renamed(key: str, value: str) -> None:
+    """Reject an old name of an option or of a value, naming the new one."""
+    for old, new in RENAMED_OPTIONS.items():
+        if key == old or key.startswith(f"{old}."):
+            raise InputError(f"expected {new + key[len(old) :]}, found its old name {key}; use the new one")
+    if (renamed := RENAMED_VALUES.get(key, {}).get(value)) is not None:
+        raise InputError(f"{key}: expected {renamed}, found its old name {value}; use the new one")
+
+
+def check_checkout() -> None:
+    """Reject a script of one checkout that would run the code and the configuration of another."""
+    code = Path(sys.argv[0]).resolve().parents[1] / "pipeline"
+    if Path(sys.argv[0]).parent.name == "scripts" and code.is_dir() and code != PACKAGE:
+        raise InputError(
+            f"expected to run the code of {code}, found {PACKAGE} installed in this environment; use the environment "
+            f"of that checkout (its scripts/setup makes one), or set PYTHONPATH={code.parent}"
+        )
+
+
+# --------------------------------------------------------------------------------------------- main
 
 
 def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> None:
@@ -75,34 +104,22 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
     """
     register()
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(root, story))
+        with contextlib.suppress(BrokenPipeError):
+            print(help_text(root, story), flush=True)
         return
-
-    def job(node: Any) -> float | None:
-        try:
-            config: Any = to_typed(node, ROOTS[root])
-            check_files(config)
-            for name, location in urls_in(config):
-                from pipeline.core.object_store import (
-                    check_url,  # here: pyarrow is slow to load, and most need none
-                )
-
-                check_url(location, name, writing=root == "capture")
-            return body(config)
-        except InputError as error:  # here, before Hydra adds its own words; a sweep goes on with its other runs
-            if HydraConfig.get().mode != RunMode.MULTIRUN:
-                exit_with_error(error)
-            print(f"error: {error}", file=sys.stderr)
-            raise
-
-    # Hydra would fold errors into its own words; this way ours reach the person who reads them.
+    # Hydra would wrap errors in its own messages; this way ours reach the user
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        check_checkout()
         check_override_names(root, sys.argv[1:])
+        job = functools.partial(_run_job, root, body)
+        functools.update_wrapper(job, _run_job)  # Hydra reads the name of the function
         hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
-    except (InputError, RunFailed, OmegaConfBaseException, hydra.errors.HydraException) as error:
+    except (InputError, RunFailed) as error:
         exit_with_error(error)
-    except AssertionError as error:  # how OmegaConf says it
+    except (OmegaConfBaseException, hydra.errors.HydraException) as error:
+        exit_with_error(InputError(f"{error}{_renamed_hint(str(error))}"))
+    except AssertionError as error:  # OmegaConf's answer to options below a null
         if "Unexpected type for root: NoneType" not in str(error):
             raise
         given = " ".join(sys.argv[1:])
@@ -113,14 +130,37 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
             )
         )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with what is left", file=sys.stderr)
+        print("interrupted; the same command continues with what is left", file=sys.stderr)
         sys.exit(130)
 
 
-def pop_action(actions: Mapping[str, str], story: str) -> str:
-    """Take the first word off the command line; `--help` passes, no or an unknown action ends with exit code 2.
+def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float | None:
+    """One job of a sweep, or the only one: options made typed and checked, then the script's body."""
+    try:
+        config: Any = to_typed(node, ROOTS[root])
+        check_files(config)
+        for name, url in urls_in(config):
+            from pipeline.core.object_store import check_url  # here: pyarrow is slow to load, and most need none
 
-    `actions` is each action with its sentence.
+            check_url(url, name, writing=root == "capture")
+        return body(config)
+    except InputError as error:  # here, before Hydra adds its own words; a sweep continues with its other runs
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            exit_with_error(error)
+        print(f"error: {error}", file=sys.stderr)
+        raise
+
+
+def _renamed_hint(message: str) -> str:
+    """For a YAML of the user's own that holds an old name."""
+    names = {old.rsplit(".", 1)[-1]: new for old, new in RENAMED_OPTIONS.items()} | RENAMED_FILES
+    return "".join(f"; {old} is called {new} now" for old, new in names.items() if old in message)
+
+
+def pop_action(actions: Mapping[str, str], story: str) -> str:
+    """Take the first word off the command line; `--help` passes, a missing or unknown one ends with exit code 2.
+
+    `actions` maps each action to one sentence.
     """
     word = next(iter(sys.argv[1:]), "")
     if word in actions:

@@ -15,6 +15,11 @@ from pipeline.core.types import InputError
 
 T = TypeVar("T")
 
+# names that were in use before -> what they are called now: refused on the command line, understood in old run folders
+RENAMED_OPTIONS = {"mirrors": "trackers", "loss.kd.overtaken": "loss.kd.adaptive_weight"}
+RENAMED_VALUES = {"loss.hard.take": {"said": "generated"}}
+RENAMED_FILES = {"quiet": "hydra_defaults"}
+
 
 def option(default: Any, help: str, *, result: bool = True, content: bool = False, address: bool = False) -> Any:
     """A dataclass field with its help sentence; `result`: whether it changes what a run produces."""
@@ -41,8 +46,18 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def load_config(path: Path, schema: type[T]) -> T:
-    """Read what `save_config` wrote."""
-    return to_typed(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)), schema)
+    """Read what `save_config` wrote; names of an older version are read as what they are called now."""
+    loaded: Any = OmegaConf.load(path)
+    for old, new in RENAMED_OPTIONS.items():
+        if (value := OmegaConf.select(loaded, old)) is not None:
+            OmegaConf.update(loaded, new, value)
+            parent, _, name = old.rpartition(".")
+            holder: Any = OmegaConf.select(loaded, parent) if parent else loaded
+            del holder[name]
+    for option_name, values in RENAMED_VALUES.items():
+        if (value := OmegaConf.select(loaded, option_name)) in values:
+            OmegaConf.update(loaded, option_name, values[value])
+    return to_typed(OmegaConf.merge(OmegaConf.structured(schema), loaded), schema)
 
 
 def identity_options(config: Any) -> dict[str, Any]:

@@ -1,21 +1,26 @@
-"""Every YAML composes into its dataclass; what cannot be meant is refused at once and in words."""
+"""Every YAML composes into its dataclass; contradictory and renamed options are refused at once."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.config.cli import CONF_DIR, help_text
+from pipeline.config.cli import CONF_DIR, check_override_names, help_text
 from pipeline.config.options import identity_options, load_config, options, save_config
 from pipeline.config.schema import ROOTS, TrainConfig
 from pipeline.config.validate import check_capture
 from pipeline.config.validate_train import check_train
 from pipeline.core.types import InputError
-from support.commands import composed, script
+from support.commands import ROOT, composed, script
 
 
 def yaml_choices(group: str) -> list[str]:
@@ -127,7 +132,7 @@ def test_contradictions(name: str) -> None:
         (["loss.kd.weight=0", "loss.lm.weight=0"], "no term with a weight above 0 reads any text"),
         (["loss.kd.temperature=0"], "kd_temperature: expected more than 0"),
         (["experiment=gold_only", "loss.lm.on=[corpus]"], "no term with a weight above 0 reads any text"),
-        (["loss.kd.on=[gold,corpus]"], "loss.kd.on: expected [corpus], because gold carries nothing"),
+        (["loss.kd.on=[gold,corpus]"], "loss.kd.on: expected [corpus], because gold carries no output"),
         (["epochs=null", "steps=0"], "steps: expected at least 1, found 0"),
         (["epochs=-1"], "epochs: expected more than 0, found -1"),
         (["launcher.num_processes=0"], "num_processes: expected at least 1, found 0"),
@@ -166,3 +171,54 @@ def test_help_of_every_script(tmp_path: Path) -> None:
     for root in ROOTS:
         done = script(root, "--help", cwd=tmp_path)
         assert "Options (name=value" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------- old names
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mirrors=[wandb]", "expected trackers, found its old name mirrors; use the new one"),
+        (
+            "loss.kd.overtaken.every_steps=5",
+            "expected loss.kd.adaptive_weight.every_steps, found its old name loss.kd.overtaken.every_steps",
+        ),
+        ("loss.hard.take=said", "loss.hard.take: expected generated, found its old name said"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_override_names("train", [override])
+
+
+def test_an_old_name_in_a_yaml_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    write = (tmp_path / "experiment" / "mine.yaml").write_text
+    write("# @package _global_\nmirrors: [wandb]\n")
+    arguments = ["--config-dir", str(tmp_path), "experiment=[combined,mine]", "name=x", "--cfg", "job"]
+    done = script("train", *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.rstrip().endswith("; mirrors is called trackers now")
+
+
+def test_the_options_of_an_older_run_are_still_read(tmp_path: Path) -> None:
+    config = composed("train", "experiment=combined", "trackers=[tensorboard]", "loss.hard.take=generated")
+    save_config(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    for new, old in (("trackers:", "mirrors:"), ("adaptive_weight:", "overtaken:"), ("take: generated", "take: said")):
+        assert text.count(new) == 1
+        text = text.replace(new, old)
+    (tmp_path / "config.yaml").write_text(text)
+    assert load_config(tmp_path / "config.yaml", TrainConfig) == config
+
+
+def test_a_script_of_another_checkout_is_refused(tmp_path: Path) -> None:
+    """It would run this checkout's code and configuration."""
+    (tmp_path / "pipeline").mkdir()
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    command = [sys.executable, str(tmp_path / "scripts" / "report.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: expected to run the code of {tmp_path / 'pipeline'}, found {ROOT}/pipeline")
