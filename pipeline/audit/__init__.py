@@ -1,1 +1,4 @@
-"""Inspection of a cache: verify, summary, replay, show."""
+"""Inspection of a cache: verify it, summarize it, compare it with its teacher (replay), print it as text (show).
+
+Nothing here writes into a cache.
+"""

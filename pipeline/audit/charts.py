@@ -1,4 +1,4 @@
-"""Figures of a cache -> a picture."""
+"""The summary of a cache as a picture."""
 
 from __future__ import annotations
 
@@ -9,73 +9,81 @@ import altair as alt
 
 from pipeline.core.progress import readable
 
-INK, QUIET, LINE = "#1f2937", "#6b7280", "#e5e7eb"
+TEXT_COLOR, MUTED_COLOR, GRID_COLOR = "#1f2937", "#6b7280", "#e5e7eb"
 BLUE, TEAL, AMBER = "#3b6fb6", "#2a9d8f", "#c9822b"
 WIDTH, HEIGHT = 380, 190  # of one panel, pixels
 
 
 def draw_summary(figures: dict[str, Any], *, name: str, out: Path) -> list[Path]:
-    """Four panels as summary.png and summary.svg: what is kept, how sure the teacher is, what it costs."""
+    """Write summary.png and summary.svg: retained mass, the same at a smaller k, entropy, bytes by column."""
+    mass, entropy = figures["retained_mass"], figures["entropy"]
     panels = [
         _histogram(
-            figures["retained_mass"]["histogram"],
+            mass["histogram"],
             high=1.0,
             color=BLUE,
-            title="Probability that the kept entries hold",
-            told=f"mean {figures['retained_mass']['mean']:.1%}; the rest is the tail",
-            axis=alt.Axis(format=".0%", tickCount=5),
+            title="Retained mass (probability of all kept entries)",
+            subtitle=f"mean {mass['mean']:.1%}; the rest is the tail",
+            axis=alt.Axis(format=".0%", tickCount=5, grid=False),
         ),
         _mass_at_k(figures),
         _histogram(
-            figures["entropy"]["histogram"],
-            high=figures["entropy"]["most"],
+            entropy["histogram"],
+            high=entropy["most"],
             color=TEAL,
             title="Entropy of the teacher",
-            told=f"mean {figures['entropy']['mean']:.2f} nats; at most {figures['entropy']['most']:.2f} (uniform)",
-            axis=alt.Axis(tickCount=6),
+            subtitle=f"mean {entropy['mean']:.2f} nats; at most {entropy['most']:.2f} (uniform)",
+            axis=alt.Axis(tickCount=6, grid=False),
         ),
-        _bytes(figures),
+        _bytes_by_column(figures),
     ]
-    told = f"{figures['num_sequences']:,} sequences, {figures['num_targets']:,} targets, {readable(figures['bytes'])}"
+    subtitle = (
+        f"{figures['num_sequences']:,} sequences, {figures['num_targets']:,} targets, {readable(figures['bytes'])}"
+    )
     chart = alt.vconcat(
         alt.hconcat(*panels[:2], spacing=48),
         alt.hconcat(*panels[2:], spacing=48),
         spacing=40,
-        title=alt.TitleParams(name, subtitle=told, fontSize=18, subtitleFontSize=13, offset=22),
+        title=alt.TitleParams(name, subtitle=subtitle, fontSize=18, subtitleFontSize=13, offset=22),
         padding=24,
         background="white",
     )
-    chart = (
-        chart.configure(font="sans-serif")
-        .configure_view(stroke=None)
-        .configure_title(anchor="start", color=INK, subtitleColor=QUIET, fontSize=14, subtitleFontSize=12)
-        .configure_axis(gridColor=LINE, domain=False, ticks=False, labelColor=QUIET, labelPadding=6, labelFontSize=11)
-    )
+    chart = _with_style(chart)
     files = [out / "summary.png", out / "summary.svg"]
     chart.save(files[0], scale_factor=2)
     chart.save(files[1])
     return files
 
 
+def _with_style(chart: Any) -> Any:
+    chart = chart.configure(font="sans-serif").configure_view(stroke=None)
+    chart = chart.configure_title(
+        anchor="start", color=TEXT_COLOR, subtitleColor=MUTED_COLOR, fontSize=14, subtitleFontSize=12
+    )
+    return chart.configure_axis(
+        gridColor=GRID_COLOR, domain=False, ticks=False, labelColor=MUTED_COLOR, labelPadding=6, labelFontSize=11
+    )
+
+
 def _percent(fraction: float) -> str:
     return "<1%" if 0 < fraction < 0.005 else f"{fraction:.0%}"
 
 
-def _panel(chart: Any, title: str, told: str) -> Any:
-    return chart.properties(width=WIDTH, height=HEIGHT, title=alt.TitleParams(title, subtitle=told, offset=12))
+def _panel(chart: Any, title: str, subtitle: str) -> Any:
+    return chart.properties(width=WIDTH, height=HEIGHT, title=alt.TitleParams(title, subtitle=subtitle, offset=12))
 
 
-def _histogram(counts: list[int], *, high: float, color: str, title: str, told: str, axis: alt.Axis) -> Any:
+def _histogram(counts: list[int], *, high: float, color: str, title: str, subtitle: str, axis: alt.Axis) -> Any:
+    """Counts in equal bins from 0 to `high`, drawn as fractions of all targets."""
     total, step = max(sum(counts), 1), high / len(counts)
-    axis.grid = False
-    rows = [{"from": i * step, "to": (i + 1) * step, "fraction": c / total} for i, c in enumerate(counts)]
+    rows = [{"from": i * step, "to": (i + 1) * step, "fraction": count / total} for i, count in enumerate(counts)]
     base = alt.Chart(alt.Data(values=rows)).mark_bar(color=color, binSpacing=1)
     chart = base.encode(
         x=alt.X("from:Q", bin="binned", title=None, axis=axis, scale=alt.Scale(domain=[0, high], nice=False)),
         x2="to:Q",
         y=alt.Y("fraction:Q", title=None, axis=alt.Axis(format="~%", tickCount=4)),
     )
-    return _panel(chart, title, f"{told}. Fraction of the targets")
+    return _panel(chart, title, f"{subtitle}. Fraction of the targets")
 
 
 def _mass_at_k(figures: dict[str, Any]) -> Any:
@@ -90,21 +98,23 @@ def _mass_at_k(figures: dict[str, Any]) -> Any:
         # room above 100 %, so that its label does not push the panel down
         y=alt.Y("mass:Q", title=None, scale=alt.Scale(domain=[0, 1.1]), axis=alt.Axis(format="~%", tickCount=5)),
     )
-    told = base.mark_text(dy=-12, color=INK, fontSize=11).encode(text=alt.Text("mass:Q", format=".0%"))
-    chart = base.mark_line(color=AMBER, strokeWidth=2.5) + base.mark_circle(color=AMBER, size=50, opacity=1) + told
-    return _panel(chart, "Read with a smaller k", "Mean probability that the first k entries hold")
+    value_texts = base.mark_text(dy=-12, color=TEXT_COLOR, fontSize=11).encode(text=alt.Text("mass:Q", format=".0%"))
+    chart = (
+        base.mark_line(color=AMBER, strokeWidth=2.5) + base.mark_circle(color=AMBER, size=50, opacity=1) + value_texts
+    )
+    return _panel(chart, "Retained mass at a smaller k", "Mean probability of the first k entries")
 
 
-def _bytes(figures: dict[str, Any]) -> Any:
+def _bytes_by_column(figures: dict[str, Any]) -> Any:
     total = max(figures["bytes"], 1)
     rows = [
-        {"column": name, "bytes": size, "told": f"{readable(size)}  ({_percent(size / total)})"}
+        {"column": name, "bytes": size, "label": f"{readable(size)}  ({_percent(size / total)})"}
         for name, size in figures["column_bytes"].items()
     ]
     base = alt.Chart(alt.Data(values=rows)).encode(
-        y=alt.Y("column:N", title=None, sort=None, axis=alt.Axis(labelColor=INK, labelLimit=140)),
+        y=alt.Y("column:N", title=None, sort=None, axis=alt.Axis(labelColor=TEXT_COLOR, labelLimit=140)),
         x=alt.X("bytes:Q", title=None, axis=None, scale=alt.Scale(domain=[0, 1.35 * max(r["bytes"] for r in rows)])),
     )
-    told = base.mark_text(align="left", dx=6, color=QUIET, fontSize=11).encode(text="told:N")
-    chart = base.mark_bar(color=BLUE, height={"band": 0.72}) + told
-    return _panel(chart, "Bytes by column", f"{figures['bytes_a_target']:,.0f} bytes a target, compressed")
+    value_texts = base.mark_text(align="left", dx=6, color=MUTED_COLOR, fontSize=11).encode(text="label:N")
+    chart = base.mark_bar(color=BLUE, height={"band": 0.72}) + value_texts
+    return _panel(chart, "Bytes by column", f"{figures['bytes_a_target']:,.0f} bytes per target, compressed")

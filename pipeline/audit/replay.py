@@ -1,6 +1,7 @@
-"""Does the teacher still say what the cache holds? A fresh forward against the cached values.
+"""Does the teacher still predict what the cache holds? Its forward is run again and compared with the cached values.
 
-Beside it stands the control: fresh against fresh at another batch size, which is the noise of this machine.
+The control compares two such forwards with different batch sizes: their difference is the numerical noise of this
+machine.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,138 +18,161 @@ from pipeline.audit.sampling import Sample
 from pipeline.capture.teacher import capture_batch, finish_copy
 from pipeline.core.progress import Progress
 from pipeline.core.topk import log_probabilities, narrow
-from pipeline.core.types import UNKNOWN_TARGET, Captured, InputError, Manifest, TopK
+from pipeline.core.types import UNKNOWN_TARGET, Captured, InputError, Manifest, TokenSequence, TopK
 from pipeline.models import loading as models
 from pipeline.models.forward import Model
 
-CONTROL_MULTIPLE = 4.0  # a difference may be so many times the control's
-HALF_STEP = 2.0**-10  # relative step of float16
-WIDER = 2  # fresh entries are kept this many times deeper, so that a near tie at place k is not a missing entry
+CONTROL_MULTIPLE = 4.0  # a difference may be up to this multiple of the control's largest
+FLOAT16_STEP = 2.0**-10  # largest relative distance of two neighbouring float16 values
+WIDTH_FACTOR = 2  # recomputed k over captured k: a near tie at place k then changes the order, but no entry is missing
 
-Differences = dict[str, Tensor]  # by measure, one number a position (or entry); nats, or a probability for `draws`
+ValuesByMeasure = dict[str, Tensor]
+"""Measure -> one value per position or entry: a difference in nats (`draws`: in probability), for `top-1` 0 or 1."""
 
 
 def check_teacher(manifest: Manifest, *, folder: Path, dtype: str, num_layers: int | None) -> None:
-    """Refuse a model that is not the teacher of the cache, before it loads."""
-    told = {"teacher.num_layers": ("teacher_num_layers", num_layers), "teacher.dtype": ("teacher_dtype", dtype)}
-    for option, (name, found) in told.items():
+    """InputError if a model is not the teacher of the cache; called before the model is loaded."""
+    options = (("teacher.num_layers", "teacher_num_layers", num_layers), ("teacher.dtype", "teacher_dtype", dtype))
+    for option, name, found in options:
         expected = manifest.made_of.get(name)
         if found != expected:
-            said = "null" if expected is None else expected
-            raise InputError(f"{option}: expected {said} (the capture's), found {found}; give {option}={said}")
-    found, expected = models.weights_hash(folder), str(manifest.made_of.get("teacher_weights"))
-    if found != expected:
+            value = "null" if expected is None else expected
+            raise InputError(f"{option}: expected {value} (as captured), found {found}; give {option}={value}")
+    found_hash, expected_hash = models.weights_hash(folder), str(manifest.made_of.get("teacher_weights"))
+    if found_hash != expected_hash:
         raise InputError(
-            f"teacher.path: expected the weights {expected[:12]} that captured, found {found[:12]} in {folder}; "
-            "give the folder of that teacher"
+            f"teacher.path: expected the weights {expected_hash[:12]} of the cache's teacher, found {found_hash[:12]} "
+            f"in {folder}; give the folder of that teacher"
         )
 
 
-def fresh(
+def recompute(
     teacher: Model, samples: Sequence[Sample], manifest: Manifest, *, batch_sequences: int, progress: Progress
 ) -> list[Captured]:
-    """What the teacher says now; of kind topk deeper than was captured."""
+    """Run the teacher's forward on the sampled sequences: what a capture would record today.
+
+    Of kind topk more entries are kept than were captured (about WIDTH_FACTOR times k), so that a captured entry is
+    found even where rounding has moved it beyond place k.
+    """
     if manifest.kind == "topk":
-        deep = min(WIDER * manifest.k + 16, manifest.vocabulary_size)
-        manifest = dataclasses.replace(manifest, k=deep)
-    found: list[Captured] = []
+        manifest = dataclasses.replace(manifest, k=min(WIDTH_FACTOR * manifest.k + 16, manifest.vocabulary_size))
+    recomputed: list[Captured] = []
     for first in range(0, len(samples), batch_sequences):
         batch = [sequence for sequence, _ in samples[first : first + batch_sequences]]
-        found += finish_copy(capture_batch(teacher, batch, manifest))[0]
+        captured, _ = finish_copy(capture_batch(teacher, batch, manifest))
+        recomputed += captured
         progress.advance(len(batch))
-    return found
+    return recomputed
 
 
-def as_captured(found: Captured, manifest: Manifest) -> Captured:
-    """The part of a fresh forward that a capture keeps."""
-    return dataclasses.replace(found, top=narrow(found.top, k=manifest.k)) if manifest.kind == "topk" else found
+def narrow_to_k(captured: Captured, manifest: Manifest) -> Captured:
+    """The result of `recompute` with only the k entries that the capture keeps; the others become part of the tail."""
+    if manifest.kind != "topk":
+        return captured
+    return dataclasses.replace(captured, top=narrow(captured.top, k=manifest.k))
 
 
-def differences(kept: Captured, other: Captured, sequence: Any, manifest: Manifest) -> Differences:
-    """How far a fresh forward lies from what was kept, measure by measure."""
-    found: Differences = {
-        "entropy": (kept.entropy_N.float() - other.entropy_N.float()).abs(),
-        "top-1": (kept.top.ids_NK[:, 0] == other.top.ids_NK[:, 0]).float(),
+def differences(cached: Captured, recomputed: Captured, sequence: TokenSequence, manifest: Manifest) -> ValuesByMeasure:
+    """The differences between cached and recomputed values of one sequence, by measure."""
+    values: ValuesByMeasure = {
+        "entropy": (cached.entropy_N.float() - recomputed.entropy_N.float()).abs(),
+        "top-1": (cached.top.ids_NK[:, 0] == recomputed.top.ids_NK[:, 0]).float(),
     }
-    if bool((known_N := sequence.target_ids_N != UNKNOWN_TARGET).any()):
-        found["next_log_prob"] = (kept.next_log_prob_N - other.next_log_prob_N).float().abs()[known_N]
-    distances = _exact_distances if manifest.kind == "topk" else _drawn_distances
-    return found | distances(kept.top, other.top)
+    is_known_N = sequence.target_ids_N != UNKNOWN_TARGET
+    if bool(is_known_N.any()):
+        difference_N = (cached.next_log_prob_N - recomputed.next_log_prob_N).float().abs()
+        values["next_log_prob"] = difference_N[is_known_N]
+    if manifest.kind == "topk":
+        return values | _topk_differences(cached.top, recomputed.top)
+    return values | _drawn_differences(cached.top, recomputed.top)
 
 
-def _exact_distances(kept: TopK, other: TopK) -> Differences:
-    """Kept entries, tails and divergence; an entry that the fresh forward has not is at least as far as its last."""
-    has_NK, at_NK = _find(kept.ids_NK, other.ids_NK)
-    width = other.ids_NK.shape[1]
-    is_other_NL = torch.ones(len(at_NK), width + 1, dtype=torch.bool)  # one column more for those not found
-    is_other_NL = is_other_NL.scatter(1, torch.where(has_NK, at_NK, width), False)[:, :-1]
-    found: Differences = {}
+def _topk_differences(cached: TopK, recomputed: TopK) -> ValuesByMeasure:
+    """Differences of the kept entries and of the tails, and KL(cached || recomputed) over entries and tail.
+
+    p are the cached probabilities of K entries, q the recomputed ones of L >= K entries. The log q of a cached entry
+    that is not among the L is at most that of the last of them, so min(log p, log q of the last) is taken for it: the
+    smallest difference that is possible.
+    """
+    is_found_NK, columns_NK = _find_columns(cached.ids_NK, recomputed.ids_NK)
+    L = recomputed.ids_NK.shape[1]
+    # whether an entry of L is outside the cached K; column L only takes those that were not found, and is cut off
+    is_outside_NL = torch.ones(len(columns_NK), L + 1, dtype=torch.bool)
+    is_outside_NL = is_outside_NL.scatter(1, torch.where(is_found_NK, columns_NK, L), False)[:, :-1]
+    values: ValuesByMeasure = {}
     tails = []
-    for T in kept.temperatures:
-        log_p_NK, log_tail_N = log_probabilities(kept, temperature=T)
-        other_NL, other_tail_N = log_probabilities(other, temperature=T)
-        log_q_NK = torch.where(has_NK, other_NL.gather(1, at_NK), torch.minimum(log_p_NK, other_NL[:, -1:]))
-        rest_N = torch.logsumexp(torch.where(is_other_NL, other_NL, -torch.inf), dim=1)
-        log_rest_N = torch.logaddexp(rest_N, other_tail_N)
-        tails.append(_distance(log_tail_N, log_rest_N))
+    for T in cached.temperatures:
+        log_p_NK, log_p_tail_N = log_probabilities(cached, temperature=T)
+        log_q_NL, log_q_beyond_L_N = log_probabilities(recomputed, temperature=T)
+        log_q_NK = torch.where(is_found_NK, log_q_NL.gather(1, columns_NK), torch.minimum(log_p_NK, log_q_NL[:, -1:]))
+        log_q_outside_N = torch.logsumexp(torch.where(is_outside_NL, log_q_NL, -torch.inf), dim=1)
+        log_q_tail_N = torch.logaddexp(log_q_outside_N, log_q_beyond_L_N)
+        tails.append(_absolute_difference(log_p_tail_N, log_q_tail_N))
         if T == 1.0:
-            found["kept"] = _distance(log_p_NK, log_q_NK).flatten()
+            values["kept"] = _absolute_difference(log_p_NK, log_q_NK).flatten()
             head_NK = torch.where(log_p_NK > -torch.inf, log_p_NK.exp() * (log_p_NK - log_q_NK), 0.0)
-            tail_N = torch.where(log_tail_N > -torch.inf, log_tail_N.exp() * (log_tail_N - log_rest_N), 0.0)
-            found["KL"] = head_NK.sum(1) + tail_N
-    return found | {"log_tail": torch.cat(tails)}
+            tail_N = torch.where(log_p_tail_N > -torch.inf, log_p_tail_N.exp() * (log_p_tail_N - log_q_tail_N), 0.0)
+            values["KL"] = head_NK.sum(1) + tail_N
+    return values | {"log_tail": torch.cat(tails)}
 
 
-def _find(ids_NK: Tensor, among_NL: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each id is among others of its position, and at which place: [N, K] twice."""
-    sorted_NL, order_NL = among_NL.sort(dim=1)
-    at_NK = torch.searchsorted(sorted_NL, ids_NK.contiguous()).clamp(max=among_NL.shape[1] - 1)
-    return sorted_NL.gather(1, at_NK) == ids_NK, order_NL.gather(1, at_NK)
+def _find_columns(ids_NK: Tensor, among_NL: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each id is among the L ids of its position, and in which column: [N, K] bool, [N, K] int64.
+
+    The column of an id that is not found means nothing.
+    """
+    # id 4 among 9 4 6: sorted 4 6 9 with columns 1 2 0; 4 is at place 0 of the sorted ids, so it is in column 1
+    sorted_NL, columns_NL = among_NL.sort(dim=1)
+    places_NK = torch.searchsorted(sorted_NL, ids_NK.contiguous()).clamp(max=among_NL.shape[1] - 1)
+    return sorted_NL.gather(1, places_NK) == ids_NK, columns_NL.gather(1, places_NK)
 
 
-def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """|a - b|, 0 between two -inf."""
-    return torch.where(one == other, 0.0, (one - other).abs())
+def _absolute_difference(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|, and 0 between two -inf."""
+    return torch.where(a == b, 0.0, (a - b).abs())
 
 
-def _drawn_distances(kept: TopK, other: TopK) -> Differences:
-    """Half the summed difference of probabilities: a draw that moves, moves 1 / draws."""
-    width = max(kept.ids_NK.shape[1], other.ids_NK.shape[1])
-    p_NK, q_NK = (log_probabilities(top.pad_to_width(width), temperature=1.0)[0].exp() for top in (kept, other))
-    ids_NK, others_NK = kept.pad_to_width(width).ids_NK, other.pad_to_width(width).ids_NK
-    same_NKK = (ids_NK[:, :, None] == others_NK[:, None, :]).float()  # padding repeats an id, at probability 0
-    q_at_p_NK = (same_NKK * q_NK[:, None, :]).sum(2)
-    p_at_q_NK = (same_NKK * p_NK[:, :, None]).sum(1)
-    first_NK = p_NK > 0
-    missed_NK = (q_NK > 0) & (p_at_q_NK == 0)
-    both_NK = torch.where(first_NK, (p_NK - q_at_p_NK).abs(), 0.0)
-    return {"draws": 0.5 * (both_NK.sum(1) + torch.where(missed_NK, q_NK, 0.0).sum(1))}
+def _drawn_differences(cached: TopK, recomputed: TopK) -> ValuesByMeasure:
+    """Total variation of the drawn distributions: half the sum of |p - q|. One draw on another token adds 1 / draws."""
+    width = max(cached.ids_NK.shape[1], recomputed.ids_NK.shape[1])
+    cached, recomputed = cached.pad_to_width(width), recomputed.pad_to_width(width)
+    p_NK = log_probabilities(cached, temperature=1.0)[0].exp()
+    q_NK = log_probabilities(recomputed, temperature=1.0)[0].exp()
+    # padding repeats an id, at probability 0
+    is_same_NKK = (cached.ids_NK[:, :, None] == recomputed.ids_NK[:, None, :]).float()
+    q_of_cached_NK = (is_same_NKK * q_NK[:, None, :]).sum(2)
+    p_of_recomputed_NK = (is_same_NKK * p_NK[:, :, None]).sum(1)
+    only_recomputed_NK = (q_NK > 0) & (p_of_recomputed_NK == 0)
+    difference_NK = torch.where(p_NK > 0, (p_NK - q_of_cached_NK).abs(), 0.0)
+    return {"draws": 0.5 * (difference_NK.sum(1) + torch.where(only_recomputed_NK, q_NK, 0.0).sum(1))}
 
 
 def tolerance(measure: str, control: float, samples: Sequence[Sample], manifest: Manifest) -> float:
-    """The largest difference that is still noise: a multiple of the control's, and the rounding of what is stored.
+    """The largest difference that still counts as noise: CONTROL_MULTIPLE * control + rounding of the stored values.
 
-    float16 steps by 2^-10 of a value: of the lowest kept logit, of the target's log-probability, of an entropy; sums
-    over entries (tails, draws) by at most that of the log of the vocabulary. One draw in each direction may move.
+    float16 rounds by up to 2^-10 of a value: of the lowest kept logit, of the target's log-probability, of an entropy;
+    sums over entries (tails, draws) by at most that of the log of the vocabulary. In each direction one draw may fall
+    on another token.
     """
-    sizes = {
-        "kept": max(_size(captured.top.relative_logits_NK) for _, captured in samples),
-        "next_log_prob": max(_size(captured.next_log_prob_N) for _, captured in samples),
-        "entropy": max(_size(captured.entropy_N) for _, captured in samples),
+    largest_values = {
+        "kept": max(_largest(captured.top.relative_logits_NK) for _, captured in samples),
+        "next_log_prob": max(_largest(captured.next_log_prob_N) for _, captured in samples),
+        "entropy": max(_largest(captured.entropy_N) for _, captured in samples),
     }
-    rounding = HALF_STEP * max(sizes.get(measure, 0.0), math.log(manifest.vocabulary_size))
-    moved = 2 / manifest.draws if measure == "draws" else 0.0
-    return CONTROL_MULTIPLE * control + rounding + moved
+    rounding = FLOAT16_STEP * max(largest_values.get(measure, 0.0), math.log(manifest.vocabulary_size))
+    moved_draws = 2 / manifest.draws if measure == "draws" else 0.0
+    return CONTROL_MULTIPLE * control + rounding + moved_draws
 
 
-def _size(values: Tensor) -> float:
+def _largest(values: Tensor) -> float:
+    """The largest finite absolute value."""
     values = values.float().abs()
     return float(torch.where(values.isfinite(), values, 0.0).max())
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """One measure of a replay."""
+class MeasureResult:
+    """One measure of a replay: cached against recomputed values, and the control."""
 
     measure: str
     largest: float
@@ -157,43 +180,50 @@ class Verdict:
     control_largest: float
     control_mean: float
     tolerance: float | None
-    """None where the measure only informs."""
+    """None for a measure that is only printed."""
 
     @property
-    def is_right(self) -> bool:
-        """Within the tolerance; NaN is not."""
+    def is_within_tolerance(self) -> bool:
+        """False for NaN too."""
         return self.tolerance is None or self.largest <= self.tolerance
 
 
 def replay(
     teacher: Model, samples: Sequence[Sample], manifest: Manifest, *, batch_sequences: int, progress: Progress
-) -> list[Verdict]:
-    """Cached against fresh, and fresh against fresh at another batch size, over the same sequences."""
-    said = fresh(teacher, samples, manifest, batch_sequences=batch_sequences, progress=progress)
+) -> list[MeasureResult]:
+    """Compare cached with recomputed values, and as the control recomputed values of two batch sizes."""
+    recomputed = recompute(teacher, samples, manifest, batch_sequences=batch_sequences, progress=progress)
     other_size = 1 if batch_sequences > 1 and len(samples) > 1 else 2
-    again = fresh(teacher, samples, manifest, batch_sequences=other_size, progress=progress)
+    recomputed_again = recompute(teacher, samples, manifest, batch_sequences=other_size, progress=progress)
     cached = [captured for _, captured in samples]
-    kept = [as_captured(captured, manifest) for captured in again]
+    as_cached = [narrow_to_k(captured, manifest) for captured in recomputed_again]
     sequences = [sequence for sequence, _ in samples]
-    measured, control = (
-        _joined([differences(*three, manifest) for three in zip(side, said, sequences, strict=True)])
-        for side in (cached, kept)
-    )
-    return [
-        Verdict(
-            measure=measure,
-            largest=float(values.max()),
-            mean=float(values.mean()),
-            control_largest=float(control[measure].max()),
-            control_mean=float(control[measure].mean()),
-            tolerance=None
-            if measure in ("KL", "top-1")
-            else tolerance(measure, float(control[measure].max()), samples, manifest),
+    values = _differences_of_all(cached, recomputed, sequences, manifest)
+    control = _differences_of_all(as_cached, recomputed, sequences, manifest)
+    results = []
+    for measure in values:
+        control_largest = float(control[measure].max())
+        is_judged = measure not in ("KL", "top-1")
+        results.append(
+            MeasureResult(
+                measure=measure,
+                largest=float(values[measure].max()),
+                mean=float(values[measure].mean()),
+                control_largest=control_largest,
+                control_mean=float(control[measure].mean()),
+                tolerance=tolerance(measure, control_largest, samples, manifest) if is_judged else None,
+            )
         )
-        for measure, values in measured.items()
+    return results
+
+
+def _differences_of_all(
+    cached: list[Captured], recomputed: list[Captured], sequences: list[TokenSequence], manifest: Manifest
+) -> ValuesByMeasure:
+    """`differences` of every sequence, one after another; a sequence without known targets has no next_log_prob."""
+    parts = [
+        differences(old, new, sequence, manifest)
+        for old, new, sequence in zip(cached, recomputed, sequences, strict=True)
     ]
-
-
-def _joined(parts: list[Differences]) -> Differences:
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+    measures = dict.fromkeys(measure for part in parts for measure in part)
+    return {measure: torch.cat([part[measure] for part in parts if measure in part]) for measure in measures}

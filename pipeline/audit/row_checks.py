@@ -1,7 +1,7 @@
-"""What has to hold inside a row group: every check over all its rows at once.
+"""The checks on the values of a row group; each check is computed for all rows at once.
 
-A check yields what is wrong, in words, and the rows where it is; nothing where all is well. The lists have to fit
-together before their values can be looked at.
+A check yields what is expected and the rows that break it, an empty array if none does. The values can only be checked
+once `check_lists` has passed: before that a value cannot be assigned to a position.
 """
 
 from __future__ import annotations
@@ -12,157 +12,184 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from pipeline.audit.row_groups import Columns, distributions, sequence_keys
+from pipeline.audit.row_groups import RowGroup, distributions, sequence_keys
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import UNKNOWN_TARGET, Manifest, TopK
 
-Wrong = tuple[str, np.ndarray]  # what is wrong, indices of the rows
+CheckResult = tuple[str, np.ndarray]  # what is expected; the rows of the row group where it does not hold
 
-MASS_SLACK = 1e-3  # fp32 sums of up to K rounded exponentials
-HALF_STEP = 2.0**-9  # twice the relative rounding of float16, for a value that was rounded on two ways
+MASS_SLACK = 1e-3  # error of a float32 sum of up to K rounded exponentials
+FLOAT16_SLACK = 2.0**-9  # twice the relative rounding of float16: a value was rounded twice, in different ways
 
 
-def wrong_lists(columns: Columns, manifest: Manifest) -> Iterator[Wrong]:
-    """Lists of a row that do not fit together."""
-    lengths = columns.lengths
-    num_R = lengths["target_positions"]
-    yield "expected at least one target", np.flatnonzero(num_R < 1)
-    one_each = ("target_ids", "next_log_prob", "entropy", "weak_ids")
-    for name in (name for name in one_each if name in lengths):
-        yield f"{name}: expected one value a target position", np.flatnonzero(lengths[name] != num_R)
-    tails_R = num_R * len(manifest.temperatures)
+def check_lists(group: RowGroup, manifest: Manifest) -> Iterator[CheckResult]:
+    """Whether the lists of each row have lengths that fit together."""
+    lengths = group.lengths
+    num_targets_R = lengths["target_positions"]
+    yield "expected at least one target", np.flatnonzero(num_targets_R < 1)
+    for name in ("target_ids", "next_log_prob", "entropy", "weak_ids"):
+        if name in lengths:
+            yield f"{name}: expected one value per target position", np.flatnonzero(lengths[name] != num_targets_R)
+    num_tails_R = num_targets_R * len(manifest.temperatures)
     yield (
-        "log_tail: expected one value a target position and temperature",
-        np.flatnonzero(lengths["log_tail"] != tails_R),
+        "log_tail: expected one value per target position and temperature",
+        np.flatnonzero(lengths["log_tail"] != num_tails_R),
     )
-    kept_R = num_R * manifest.k
+    num_kept_R = num_targets_R * manifest.k
     if manifest.varies:
-        yield "kept_counts: expected one value a target position", np.flatnonzero(lengths["kept_counts"] != num_R)
-        kept_R = row_sums(columns, "kept_counts")
-        counts_N, rows_N = columns.values["kept_counts"], columns.rows("kept_counts")
-        wrong_N = (counts_N < 1) | (counts_N > manifest.k + manifest.draws)
-        yield f"kept_counts: expected 1 to {manifest.k + manifest.draws}", np.unique(rows_N[wrong_N])
+        yield (
+            "kept_counts: expected one value per target position",
+            np.flatnonzero(lengths["kept_counts"] != num_targets_R),
+        )
+        num_kept_R = group.row_sums("kept_counts")
+        counts_N, most = group.values["kept_counts"], manifest.k + manifest.draws
+        is_wrong_N = (counts_N < 1) | (counts_N > most)
+        yield f"kept_counts: expected 1 to {most}", np.unique(group.row_indices("kept_counts")[is_wrong_N])
     for name in ("topk_ids", "relative_logits"):
-        yield f"{name}: expected as many values as entries are kept", np.flatnonzero(lengths[name] != kept_R)
-    size_R = lengths["input_ids"]
+        yield f"{name}: expected one value per kept entry", np.flatnonzero(lengths[name] != num_kept_R)
+    yield from _check_segments(group, manifest)
+
+
+def _check_segments(group: RowGroup, manifest: Manifest) -> Iterator[CheckResult]:
+    num_tokens_R = group.lengths["input_ids"]
     yield (
         f"input_ids: expected 1 to {manifest.window} tokens",
-        np.flatnonzero((size_R < 1) | (size_R > manifest.window)),
+        np.flatnonzero((num_tokens_R < 1) | (num_tokens_R > manifest.window)),
     )
-    sums_R = row_sums(columns, "segment_lengths")
-    yield "segment_lengths: expected them to add up to the tokens", np.flatnonzero(sums_R != size_R)
-    empty = columns.values["segment_lengths"] < 1
-    yield "segment_lengths: expected 1 or more", np.unique(columns.rows("segment_lengths")[empty])
-    unequal = np.flatnonzero(lengths["record_ids"] != lengths["segment_lengths"])
-    yield "record_ids: expected one a segment", unequal
+    sums_R = group.row_sums("segment_lengths")
+    yield "segment_lengths: expected their sum to be the number of tokens", np.flatnonzero(sums_R != num_tokens_R)
+    is_empty = group.values["segment_lengths"] < 1
+    yield "segment_lengths: expected 1 or more", np.unique(group.row_indices("segment_lengths")[is_empty])
+    differs_R = group.lengths["record_ids"] != group.lengths["segment_lengths"]
+    yield "record_ids: expected one per segment", np.flatnonzero(differs_R)
 
 
-def row_sums(columns: Columns, name: str) -> np.ndarray:
-    """The sum of a column's values over each row: [R] int64."""
-    ends = np.concatenate([[0], np.cumsum(columns.values[name], dtype=np.int64)])
-    starts_R = columns.starts(name)
-    return ends[starts_R + columns.lengths[name]] - ends[starts_R]
+def check_sequences(group: RowGroup, manifest: Manifest, records: range) -> Iterator[CheckResult]:
+    """Whether token ids, record ids, positions and targets are valid, and each key is the hash of its row."""
+    values, vocabulary_size = group.values, manifest.vocabulary_size
 
-
-def wrong_sequences(columns: Columns, manifest: Manifest, records: range) -> Iterator[Wrong]:
-    """Tokens, records, positions and targets that cannot be; keys that are not of what they stand beside."""
-    values, size = columns.values, manifest.vocabulary_size
-
-    def rows(name: str, is_wrong: np.ndarray) -> np.ndarray:
-        return np.unique(columns.rows(name)[is_wrong])
+    def rows_of(name: str, is_wrong: np.ndarray) -> np.ndarray:
+        return np.unique(group.row_indices(name)[is_wrong])
 
     ids, positions_N, targets_N = values["input_ids"], values["target_positions"], values["target_ids"]
-    yield f"input_ids: expected ids from 0 to {size - 1}", rows("input_ids", (ids < 0) | (ids >= size))
-    outside = (values["record_ids"] < records.start) | (values["record_ids"] >= records.stop)
-    yield f"record_ids: expected {records.start} to {records.stop - 1}, as planned", rows("record_ids", outside)
-    known_N = targets_N != UNKNOWN_TARGET
-    is_wrong_N = known_N & ((targets_N < 0) | (targets_N >= size))
-    yield f"target_ids: expected {UNKNOWN_TARGET} or ids from 0 to {size - 1}", rows("target_ids", is_wrong_N)
-    rows_N = columns.rows("target_positions")
-    is_wrong_N = (positions_N < 0) | (positions_N >= columns.lengths["input_ids"][rows_N])
-    yield "target_positions: expected positions inside the sequence", rows("target_positions", is_wrong_N)
+    is_wrong = (ids < 0) | (ids >= vocabulary_size)
+    yield f"input_ids: expected ids from 0 to {vocabulary_size - 1}", rows_of("input_ids", is_wrong)
+    is_wrong = (values["record_ids"] < records.start) | (values["record_ids"] >= records.stop)
+    yield (
+        f"record_ids: expected {records.start} to {records.stop - 1}, the records of this shard",
+        rows_of("record_ids", is_wrong),
+    )
+    is_wrong_N = (targets_N != UNKNOWN_TARGET) & ((targets_N < 0) | (targets_N >= vocabulary_size))
+    yield (
+        f"target_ids: expected {UNKNOWN_TARGET} or ids from 0 to {vocabulary_size - 1}",
+        rows_of("target_ids", is_wrong_N),
+    )
+    rows_N = group.row_indices("target_positions")
+    is_wrong_N = (positions_N < 0) | (positions_N >= group.lengths["input_ids"][rows_N])
+    yield "target_positions: expected positions inside the sequence", rows_of("target_positions", is_wrong_N)
     descends = (np.diff(positions_N) <= 0) & (np.diff(rows_N) == 0)
     yield "target_positions: expected ascending positions", np.unique(rows_N[1:][descends])
-    # position s speaks about token s+1: whatever follows it in its own segment has to be its target
-    ends = np.zeros(len(ids) + 1, dtype=bool)
-    ends[np.cumsum(values["segment_lengths"])] = True
-    next_N = np.clip(columns.starts("input_ids")[rows_N] + positions_N + 1, 0, len(ids))
-    follows_N = np.append(ids, 0)[next_N]
-    said_N = values.get("weak_ids", targets_N)  # what the teacher completed has no known target, but follows too
-    said_N = np.where(said_N == UNKNOWN_TARGET, targets_N, said_N)
-    yield (
-        f"{'weak_ids or ' * ('weak_ids' in values)}target_ids: expected the token that follows in the segment",
-        np.unique(rows_N[~ends[next_N] & (follows_N != said_N)]),
-    )
-    names = ("input_ids", "segment_lengths", "target_positions")
-    right = sequence_keys([(values[name], columns.lengths[name]) for name in names])
-    differs_R = [key != other for key, other in zip(columns.keys, right, strict=True)]
-    yield "key: expected the hash of tokens, segments and positions", np.flatnonzero(differs_R)
+    yield _check_targets(group)
+    key_columns = ("input_ids", "segment_lengths", "target_positions")
+    expected_keys = sequence_keys([(values[name], group.lengths[name]) for name in key_columns])
+    differs_R = [found != expected for found, expected in zip(group.keys, expected_keys, strict=True)]
+    yield "key: expected the hash of tokens, segment lengths and target positions", np.flatnonzero(differs_R)
 
 
-def wrong_distributions(columns: Columns, manifest: Manifest) -> Iterator[Wrong]:
-    """Distributions that are none, or that no capture of this kind could have left."""
-    rows_N = columns.rows("target_positions")
-    top = distributions(columns, manifest)
+def _check_targets(group: RowGroup) -> CheckResult:
+    """Position s predicts token s+1: inside a segment the target is the token that follows."""
+    values, rows_N = group.values, group.row_indices("target_positions")
+    ids, positions_N, targets_N = values["input_ids"], values["target_positions"], values["target_ids"]
+    # segments of 3 and 2 tokens: a segment begins (or the row group ends) at the tokens 3 and 5
+    is_boundary = np.zeros(len(ids) + 1, dtype=bool)
+    is_boundary[np.cumsum(values["segment_lengths"])] = True
+    next_N = np.clip(group.row_starts("input_ids")[rows_N] + positions_N + 1, 0, len(ids))
+    next_ids_N = np.append(ids, 0)[next_N]  # the 0 stands behind the last token and is never compared
+    expectation = "target_ids: expected the token that follows in the segment"
+    if "weak_ids" in values:  # a token that the teacher generated has no known target, but follows as well
+        expectation = f"weak_ids or {expectation}"
+        targets_N = np.where(values["weak_ids"] == UNKNOWN_TARGET, targets_N, values["weak_ids"])
+    return expectation, np.unique(rows_N[~is_boundary[next_N] & (next_ids_N != targets_N)])
 
-    def rows(is_wrong_N: torch.Tensor) -> np.ndarray:
+
+def check_distributions(group: RowGroup, manifest: Manifest) -> Iterator[CheckResult]:
+    """Whether the captured values are distributions, and ones that this kind of capture can record."""
+    rows_N = group.row_indices("target_positions")
+    top = distributions(group, manifest)
+
+    def rows_where(is_wrong_N: torch.Tensor) -> np.ndarray:
         return np.unique(rows_N[is_wrong_N.numpy()])
 
-    ids_NK, relative_NK, tail_NC = top.ids_NK, top.relative_logits_NK.float(), top.log_tail_NC
-    size = manifest.vocabulary_size
-    yield f"topk_ids: expected ids from 0 to {size - 1}", rows((ids_NK >= size).any(1))
-    yield "topk_ids: expected different ids at a position", rows(_repeats(top, manifest))
-    # `not right` and not `wrong`, so that NaN fails too
-    yield "relative_logits: expected 0 first", rows(~(relative_NK[:, 0] == 0))
-    falls_N = (relative_NK[:, 1:] <= relative_NK[:, :-1]).all(1)
-    yield "relative_logits: expected numbers that do not increase", rows(~falls_N)
-    if manifest.tail != "exact":
-        is_right_NC = (tail_NC < torch.inf) & ((tail_NC == -torch.inf) | (manifest.tail != "renormalised"))
-        yield f"log_tail: expected what a tail that is {manifest.tail} can be", rows(~is_right_NC.all(1))
-    elif manifest.kind == "topk":
-        is_right_NC = tail_NC.isfinite() | ((tail_NC == -torch.inf) & (manifest.k == size))
-        yield "log_tail: expected finite numbers", rows(~is_right_NC.all(1))
-    else:
-        yield "log_tail: expected -inf, because what was not drawn counts as 0", rows(~(tail_NC == -torch.inf).all(1))
+    relative_NK, vocabulary_size = top.relative_logits_NK.float(), manifest.vocabulary_size
+    is_wrong_N = (top.ids_NK >= vocabulary_size).any(1)
+    yield f"topk_ids: expected ids from 0 to {vocabulary_size - 1}", rows_where(is_wrong_N)
+    yield "topk_ids: expected different ids at a position", rows_where(_has_repeated_id(top, manifest))
+    # the checks from here on negate what is right, so that NaN is wrong too
+    yield "relative_logits: expected 0 first", rows_where(~(relative_NK[:, 0] == 0))
+    is_falling_N = (relative_NK[:, 1:] <= relative_NK[:, :-1]).all(1)
+    yield "relative_logits: expected numbers that do not increase", rows_where(~is_falling_N)
+    expectation, is_right_NC = _check_tails(top.log_tail_NC, manifest)
+    yield expectation, rows_where(~is_right_NC.all(1))
     for T in manifest.temperatures:
         log_p_NK, log_tail_N = log_probabilities(top, temperature=T)
         mass_N = log_p_NK.exp().sum(1)
         is_right_N = (mass_N >= 0) & (mass_N <= 1 + MASS_SLACK) & ((mass_N + log_tail_N.exp() - 1).abs() <= MASS_SLACK)
-        yield f"distribution: expected a finite sum and a mass of 1 at temperature {T:g}", rows(~is_right_N)
-    yield from _wrong_scalars(columns, manifest, top, rows_N)
+        yield f"distribution: expected a finite sum and a mass of 1 at temperature {T:g}", rows_where(~is_right_N)
+    if manifest.tail == "exact":  # an imported cache holds neither the entropy nor the target's log-probability
+        yield from _check_entropy_and_log_prob(group, manifest, top)
 
 
-def _repeats(top: TopK, manifest: Manifest) -> torch.Tensor:
-    """Whether a position lists an id twice; padding repeats its first id on purpose: [N] bool."""
-    kept_NK = top.relative_logits_NK > -torch.inf
+def _check_tails(log_tail_NC: torch.Tensor, manifest: Manifest) -> tuple[str, torch.Tensor]:
+    """What is expected of the tails, and where it holds: [N, C] bool."""
+    is_minus_inf_NC = log_tail_NC == -torch.inf
+    if manifest.tail == "renormalised":
+        return "log_tail: expected -inf, because the kept entries were renormalised to 1", is_minus_inf_NC
+    if manifest.tail != "exact":
+        return "log_tail: expected finite numbers or -inf", log_tail_NC < torch.inf
+    if manifest.kind != "topk":
+        return "log_tail: expected -inf, because tokens that were not drawn have probability 0", is_minus_inf_NC
+    if manifest.k == manifest.vocabulary_size:
+        return "log_tail: expected finite numbers or -inf", log_tail_NC.isfinite() | is_minus_inf_NC
+    return "log_tail: expected finite numbers", log_tail_NC.isfinite()
+
+
+def _has_repeated_id(top: TopK, manifest: Manifest) -> torch.Tensor:
+    """Whether a position holds an id twice, not counting the first id that padding repeats: [N] bool."""
+    is_kept_NK = top.relative_logits_NK > -torch.inf
     if not manifest.varies:
-        kept_NK = torch.ones_like(kept_NK)
-    filler_K = -1 - torch.arange(kept_NK.shape[1])
-    sorted_NK = torch.where(kept_NK, top.ids_NK, filler_K).int().sort(1).values
+        is_kept_NK = torch.ones_like(is_kept_NK)
+    unique_fillers_K = -1 - torch.arange(is_kept_NK.shape[1])  # -1, -2, -3, ... in place of the padding
+    sorted_NK = torch.where(is_kept_NK, top.ids_NK, unique_fillers_K).int().sort(1).values
     return (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(1)
 
 
-def _wrong_scalars(columns: Columns, manifest: Manifest, top: TopK, rows_N: np.ndarray) -> Iterator[Wrong]:
-    """Entropies and log-probabilities of the target that cannot be, or that contradict the distribution."""
-    if manifest.tail != "exact":  # imported: nobody knows the entropy, nor what is said of a target that was not kept
-        return
-    entropy_N = columns.values["entropy"].astype(np.float32)
-    most = math.log(manifest.vocabulary_size)
-    is_right_N = (entropy_N >= -MASS_SLACK) & (entropy_N <= most * (1 + HALF_STEP) + MASS_SLACK)
-    yield f"entropy: expected 0 to {most:.2f} nats (the log of the vocabulary)", np.unique(rows_N[~is_right_N])
-    targets_N = columns.values["target_ids"]
-    known_N = targets_N != UNKNOWN_TARGET
-    said_N = columns.values["next_log_prob"].astype(np.float32)
-    is_right_N = np.where(known_N, said_N <= MASS_SLACK, np.isnan(said_N))
+def _check_entropy_and_log_prob(group: RowGroup, manifest: Manifest, top: TopK) -> Iterator[CheckResult]:
+    """Whether entropies and log-probabilities of the target are possible and agree with the distribution."""
+    rows_N = group.row_indices("target_positions")
+    entropy_N = group.values["entropy"].astype(np.float32)
+    max_entropy = math.log(manifest.vocabulary_size)
+    is_right_N = (entropy_N >= -MASS_SLACK) & (entropy_N <= max_entropy * (1 + FLOAT16_SLACK) + MASS_SLACK)
+    yield (
+        f"entropy: expected 0 to {max_entropy:.2f} nats (the log of the vocabulary size)",
+        np.unique(rows_N[~is_right_N]),
+    )
+    targets_N = group.values["target_ids"]
+    is_known_N = targets_N != UNKNOWN_TARGET
+    recorded_N = group.values["next_log_prob"].astype(np.float32)
+    is_right_N = np.where(is_known_N, recorded_N <= MASS_SLACK, np.isnan(recorded_N))
     yield "next_log_prob: expected 0 or less where the target is known, NaN elsewhere", np.unique(rows_N[~is_right_N])
-    if manifest.kind != "topk":  # there the entries are estimates of what the teacher said
+    if manifest.kind != "topk":  # drawn entries are only estimates of the teacher's distribution
         return
     log_p_NK, _ = log_probabilities(top, temperature=1.0)
     is_target_NK = top.ids_NK == torch.from_numpy(targets_N.astype(np.int64))[:, None]
     log_p_N = torch.where(is_target_NK, log_p_NK, -torch.inf).max(1).values.numpy()
-    kept_N = is_target_NK.any(1).numpy()
+    is_kept_N = is_target_NK.any(1).numpy()
     lowest_N = log_p_NK[:, -1].numpy()
     with np.errstate(invalid="ignore"):
-        slack_N = 0.02 + HALF_STEP * (np.abs(said_N) + np.abs(lowest_N))
-        differs_N = np.where(kept_N, ~(np.abs(said_N - log_p_N) <= slack_N), said_N > lowest_N + slack_N)
-    yield "next_log_prob: expected what the kept entries say of the target", np.unique(rows_N[known_N & differs_N])
+        slack_N = 0.02 + FLOAT16_SLACK * (np.abs(recorded_N) + np.abs(lowest_N))
+        differs_N = ~(np.abs(recorded_N - log_p_N) <= slack_N)
+        is_too_likely_N = (
+            recorded_N > lowest_N + slack_N
+        )  # a target that is not kept is not above the lowest kept entry
+        is_wrong_N = is_known_N & np.where(is_kept_N, differs_N, is_too_likely_N)
+    yield "next_log_prob: expected agreement with the kept entries", np.unique(rows_N[is_wrong_N])

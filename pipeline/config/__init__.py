@@ -1,1 +1,1 @@
-"""Every option, its validation, and the command line."""
+"""Every option with its default and help, the checks across options, and the command line."""

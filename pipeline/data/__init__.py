@@ -1,1 +1,1 @@
-"""Text files in, packed sequences and training batches out."""
+"""Text files in, batches out: records, tokens, packed sequences, and the order in which a run reads them."""

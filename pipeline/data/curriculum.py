@@ -1,4 +1,4 @@
-"""A curriculum by the teacher's confidence: an epoch goes from what it is surest of to what it is least sure of."""
+"""A curriculum by the teacher's confidence: an epoch goes from low to high entropy of the teacher."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pipeline.core.types import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Curriculum:
-    """The rows of a cache in parts of like size, by rising entropy of the teacher."""
+    """The rows of a cache in parts of equal size, by rising entropy of the teacher."""
 
     rows: Sequence[Sequence[Tensor]]
     """Of each part, of each block: the block's rows that belong to the part, ascending."""
 
     @property
     def sizes(self) -> tuple[tuple[int, ...], ...]:
-        """How many they are."""
+        """The number of rows of each part in each block."""
         return tuple(tuple(len(rows) for rows in part) for part in self.rows)
 
     def row(self, part: int, block: int, number: int) -> int:
@@ -36,8 +36,8 @@ def by_entropy(entropy_R: Sequence[Tensor], num_parts: int) -> Curriculum:
     every_N = torch.cat(list(entropy_R))
     if not every_N.isfinite().all():
         raise InputError(
-            "curriculum_parts: expected the teacher's entropy at every position, found a cache that does not know it "
-            "(an imported one); capture with this project"
+            "curriculum_parts: expected the teacher's entropy at every position, found a cache without it (an "
+            "imported one); capture with this project"
         )
     part_N = torch.empty(len(every_N), dtype=torch.int64)
     part_N[every_N.argsort(stable=True)] = torch.arange(len(every_N)) * num_parts // max(len(every_N), 1)

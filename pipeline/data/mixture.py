@@ -19,17 +19,17 @@ from pipeline.data.sampler import BatchSampler, Slot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """What a run reads and how it is mixed."""
+    """What a run reads, and in which order."""
 
     order: BatchSampler
     gold: Sequence[tuple[TokenSequence, Captured | None]]
-    """With the teacher's distributions where gold was captured too."""
+    """With the teacher's distributions where the gold set was captured too."""
     readers: Sequence[ShardReader]
     """The caches; none where gold_fraction is 1."""
     curriculum: Sequence[Curriculum | None] = ()
-    """Of each cache, or nothing."""
+    """One entry per cache, None where it has no curriculum; empty if no cache has one."""
     smooth_over: int | None = None
-    """The vocabulary's size where label smoothing of equal entropy stands in for the teacher, a control."""
+    """Vocabulary size, where label smoothing of equal entropy replaces the teacher as a control; else None."""
 
     def slots(self, step: int) -> list[Slot]:
         """The global batch of a step."""
@@ -44,9 +44,9 @@ class Mixture:
         return self.readers[slot.cache].row(slot.block, row)
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> list[Batch]:
-        """What one rank forwards in a step."""
-        mine = self.slots(step)[rank::world_size]
-        groups = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
+        """The micro-batches of one rank in a step."""
+        own_slots = self.slots(step)[rank::world_size]
+        groups = [own_slots[i : i + micro_batch] for i in range(0, len(own_slots), micro_batch)]
         batches = [
             collate([self.read(slot) for slot in group], [slot.source == "gold" for slot in group]) for group in groups
         ]
@@ -77,10 +77,14 @@ def collate(rows: Sequence[tuple[TokenSequence, Captured | None]], from_gold: Se
     sequences = [sequence for sequence, _ in rows]
     input_ids_BS, position_ids_BS, flat_positions_N = collate_inputs(sequences)
     counts = torch.tensor([len(sequence.target_positions_N) for sequence in sequences])
-    captured = [weak for _, weak in rows if weak is not None]
-    has_teacher = torch.tensor([weak is not None for _, weak in rows])
-    said = [None if weak is None else weak.weak_ids_N for _, weak in rows]
-    nothing = [torch.full_like(sequence.target_ids_N, UNKNOWN_TARGET) for sequence in sequences]
+    captured = [one for _, one in rows if one is not None]
+    has_teacher = torch.tensor([one is not None for _, one in rows])
+    weak_ids = [
+        torch.full_like(sequence.target_ids_N, UNKNOWN_TARGET)
+        if one is None or one.weak_ids_N is None
+        else one.weak_ids_N
+        for sequence, one in rows
+    ]
     keys = [int.from_bytes(sequence.key[:8], "little", signed=True) for sequence in sequences]
     return Batch(
         keys_B=torch.tensor(keys),
@@ -90,9 +94,9 @@ def collate(rows: Sequence[tuple[TokenSequence, Captured | None]], from_gold: Se
         target_ids_N=torch.cat([sequence.target_ids_N for sequence in sequences]),
         gold_N=torch.tensor(from_gold).repeat_interleave(counts),
         weak_N=has_teacher.repeat_interleave(counts),
-        weak_ids_N=torch.cat([no if ids is None else ids for ids, no in zip(said, nothing, strict=True)]),
-        teacher=TopK.cat([weak.top for weak in captured]) if captured else None,
-        entropy_M=torch.cat([weak.entropy_N for weak in captured]).float() if captured else None,
+        weak_ids_N=torch.cat(weak_ids),
+        teacher=TopK.cat([one.top for one in captured]) if captured else None,
+        entropy_M=torch.cat([one.entropy_N for one in captured]).float() if captured else None,
     )
 
 

@@ -12,12 +12,12 @@ import torch
 
 from pipeline.core.types import UNKNOWN_TARGET, TokenSequence
 
-OPEN_WINDOWS = 32  # windows that may still take a segment: packs tightly, stays a function of a few records
+OPEN_WINDOWS = 32  # windows that may still take a segment: packs tightly, and memory stays bounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """One record's tokens (or one window's worth of a long text) and its targets, shifted here for good."""
+    """The tokens of one record (or of one window of a long text), and its targets."""
 
     record_id: int
     ids: tuple[int, ...]
@@ -25,20 +25,20 @@ class Segment:
     """(position s, token s+1), ascending in s."""
 
 
-def with_completion(prompt: TokenSequence, words: Sequence[int]) -> Segment:
-    """A prompt and what the teacher said after it, to be supervised there; the truth of it nobody knows."""
+def with_completion(prompt: TokenSequence, completion_ids: Sequence[int]) -> Segment:
+    """A prompt and the teacher's completion, which is supervised; its true targets are unknown."""
     first = len(prompt.input_ids_S) - 1
     return Segment(
         record_id=prompt.record_ids[0],
-        ids=(*prompt.input_ids_S.tolist(), *words),
-        targets=tuple((first + t, UNKNOWN_TARGET) for t in range(len(words))),
+        ids=(*prompt.input_ids_S.tolist(), *completion_ids),
+        targets=tuple((first + t, UNKNOWN_TARGET) for t in range(len(completion_ids))),
     )
 
 
 def pack(parts: Iterable[Segment], *, window: int) -> Iterator[TokenSequence]:
     """First-fit packing: each segment goes into the oldest of a few open windows that has room for it.
 
-    A segment without targets waits for its completion, so it is a sequence alone.
+    A segment without targets is a prompt still to be completed: it becomes a sequence alone.
     """
     open_windows: list[list[Segment]] = []
     rooms: list[int] = []  # tokens that still fit into each

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 from pipeline.core.types import InputError
 from pipeline.data.records import SUFFIXES, Text
 
-HEAD_BYTES = 4 << 20  # of each file, to learn how many records a byte holds
+HEAD_BYTES = 4 << 20  # read of each file, to estimate the bytes per record
 
 
 def count_records(text: Text) -> tuple[bool, float]:
-    """Whether it is exact, and the number of records: Parquet says it; of lines, the beginning of a file tells."""
+    """(exact, number of records): from the footer of Parquet files; of other files estimated from their beginning."""
     exact, count = True, 0.0
     for file in text.files:
         if file.suffix == ".parquet":
@@ -43,5 +43,5 @@ def _unpacked(file: Path, head: bytes) -> bytes:
             while some := stream.read(1 << 16):
                 found.write(some)
         except (OSError, pa.ArrowException):
-            pass  # the beginning ends in the middle of a block
+            pass  # the part that was read ends in the middle of a block
     return found.getvalue()

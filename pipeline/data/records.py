@@ -1,6 +1,6 @@
-"""Files -> records: what the two stages, and scoring, read.
+"""Files -> records, for both stages and for scoring.
 
-A record is rejected, never silently changed: `Rejections` either stops with file, line and reason, or counts.
+A record that cannot be used is never changed silently: `MalformedRecords` stops with file, line and reason, or counts.
 """
 
 from __future__ import annotations
@@ -30,45 +30,45 @@ Raw = tuple[str, str, Any]  # (place, "json" | "text" | "row", unparsed bytes or
 
 
 class MalformedRecords:
-    """What to do with a record that cannot be used: stop, or count it and go on."""
+    """The policy for a record that cannot be used: stop, or skip and count it."""
 
     def __init__(self, *, skip: bool) -> None:
         self.skip, self.count = skip, 0
 
     def reject(self, where: str, reason: str) -> None:
-        """Stop with the place and the reason, or count."""
+        """Stop with the place and the reason, or count the record."""
         if not self.skip:
-            raise InputError(f"{where}: {reason}; mend the record, or set malformed=skip to count such and go on")
+            raise InputError(f"{where}: {reason}; fix the record, or set malformed=skip to skip and count bad records")
         self.count += 1
 
     def log_count(self, what: str) -> None:
-        """Say how many were left out."""
+        """Warn of the number of skipped records."""
         if self.count:
             log.warning("%s: %d malformed records skipped", what, self.count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """A text as it is to be read; its files exist."""
+    """A text and how it is read; its files exist."""
 
     what: str
     """corpus, gold, dev or test, for messages."""
     files: tuple[Path, ...]
     columns: Mapping[str, str]
-    """The input's name for each of text, prompt, completion, messages, choices and answer."""
+    """The name of the input's column for each of text, prompt, completion, messages, choices and answer."""
     targets: str
     """all, completion or next."""
     end_token: bool
     skip_malformed: bool
     completes: bool = False
-    """A record with a prompt alone is to be completed by the teacher."""
+    """Records with a prompt alone are completed by the teacher."""
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
 def open_text(config: TextConfig, what: str) -> Text:
-    """From options to a value: find the files of paths, folders and globs, sorted within each."""
+    """From options to a value: the files of all paths, folders and globs, sorted within each."""
     files: list[Path] = []
     for pattern in config.files:
         found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
@@ -100,14 +100,14 @@ class RawChunk:
 
     file: Path
     kind: str
-    """json or text: `lines` holds them; row: rows of a Parquet file, read where they are needed."""
+    """json or text: `lines` holds them; row: rows of a Parquet file, read when they are needed."""
     numbers: Sequence[int]
     """1-based line or row of each record."""
     lines: tuple[bytes, ...] = ()
 
 
 def read_chunks(files: Sequence[Path], *, size: int) -> Iterator[list[RawChunk]]:
-    """The records of some files in groups of `size` (the last may be smaller); blank lines are no records."""
+    """The records of some files in groups of `size` (the last may be smaller); blank lines do not count."""
     group: list[RawChunk] = []
     missing = size
     for file in files:
@@ -125,7 +125,7 @@ def read_chunks(files: Sequence[Path], *, size: int) -> Iterator[list[RawChunk]]
 
 
 def raw_records(group: Iterable[RawChunk]) -> Iterator[Raw]:
-    """Place, kind and unparsed content of the records of some pieces."""
+    """Place, kind and unparsed content of the records of some chunks."""
     for piece in group:
         if piece.kind != "row":
             for number, line in zip(piece.numbers, piece.lines, strict=True):
@@ -186,7 +186,7 @@ def _lines(file: Path) -> Iterator[RawChunk]:
 def parse_records(
     raw: Iterable[Raw], text: Text, tokenizer: Any, malformed: MalformedRecords, *, first_id: int = 0
 ) -> Iterator[Record]:
-    """Raw lines -> records, numbered from `first_id`; what is malformed goes to `malformed`."""
+    """Raw lines -> records, numbered from `first_id`; bad ones go to `malformed`."""
     for record_id, (where, kind, content) in enumerate(raw, first_id):
         try:
             row = content if kind == "row" else _row(kind, content, text.columns)
@@ -220,7 +220,7 @@ def _row(kind: str, line: bytes, columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _record(row: dict[str, Any], where: str, record_id: int, columns: Mapping[str, str], tokenizer: Any) -> Record:
-    prompt, completion, templated = _said(row, columns, tokenizer)
+    prompt, completion, templated = _prompt_and_completion(row, columns, tokenizer)
     choices, answer = _choices(row, columns)
     if prompt is not None and completion is None and answer is not None:
         completion = choices[answer]
@@ -235,7 +235,9 @@ def _record(row: dict[str, Any], where: str, record_id: int, columns: Mapping[st
     )
 
 
-def _said(row: dict[str, Any], columns: Mapping[str, str], tokenizer: Any) -> tuple[str | None, str | None, bool]:
+def _prompt_and_completion(
+    row: dict[str, Any], columns: Mapping[str, str], tokenizer: Any
+) -> tuple[str | None, str | None, bool]:
     kinds = {kind: columns[kind] for kind in ("text", "prompt", "messages")}
     present = [kind for kind, column in kinds.items() if row.get(column) is not None]
     if len(present) != 1:
@@ -252,26 +254,26 @@ def _said(row: dict[str, Any], columns: Mapping[str, str], tokenizer: Any) -> tu
 
 
 def _chat(messages: Any, tokenizer: Any) -> tuple[str, str | None]:
-    shaped = isinstance(messages, list) and all(
+    is_chat = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
-    if not shaped or not messages:
+    if not is_chat or not messages:
         raise InputError("expected messages as a list of {role, content}, found something else")
     if not tokenizer.chat_template:
         raise InputError("expected a tokenizer with a chat template, because records hold messages, found none")
 
-    def render(some: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def render(part: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template is a program of its author's: it may raise anything
+            return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program, which may raise anything
             raise InputError(f"expected messages that the chat template accepts, found: {error}") from None
 
     if messages[-1]["role"] != "assistant":
         return render(messages, True), None
-    prompt, whole = render(messages[:-1], True), render(messages, False)
-    if not whole.startswith(prompt):
+    prompt, chat = render(messages[:-1], True), render(messages, False)
+    if not chat.startswith(prompt):
         raise InputError("expected the chat template to extend the prompt by the answer, found it rewritten")
-    return prompt, whole[len(prompt) :]
+    return prompt, chat[len(prompt) :]
 
 
 def _choices(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[tuple[str, ...], int | None]:

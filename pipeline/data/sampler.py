@@ -1,4 +1,4 @@
-"""Order: (seed, step, slot) -> which sequence. Pure; nothing here is ever saved or restored.
+"""The order of the data: (seed, step, slot) -> sequence. A pure function; no sampler state is saved or restored.
 
 The slots of a global batch are numbered 0 to G - 1 whatever the number of ranks: rank r of W takes the slots
 r, r + W, r + 2W, ... so any world size sees the same global batches.
@@ -37,7 +37,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStream:
-    """One cache as the order sees it."""
+    """One cache as a stream of sequences."""
 
     weight: Fraction
     """Its share of the corpus's sequences; those of all caches sum to 1."""
@@ -47,7 +47,7 @@ class CacheStream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSampler:
-    """All that decides which sequences a step sees."""
+    """Everything that decides which sequences a step reads."""
 
     seed: int
     global_batch: int
@@ -73,10 +73,11 @@ class BatchSampler:
         return gold + [self.corpus_at(i) for i in range(first_corpus, end_corpus)]
 
     def corpus_at(self, index: int) -> Slot:
-        """The corpus's sequence at `index`: whose turn it is, then where that cache stands.
+        """The corpus's sequence at `index`: which cache is next, then the position in that cache.
 
-        The first cache has its turn where floor(index * w) rises; the others share what is left in the same way, so
-        each weight holds over any stretch, to within as many sequences as there are caches.
+        The first cache is next where floor(index * w) rises: with w = 1/3 at 2, 5, 8, ... The other caches share the
+        remaining places in the same way, so each weight holds over any range of steps, to within as many sequences as
+        there are caches.
         """
         left = Fraction(1)
         for number, corpus in enumerate(self.corpora):
@@ -99,7 +100,7 @@ def fraction_of_sequences(of_targets: Fraction, *, gold: Fraction, corpus: Fract
 
 
 def exact_fraction(fraction: float) -> Fraction:
-    """The fraction that is meant: the nearest with a denominator up to a million, so that 0.1 is one tenth."""
+    """The nearest fraction with a denominator up to a million, so that 0.1 is exactly one tenth."""
     return Fraction(fraction).limit_denominator(1_000_000)
 
 

@@ -159,7 +159,7 @@ def read_sequences(
     first_id: int = 0,
     require_targets: bool = False,
 ) -> Iterator[TokenSequence]:
-    """The whole way from raw records to packed sequences."""
+    """From raw records to packed sequences."""
     records = parse_records(raw, text, tokenizer, malformed, first_id=first_id)
     parts = segments(records, text, tokenizer, malformed, window=window, require_targets=require_targets)
     return pack(parts, window=window)

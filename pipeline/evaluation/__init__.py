@@ -1,1 +1,1 @@
-"""Held-out scores and the report over finished runs."""
+"""Scores of any model on held-out text, per-record predictions, and the report over finished runs."""

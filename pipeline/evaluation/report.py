@@ -37,7 +37,7 @@ ORDER = ("teacher", "gold_only", "weak_only", "combined", "ceiling")  # as one r
 
 
 def run(config: ReportConfig) -> pl.DataFrame:
-    """Print the table and what it says; write report.csv and report.parquet if asked."""
+    """Print the table and its conclusions; write report.csv and report.parquet if asked."""
     start_logging()
     folders = sorted({Path(name) for pattern in config.runs for name in glob.glob(pattern)})
     table = with_pgr(read_runs(folders, config.runs))
@@ -55,7 +55,7 @@ def run(config: ReportConfig) -> pl.DataFrame:
 
 
 def read_runs(folders: list[Path], patterns: list[str]) -> pl.DataFrame:
-    """A row a finished run with a test score; unfinished ones are named, not hidden."""
+    """One row per finished run with a test score; unfinished ones are named in a warning."""
     rows: list[dict[str, Any]] = []
     tests: dict[str | None, list[str]] = {}
     for paths in (RunPaths(folder=folder) for folder in folders):
@@ -134,7 +134,7 @@ def with_pgr(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def conclusions(table: pl.DataFrame) -> list[str]:
-    """The numbers that a weak-to-strong result stands on, in words: one line a setting, averaged over its seeds."""
+    """The scores that a weak-to-strong result rests on: one line per setting, averaged over its seeds."""
     names = {"teacher": "weak score", "gold_only": "floor", "ceiling": "ceiling"}
     weak, floor, ceiling = (mean_score(table, experiment) for experiment in names)
     means = zip(names.values(), (weak, floor, ceiling), strict=True)

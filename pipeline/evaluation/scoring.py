@@ -1,4 +1,4 @@
-"""Held-out scores of any model: likelihood of known targets, accuracy over choices, agreement with the teacher."""
+"""Held-out scores of any model: likelihood of known targets, accuracy over choices, exact match, agreement."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Stage two: the student trains on shards and gold under the combined loss."""
+"""Stage two: a driver starts ranks, in which DeepSpeed trains the student on shards and gold."""

@@ -1,4 +1,4 @@
-"""From the options of a training run to the plain values it is made of."""
+"""From the options of a training run to its values: mixture, order, terms, gate, weights, learning rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from pipeline.objective.gates import Gate, confidence, threshold
 from pipeline.objective.terms import TERMS, TermOptions
 from pipeline.training import schedules as ramps
 
-SAMPLE_BLOCKS = 32  # row groups, at most, that a gate's threshold is read off: evenly spaced, a function of the cache
+SAMPLE_BLOCKS = (
+    32  # maximum row groups from which a gate's threshold is computed: evenly spaced, a function of the cache
+)
 
 
 def open_mixture(config: TrainConfig, gold_sequences: Sequence[TokenSequence]) -> Mixture:
@@ -58,7 +60,7 @@ def open_order(
     readers: Sequence[ShardReader],
     curriculum: Sequence[Curriculum | None],
 ) -> BatchSampler:
-    """Which sequences each step sees."""
+    """The sampler that decides which sequences each step reads."""
     sizes = [sum(reader.blocks) for reader in readers]
     weights = (
         [exact_fraction(weight) for weight in config.cache_weights]
@@ -86,7 +88,7 @@ def open_order(
 
 
 def open_reader(config: TrainConfig, address: str, what: str) -> ShardReader:
-    """A cache as this run reads it."""
+    """A reader of one cache with this run's options."""
     return ShardReader(
         one_location(address, what),
         k=config.k,
@@ -97,7 +99,7 @@ def open_reader(config: TrainConfig, address: str, what: str) -> ShardReader:
 
 
 def steps_of(config: TrainConfig, mixture: Mixture) -> int:
-    """Optimizer steps of a run: as given, or as many as the epochs take."""
+    """Number of optimizer steps: as given, or computed from the epochs."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
@@ -106,7 +108,7 @@ def steps_of(config: TrainConfig, mixture: Mixture) -> int:
         return max(math.ceil(config.epochs * len(mixture.gold) / config.global_batch), 1)
     wanted = exact_fraction(config.epochs) * sum(sum(reader.blocks) for reader in mixture.readers)
     steps = wanted / (order.global_batch * (1 - order.gold_fraction))
-    if order.most_gold is not None:  # gold ends, and the corpus has the batches to itself
+    if order.most_gold is not None:  # gold ends, and the corpus fills the batches alone
         steps = min(steps, (wanted + order.most_gold) / order.global_batch)
     return max(math.ceil(steps), 1)
 
@@ -115,19 +117,19 @@ def steps_of(config: TrainConfig, mixture: Mixture) -> int:
 
 
 def class_ids(choices: list[str] | None, tokenizer: Any) -> tuple[int, ...]:
-    """The first tokens of some completions; they have to differ."""
+    """The first token of each completion; InputError where two are the same."""
     ids = tuple(tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices or ())
     if len(set(ids)) < len(ids):
         raise InputError(
-            f"loss.confidence.choices: expected completions of different first tokens, found {choices} -> {ids}; "
-            "leave out what cannot be told apart, or use choices=null"
+            f"loss.confidence.choices: expected completions with different first tokens, found {choices} -> {ids}; "
+            "remove those with the same first token, or use choices=null"
         )
     return ids
 
 
 def term_options(loss: LossConfig, gate: Gate, class_ids: tuple[int, ...] = ()) -> dict[str, TermOptions]:
-    """The terms of the objective that have a weight, as the losses know them."""
-    special: dict[str, dict[str, Any]] = {
+    """The terms of the objective with a weight above 0, with their options."""
+    by_term: dict[str, dict[str, Any]] = {
         "kd": {
             "temperature": loss.kd.temperature,
             "temperature_squared": loss.kd.temperature_squared,
@@ -138,15 +140,15 @@ def term_options(loss: LossConfig, gate: Gate, class_ids: tuple[int, ...] = ()) 
         "hard": {"take": loss.hard.take.name},
         "confidence": {"gate": gate, "class_ids": class_ids},
     }
-    weighty = {name: getattr(loss, name) for name in TERMS if getattr(loss, name).weight > 0}
+    active = {name: getattr(loss, name) for name in TERMS if getattr(loss, name).weight > 0}
     return {
-        name: TermOptions(on=tuple(source.name for source in term.on), **special.get(name, {}))
-        for name, term in weighty.items()
+        name: TermOptions(on=tuple(source.name for source in term.on), **by_term.get(name, {}))
+        for name, term in active.items()
     }
 
 
 def open_gate(kd: KdConfig, readers: Sequence[ShardReader]) -> Gate:
-    """The gate of a run: a fraction of positions becomes the threshold that keeps it."""
+    """The gate of a run; `keep_fraction` becomes the threshold that keeps this fraction of positions."""
     gate = Gate(
         min_confidence=kd.gate.min_confidence,
         max_entropy=math.inf if kd.gate.max_entropy is None else kd.gate.max_entropy,
@@ -164,7 +166,7 @@ def open_gate(kd: KdConfig, readers: Sequence[ShardReader]) -> Gate:
     else:
         most = threshold(torch.cat([c.entropy_N for c in rows]).float(), kd.gate.keep_fraction, largest=False)
         gate = dataclasses.replace(gate, max_entropy=min(gate.max_entropy, most))
-    log.info("gate: the surest %g of positions have %s", kd.gate.keep_fraction, gate)
+    log.info("gate: a fraction of %g of the positions passes %s", kd.gate.keep_fraction, gate)
     return gate
 
 

@@ -25,6 +25,7 @@ from pipeline.config.schema import Dtype, Offload, Optimizer, TrainConfig  # noq
 from pipeline.core.types import Batch  # noqa: E402
 from pipeline.objective.fused_head import combined_loss  # noqa: E402
 from pipeline.objective.terms import StepInputs, TermOptions  # noqa: E402
+from pipeline.training.checkpoints import is_unwrapped  # noqa: E402
 
 # A kernel for inference over several CPU ranks, which training never calls: without it no compiler is needed.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -39,7 +40,7 @@ class StudentWithLoss(nn.Module):
         super().__init__()
         self.student, self.terms = student, terms
         self.objective = Objective(student, vocabulary_size=vocabulary_size, terms=terms, fused=fused)
-        self.register_state_dict_post_hook(_leave_out_frozen)  # of checkpoints: the student's own has them all
+        self.register_state_dict_post_hook(_drop_frozen)  # in checkpoints; the student's own state dict has all
 
     def forward(self, batch: Batch, step: StepInputs) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, and the sums behind it: `fused_head.sum_names`."""
@@ -50,15 +51,15 @@ class StudentWithLoss(nn.Module):
 
 
 class Objective(nn.Module):
-    """From hidden states to the loss: a module, so that DeepSpeed gathers the head's weights around it."""
+    """From hidden states to the loss: a module of its own, so that DeepSpeed gathers the head's weights around it."""
 
     def __init__(self, student: Model, *, vocabulary_size: int, terms: dict[str, TermOptions], fused: bool) -> None:
         super().__init__()
         self._student = (student,)  # in a tuple: its parameters are the student's, not ours
         self.vocabulary_size, self._terms, self._fused = vocabulary_size, terms, fused
 
-    def borrow_head(self) -> None:
-        """Have ZeRO-3 gather the head's weights, which belong to the student, around our forward and backward too."""
+    def register_head(self) -> None:
+        """Make ZeRO-3 gather the student's head around this module's forward and backward, too."""
         for parameter in self._student[0].get_output_embeddings().parameters():
             deepspeed.zero.register_external_parameter(self, parameter)
 
@@ -83,32 +84,27 @@ def build(
     options = _merged(options, config.deepspeed.overrides)
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=_optimizer(module, config), config=options)
     if stage == 3:
-        module.objective.borrow_head()
-    if stage == 0 and engine.dp_world_size == 1:  # else all gradients are copied twice for the sum with nobody
+        module.objective.register_head()
+    if stage == 0 and engine.dp_world_size == 1:  # with one rank the all-reduce only copies every gradient twice
         engine.enable_backward_allreduce = False
-    if stage == 0 and not is_plain(config):  # it also looks at every gradient for inf and NaN, which the norm shows
+    if stage == 0 and not is_unwrapped(config, stage):  # a second check for inf and NaN, which the norm shows already
         engine.optimizer.overflow_checker.check = lambda: False
-    if is_plain(config):
+    if is_unwrapped(config, stage):
         engine.clip_fp32_gradients = functools.partial(_clip, engine)
-    # DeepSpeed has stepped once on zeros to allocate the state; at ZeRO 0 in bf16 AdamW's step count stays at 1, and
-    # its first update would be half of what it is elsewhere
+    # DeepSpeed has made one step with zero gradients to allocate the state; at ZeRO 0 in bf16 AdamW's step count stays
+    # at 1, and its first update would be half as large as at other stages
     _set_step_count(engine, 0)
     return engine
 
 
-def is_plain(config: TrainConfig) -> bool:
-    """Whether DeepSpeed leaves weights and optimizer as torch has them."""
-    return config.deepspeed.zero_stage == 0 and config.student.dtype is Dtype.float32
-
-
 def engine_options(config: TrainConfig) -> dict[str, Any]:
-    """What DeepSpeed is told whatever the batch: precision, clipping, ZeRO and where its state lies."""
+    """The DeepSpeed options that do not depend on the batch: precision, clipping, ZeRO and offload."""
     zero: dict[str, Any] = {
         "stage": config.deepspeed.zero_stage,
         "stage3_gather_16bit_weights_on_model_save": True,
     }
     if config.optimizer.name is Optimizer.muon:
-        zero["reduce_scatter"] = False  # it needs whole gradients
+        zero["reduce_scatter"] = False  # it needs complete gradients
     if config.deepspeed.offload is not Offload.none:
         where = {"device": config.deepspeed.offload.name, "pin_memory": torch.cuda.is_available()}
         if config.deepspeed.offload is Offload.nvme:
@@ -117,12 +113,13 @@ def engine_options(config: TrainConfig) -> dict[str, Any]:
         if config.deepspeed.zero_stage == 3:
             zero["offload_param"] = where
     return {
-        # at ZeRO 0 in float32 DeepSpeed asks for a norm only where it clips
-        "gradient_clipping": config.optimizer.max_grad_norm or (math.inf if is_plain(config) else 0.0),
+        # at ZeRO 0 in float32 DeepSpeed computes a norm only where it clips
+        "gradient_clipping": config.optimizer.max_grad_norm
+        or (math.inf if is_unwrapped(config, config.deepspeed.zero_stage) else 0.0),
         "bf16": {"enabled": config.student.dtype is Dtype.bfloat16},
         "fp16": {"enabled": config.student.dtype is Dtype.float16},
         "zero_optimization": zero,
-        # with offload DeepSpeed wants its CPUAdam, which has to be compiled; torch's fused AdamW runs on CPUs as well
+        # with offload DeepSpeed prefers its CPUAdam, which has to be compiled; torch's fused AdamW runs on CPUs as well
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
     }
@@ -144,9 +141,9 @@ def _optimizer(module: StudentWithLoss, config: TrainConfig) -> torch.optim.Opti
         "learning_rate_ratio": options.muon_learning_rate / options.learning_rate,
     }
     groups = [muon, *({"use_muon": False} | adam | group for group in _decayed(others, options.weight_decay))]
-    if not torch.cuda.is_available():  # the iteration is a few products: nothing to compile, nor to need a compiler for
+    if not torch.cuda.is_available():  # the iteration is a few products: do not require a compiler for it
         torch.compiler.set_stance("force_eager")
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # here: it prepares kernels
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # here: importing it prepares kernels
 
     return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
 
@@ -160,12 +157,12 @@ def _decayed(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[s
 
 
 def dimensions(parameter: nn.Parameter) -> int:
-    """Of the whole parameter: partitioned by ZeRO-3 it looks like an empty vector."""
+    """Number of dimensions of the complete parameter; partitioned by ZeRO-3 it looks like an empty vector."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _clip(engine: deepspeed.DeepSpeedEngine) -> None:
-    # DeepSpeed's own forgets the norm that it clips to, and multiplies gradients by 1 where none is too large
+    # DeepSpeed's own does not keep the norm, and multiplies gradients by 1 where none is too large
     engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
 
 
@@ -184,7 +181,7 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
-    """What DeepSpeed multiplies the loss by before a backward: more than 1 in float16 alone."""
+    """What DeepSpeed multiplies the loss by before a backward: above 1 only in float16."""
     return float(engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0)
 
 
@@ -198,8 +195,8 @@ def _set_step_count(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
 def load_universal(engine: deepspeed.DeepSpeedEngine, folder: Path, *, steps: int, skipped_steps: int) -> None:
     """Load weights and AdamW's state from DeepSpeed's universal form, a folder a parameter, one after another.
 
-    Not by DeepSpeed's own `load_universal`: that wants the file names of the stage that saved, and gives every
-    parameter group the first one's weight decay.
+    DeepSpeed's own `load_universal` expects the file names of the stage that saved, and gives every parameter group
+    the first one's weight decay.
     """
     _allocate_moments(engine)
     for name, parameter in engine.module.named_parameters():
@@ -214,7 +211,7 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, folder: Path, *, steps: in
 
 
 def _allocate_moments(engine: deepspeed.DeepSpeedEngine) -> None:
-    """As AdamW's first step would, for which DeepSpeed waits."""
+    """Allocate the state that DeepSpeed would allocate in AdamW's first step."""
     zero = engine.optimizer
     in_parts = engine.zero_optimization_partition_weights()
     flats = zero.fp32_partitioned_groups_flat if in_parts else [g["params"][0] for g in zero.optimizer.param_groups]
@@ -245,26 +242,26 @@ def _put(parameter: Any, values: dict[str, Tensor]) -> None:
 
 
 def student_weights(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> dict[str, Tensor] | None:
-    """The student's whole state dict, on rank 0; None on other ranks where parameters are partitioned."""
+    """The student's complete state dict, on rank 0; None on other ranks where parameters are partitioned."""
     if zero_stage < 3:
         return {name: weight.cpu() for name, weight in engine.module.student.state_dict().items()}
     state = engine._zero3_consolidated_16bit_state_dict()
     return None if state is None else {name.removeprefix("student."): weight.cpu() for name, weight in state.items()}
 
 
-def _leave_out_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    # DeepSpeed can do it itself, but would keep the second name of a tied matrix
+def _drop_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    # DeepSpeed has an option for this, but it keeps the second name of a tied matrix
     for name in frozen_names(module):
         state.pop(prefix + name, None)
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """Every name of the parameters that are not trained."""
+    """All names of the parameters that are not trained."""
     return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Load a checkpoint's weights into the module: all that it has, but the frozen ones, which no checkpoint has."""
+    """Load a checkpoint's weights into the module; only the frozen ones, which no checkpoint holds, may be missing."""
     found = dst.load_state_dict(src, strict=False)
     wrong = {*found.unexpected_keys, *found.missing_keys} - frozen_names(dst)
     if wrong:

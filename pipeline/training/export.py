@@ -1,4 +1,4 @@
-"""The model card: what a student was made of and what it scored, for whoever finds the folder without the run."""
+"""What a run leaves: the exported model, its model card with data and scores, and the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.training.dev_evaluation import dev_summary
 from pipeline.training.inputs import load_held_out
 from pipeline.training.run import Run
 
-EXPORTED = {"last": "the last", "best": "the best on dev of those looked at"}
+EXPORTED = {"last": "the last", "best": "the best of those evaluated on dev"}
 LIBRARIES = ("torch", "transformers", "deepspeed")
 
 
@@ -49,7 +49,7 @@ def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
         base = base.rstrip("/").rsplit("/", 1)[-1]
     lines = ["---", *front, "---", "", f"# {result['name']}, seed {result['seed']}", ""]
     lines += [
-        _story(base, options["student"]["adapter"]),
+        _summary(base, options["student"]["adapter"]),
         "",
         "## Scores",
         "",
@@ -74,15 +74,15 @@ def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _story(base: str, adapter: dict[str, Any] | None) -> str:
+def _summary(base: str, adapter: dict[str, Any] | None) -> str:
     text = f"`{base}`, trained on a weak teacher's captured logits and a trusted gold set under one objective."
     if adapter is None:
         return text
     layers = ", ".join(adapter["targets"] or ["all linear layers but the head"])
     text += f" A {'DoRA' if adapter['dora'] else 'LoRA'} adapter of rank {adapter['rank']} and alpha {adapter['alpha']}"
     text += f" on {layers} was trained, and is merged into these weights."
-    whole = " and ".join(name for name in ("embeddings", "head") if adapter[f"train_{name}"])
-    return f"{text} Trained whole: {whole}." if whole else text
+    full = " and ".join(name for name in ("embeddings", "head") if adapter[f"train_{name}"])
+    return f"{text} Also fully trained: {full}." if full else text
 
 
 def _training(options: dict[str, Any], result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The identity of a run: its options, and its inputs by content; every input is read and checked on the way."""
+"""The identity of a run: its options, and its inputs by content; every input is read and checked for it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _teacher_identity(config: TrainConfig, held_out: dict[str, EvaluationSet]) -
 
 
 def check_cache(config: TrainConfig, address: str, what: str, folder: Path, tokenizer: Any) -> str:
-    """The fingerprint of a whole cache that this student and this objective can read."""
+    """The fingerprint of a cache; InputError where it is incomplete, or this student or objective cannot read it."""
     cache, kd, hard = one_location(address, what), config.loss.kd, config.loss.hard
     manifest = manifests.load_manifest(cache)
     manifests.committed_shards(cache, manifest)
@@ -99,20 +99,21 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
         raise InputError(f"k: expected 1 to {manifest.k} (captured in {cache}), found {config.k}")
     if kd.divergence.name in NEEDS_TAIL and kd.weight > 0 and (manifest.kind, manifest.tail) != ("topk", "exact"):
         raise InputError(
-            f"divergence={kd.divergence.name}: expected a topk cache with an exact tail, because it is not "
-            f"linear in what the teacher says, found {manifest.kind}, tail {manifest.tail} ({cache}); use forward_kl"
+            f"divergence={kd.divergence.name}: expected a topk cache with an exact tail, because it is "
+            f"not linear in the teacher's probabilities, found {manifest.kind}, tail {manifest.tail} ({cache}); "
+            "use forward_kl"
         )
     if config.curriculum_parts > 1 and what != "gold_cache" and manifest.tail != "exact":
         raise InputError(
-            f"curriculum_parts: expected caches that know the teacher's entropy, found one with tail {manifest.tail} "
-            f"({cache}), which was imported; capture with this project, or use curriculum_parts=1"
+            f"curriculum_parts: expected caches with the teacher's entropy, found one with tail {manifest.tail} "
+            f"({cache}), which was imported and has none; capture with this project, or use curriculum_parts=1"
         )
     if hard.weight == 0 or (Source.gold if what == "gold_cache" else Source.corpus) not in hard.on:
         return manifest.fingerprint
     if hard.take is HardLabels.likeliest and manifest.kind == "sampled":
         raise InputError(
             f"loss.hard.take=likeliest: expected a cache that keeps the largest logits, found {manifest.kind} "
-            f"({cache}), whose likeliest draw is chance; capture with kind=topk or hybrid"
+            f"({cache}), whose top entry is a matter of chance; capture with kind=topk or hybrid"
         )
     if hard.take is HardLabels.generated and "complete" not in manifest.made_of:
         raise InputError(
@@ -123,10 +124,10 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
 
 
 def check_same_temperatures(addresses: list[str]) -> None:
-    """Refuse caches of different temperatures: their distributions stand in one batch."""
+    """Refuse caches with different temperatures: their distributions share batches."""
     found = {address: manifests.load_manifest(one_location(address, "cache")).temperatures for address in addresses}
     if len(set(found.values())) > 1:
         raise InputError(
             f"cache: expected the same captured temperatures in all that are read together, found "
-            f"{ {address: list(temperatures) for address, temperatures in found.items()} }; capture them alike"
+            f"{ {address: list(temperatures) for address, temperatures in found.items()} }; capture them with the same"
         )

@@ -1,4 +1,4 @@
-"""Ramps: pure functions from a step to the factor on a weight or on the learning rate."""
+"""Ramps and schedules: pure functions from a step to a factor on a weight or on the learning rate."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ SHAPES: dict[str, Callable[[float], float]] = {
 def adaptive_kd_factor(
     value: float, *, student: float, teacher: float, margin: float, factor: float, least: float
 ) -> float:
-    """The KD weight's factor after a look at both scores: down when ahead, up again when behind, unchanged between.
+    """The adaptive factor of the KD weight after an evaluation on dev: lower while the student is better, higher again
+    while it is worse, unchanged between.
 
-    Between teacher - margin and teacher + margin nothing changes, so that noise does not turn it to and fro.
+    Between teacher - margin and teacher + margin nothing changes, so that noise does not change it.
     """
     if student > teacher + margin:
         return max(value * factor, least)
@@ -83,5 +84,5 @@ def learning_rate(
 
 
 def is_due(every_steps: int, step: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
+    """Whether something that happens every `every_steps` steps (0: never) happens after this one."""
     return every_steps > 0 and step % every_steps == 0
