@@ -143,7 +143,7 @@ def test_what_cannot_be_mixed_is_refused_before_any_rank_starts(
         ({"gold_cache": drawn}, "expected the same captured temperatures in all that are read together"),
         (
             {"more_caches": f"[{manifest.parent}]", "curriculum_parts": 2},
-            "expected caches that know the teacher's entropy, found one with tail remainder",
+            "expected caches with the teacher's entropy, found one with tail remainder",
         ),
         ({"more_caches": f"[{strange}]"}, "to have the teacher's tokenizer"),
         ({"more_caches": f"[{drawn}]", "loss.kd.temperature": 2.0}, "expected one of the captured [1.0], found 2.0"),

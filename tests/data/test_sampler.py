@@ -153,7 +153,7 @@ def test_a_curriculum_takes_the_surest_first_and_every_row_once(blocks: list[lis
 
 
 def test_a_curriculum_refuses_a_cache_that_does_not_know_entropy() -> None:
-    with pytest.raises(InputError, match="found a cache that does not know it"):
+    with pytest.raises(InputError, match="found a cache without it"):
         by_entropy([torch.tensor([1.0, math.nan])], 2)
 
 

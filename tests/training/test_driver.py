@@ -158,7 +158,7 @@ def test_a_multirun_killed_in_the_middle_ends_with_all_results_and_nothing_twice
     assert len(finished) == 1
     done = script("train", *arguments, cwd=tmp_path)
     assert done.stderr.count("is finished; nothing to do") == 1
-    assert done.stderr.count("going on with") == 1
+    assert done.stderr.count("resuming") == 1
     resumed = int(re.findall(r"step (\d+) of 15,", done.stderr)[0])
     assert resumed >= 2  # from its checkpoint, not from the beginning
     assert done.stderr.count("starting:") == 2
@@ -189,7 +189,7 @@ def test_stopped_while_it_starts_a_sweep_ends_and_goes_on(
     wait_for(lambda: list(tmp_path.glob("runs/*/config.yaml")), process)
     process.send_signal(signal.SIGINT)  # long before the first step
     assert process.wait(60) == 75
-    assert "asked to stop" in (tmp_path / "output.txt").read_text()
+    assert "stop requested" in (tmp_path / "output.txt").read_text()
     assert len(list(tmp_path.glob("runs/*/identity.json"))) == 1
     script("train", *arguments, cwd=tmp_path)
     assert len(list(tmp_path.glob("runs/*/result.json"))) == 2
@@ -221,7 +221,7 @@ def test_two_drivers_never_train_in_one_folder(
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 75
     assert done.returncode == 2
-    assert "expected nobody at work there, found lock held" in done.stderr
+    assert "expected a free run folder, found lock held" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------ refusals
