@@ -78,7 +78,7 @@ def make_case(
 
 
 def random_top(num_positions: int, vocabulary: int, k: int) -> TopK:
-    """Distributions that decrease as those of a language model do, with ids from the whole vocabulary."""
+    """Distributions that decrease as those of a language model do, with ids from all parts of the vocabulary."""
     top, _, _ = top_k_and_entropy(torch.randn(num_positions, 4 * k) * 4, k=k, temperatures=(1.0,))
     return dataclasses.replace(top, ids_NK=top.ids_NK * (vocabulary // (4 * k)))
 

@@ -53,7 +53,7 @@ def run(quick: bool) -> Results:
 
 
 def compare(ranks: Ranks, folder: Path, quick: bool) -> Results:
-    """Run both loops in turns over the same steps; the data wait is taken from steps whose batches could be prefetched."""
+    """Run both loops in turns over the same steps; the data wait is that of steps whose batches could be prefetched."""
     model = models.resolve_dtype(StudentConfig(path=str(MODEL), dtype=Dtype.auto, num_layers=4 if quick else None))
     num_steps = 50 if ranks.device.type == "cuda" else 3  # in one measurement
     mixture = small_mixture(model, ranks, folder / "cache")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,9 +17,11 @@ import torch
 
 from pipeline.bench import cli as bench
 from pipeline.bench import fidelity as bench_fidelity
+from pipeline.bench import loss as bench_loss
 from pipeline.bench import loss_implementations, loss_precision
 from pipeline.bench import read as bench_read
 from pipeline.bench.fidelity import Outputs, Scheme, bytes_per_token, full_logit_gradients, head_gradient, renormalised
+from pipeline.bench.loss_implementations import Case
 from pipeline.bench.timing import Figure, format_figure, ratios, run_in_turns, summarize, table
 from pipeline.cache import shards
 from pipeline.core.types import UNKNOWN_TARGET
@@ -113,6 +116,39 @@ def test_the_implementations_of_the_loss_agree() -> None:
     unfused = loss_implementations.ours(case, case.hidden_NH, fused=False).item()
     assert values["ours"] == pytest.approx(unfused)
     assert min(values["ours"], values["KD + CE"]) > values["cross entropy"]
+
+
+def test_the_loss_benchmark_writes_all_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The complete part, in this process and with a vocabulary of 2,048 tokens."""
+
+    def make_small_case(num_positions: int, *, dtype: torch.dtype, fraction: float = 1.0, **sizes: int) -> Case:
+        return loss_implementations.make_case(num_positions, vocabulary=2048, k=16, dtype=dtype, fraction=fraction)
+
+    def run_here(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
+        output = bench_loss.child_main(*arguments)
+        if "bytes" in output:
+            output["bytes"] = max(output["bytes"], 1.0)  # 0 in this process, which reuses freed memory
+        return output
+
+    monkeypatch.setattr(bench_loss, "make_case", make_small_case)
+    monkeypatch.setattr(loss_precision, "make_case", make_small_case)
+    monkeypatch.setattr(bench_loss, "run_in_child", run_here)
+    monkeypatch.setattr(bench_loss, "keep_allocator_memory", lambda: None)  # it would last for the other tests
+    results = bench_loss.run(quick=True)
+    alternatives = ("cross_entropy", "linear_cross_entropy", "chunked_linear_cross_entropy", "plain_kd")
+    assert results.keys() == {
+        *(f"loss.time_ratio_to_{name}" for name in alternatives),
+        *(f"loss.time_ratio_to_{name}_with_kept_memory" for name in alternatives),
+        *(f"loss.weight_gradient_error.{name}" for name in ("ours", "linear_cross_entropy", "cross_entropy")),
+        "loss.memory_ratio",
+        "loss.time_fraction_at_a_tenth",
+        "loss.growth",
+    }
+    error, growth = results["loss.weight_gradient_error.ours"], results["loss.growth"]
+    assert isinstance(error, Figure)
+    assert 0 < error.median < 2e-2
+    assert isinstance(growth, list)
+    assert [(row["vocabulary"], row["k"]) for row in growth] == [(32_768, 64), (49_152, 64), (49_152, 8), (49_152, 64)]
 
 
 def test_only_the_given_fraction_of_the_positions_has_targets() -> None:
