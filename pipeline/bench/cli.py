@@ -1,14 +1,14 @@
-"""scripts/bench [PART ...] [--quick] [--json FILE]: what this costs beside what one would otherwise run, side by side.
+"""scripts/bench [PART ...] [--quick] [--json FILE]: compare the cost of this pipeline with common alternatives.
 
-The runs of a comparison take turns, so that a machine's moods hit all alike; a figure is the median of its runs, and
-beside it stands the range. Every run is timed whole, in this process, on this machine.
+The variants of a comparison take turns in this process on this machine, so that machine noise affects all of them
+equally. Every figure is the median of several runs, printed with its range.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import logging
 from pathlib import Path
 
 from pipeline.bench import capture as bench_capture
@@ -18,8 +18,8 @@ from pipeline.bench import read as bench_read
 from pipeline.bench import rerun as bench_rerun
 from pipeline.bench import step as bench_step
 from pipeline.bench import train as bench_train
-from pipeline.bench.timing import Figure, Findings
-from pipeline.core.files import write_atomically
+from pipeline.bench.timing import Figure, Results
+from pipeline.core.files import write_json
 from pipeline.core.progress import start_logging
 
 PARTS = {
@@ -34,27 +34,27 @@ PARTS = {
 
 
 def main() -> None:
-    """Run the parts that are asked for, or all."""
+    """Run the parts that are named on the command line, or all parts."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; none: all of them")
-    parser.add_argument("--quick", action="store_true", help="less of everything, to see that it runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there, under stable keys")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all of them")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few runs, only to check that it works")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file, under stable keys")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.parts) - PARTS.keys())
     if unknown:
-        parser.error(f"PART: expected some of {', '.join(PARTS)}, found {', '.join(unknown)}")
-    start_logging(level=30)
-    findings: Findings = {}
+        parser.error(f"PART: expected any of {', '.join(PARTS)}, found {', '.join(unknown)}; correct the name")
+    start_logging(level=logging.WARNING)
+    results: Results = {}
     for name in arguments.parts or PARTS:
-        findings |= PARTS[name](arguments.quick)
+        results |= PARTS[name](arguments.quick)
         print(flush=True)
-        if arguments.json is not None:  # after each part: an hour's work does not hang on the last
-            write_atomically(arguments.json, json.dumps(plain(findings), indent=2) + "\n")
+        if arguments.json is not None:  # after each part, so that a later failure does not lose an hour of results
+            write_json(arguments.json, to_plain_data(results))
 
 
-def plain(findings: Findings) -> dict[str, object]:
-    """Findings as JSON knows them."""
-    return {name: dataclasses.asdict(value) if isinstance(value, Figure) else value for name, value in findings.items()}
+def to_plain_data(results: Results) -> dict[str, object]:
+    """Results with every Figure replaced by a dict, as JSON needs it."""
+    return {name: dataclasses.asdict(value) if isinstance(value, Figure) else value for name, value in results.items()}
 
 
 if __name__ == "__main__":

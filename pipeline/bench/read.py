@@ -1,4 +1,4 @@
-"""How fast a cache becomes training tensors, on one core."""
+"""The speed of reading a cache into training batches, on one core."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.bench.timing import Findings, figure, in_turn, seconds, shown, table
+from pipeline.bench.timing import Results, format_figure, run_in_turns, seconds, summarize, table
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import ShardReader, shard_writer
 from pipeline.core.runtime import keep_allocator_memory
@@ -17,29 +17,30 @@ from pipeline.core.types import Captured, Manifest, TokenSequence
 from pipeline.data.mixture import collate
 from pipeline.data.packing import Segment, make_sequence
 
-K, VOCABULARY, WINDOW = 64, 49_152, 512
+K, VOCABULARY, WINDOW, BATCH = 64, 49_152, 512, 8
 
 
-def run(quick: bool) -> Findings:
-    """tokens/s over a whole epoch of a cache of random content at K = 64: hash, decompress, decode, collate."""
-    keep_allocator_memory()  # as training's ranks do
+def run(quick: bool) -> Results:
+    """Targets per second over one epoch of a cache of random content at K = 64: hash, decompress, decode, collate."""
+    keep_allocator_memory()  # as the ranks of a training run do
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            cache, num_tokens = Path(folder) / "cache", 0
-            num_tokens = write_cache(cache, num_sequences=100 if quick else 600)
-            things = {"epoch": lambda: num_tokens / seconds(lambda: read_epoch(cache))}
-            found = in_turn(things, runs=3 if quick else 5)["epoch"]
+            cache = Path(folder) / "cache"
+            num_targets = write_cache(cache, num_sequences=100 if quick else 600)
+            measurements = {"epoch": lambda: num_targets / seconds(lambda: read_epoch(cache))}
+            speeds = run_in_turns(measurements, runs=3 if quick else 5)["epoch"]
     finally:
         torch.set_num_threads(threads)
-    speed = figure(found)
-    print(table("read: a cache into training tensors, one core", [["K", "tokens/s"], [str(K), shown(speed, ",.0f")]]))
+    speed = summarize(speeds)
+    rows = [["K", "tokens/s"], [str(K), format_figure(speed, ",.0f")]]
+    print(table("read: a cache into training tensors, one core", rows))
     return {"read.tokens_per_second": speed}
 
 
-def manifest_of(num_shards: int, num_records: int, *, k: int, window: int, vocabulary: int) -> Manifest:
-    """The promise of a cache of random content."""
+def make_manifest(num_shards: int, num_records: int, *, k: int, window: int, vocabulary: int) -> Manifest:
+    """The manifest of a cache that is made for a benchmark."""
     made_of = {"random": True, "k": k, "records": num_records}
     return Manifest(
         schema_version=1,
@@ -54,42 +55,49 @@ def manifest_of(num_shards: int, num_records: int, *, k: int, window: int, vocab
         window=window,
         num_records=num_records,
         num_shards=num_shards,
-        records_per_shard=-(-num_records // num_shards),
+        records_per_shard=-(-num_records // num_shards),  # rounded up: 7 records in 2 shards -> 4 per shard
     )
 
 
 def random_row(record_id: int, generator: torch.Generator) -> tuple[TokenSequence, Captured]:
-    """One full window with a target at every position; logits fall off as a language model's do."""
+    """A sequence of a full window with a target at every position except the last, and random logits for it.
+
+    The logits decrease as those of a language model do: the top K of 4 K normal draws with standard deviation 4.
+    """
     ids = torch.randint(VOCABULARY, (WINDOW,), generator=generator)
-    pairs = tuple((s, int(ids[s + 1])) for s in range(WINDOW - 1))
-    one = make_sequence([Segment(record_id=record_id, ids=tuple(ids.tolist()), targets=pairs)])
+    targets = tuple((s, int(ids[s + 1])) for s in range(WINDOW - 1))
+    sequence = make_sequence([Segment(record_id=record_id, ids=tuple(ids.tolist()), targets=targets)])
     logits_NV = torch.randn(WINDOW - 1, 4 * K, generator=generator) * 4
     top, _, _ = top_k_and_entropy(logits_NV, k=K, temperatures=(1.0,))
-    spread_NK = (top.ids_NK * (VOCABULARY // (4 * K))) + torch.randint(VOCABULARY // (4 * K), (1,), generator=generator)
-    unknown_N = torch.zeros(WINDOW - 1, dtype=torch.float16)
-    return one, Captured(top=dataclasses.replace(top, ids_NK=spread_NK), next_log_prob_N=unknown_N, entropy_N=unknown_N)
+    stride = VOCABULARY // (4 * K)  # spreads the ids 0, 1, 2, ... over the vocabulary: 0, 192, 384, ..., all shifted
+    spread_NK = (top.ids_NK * stride) + torch.randint(stride, (1,), generator=generator)
+    zeros_N = torch.zeros(WINDOW - 1, dtype=torch.float16)
+    top = dataclasses.replace(top, ids_NK=spread_NK)
+    return sequence, Captured(top=top, next_log_prob_N=zeros_N, entropy_N=zeros_N)
 
 
 def write_cache(cache: Path, *, num_sequences: int) -> int:
-    """A cache of random content; returns its targets."""
-    manifest = manifest_of(2, num_sequences, k=K, window=WINDOW, vocabulary=VOCABULARY)
+    """Write a cache of random content in two shards; returns its number of targets."""
+    manifest = make_manifest(2, num_sequences, k=K, window=WINDOW, vocabulary=VOCABULARY)
     manifests.create_cache(cache, manifest)
     generator, num_targets = torch.Generator().manual_seed(0), 0
     for index in range(manifest.num_shards):
         with shard_writer(cache, manifest, index) as writer:
             for record_id in manifests.shard_range(manifest, index):
-                one, captured = random_row(record_id, generator)
-                writer.write(one, captured)
-                num_targets += len(one.target_ids_N)
+                sequence, captured = random_row(record_id, generator)
+                writer.write(sequence, captured)
+                num_targets += len(sequence.target_ids_N)
             writer.commit(num_skipped=0)
     manifests.finalize_cache(cache, manifest, stale_seconds=60)
     return num_targets
 
 
-def read_epoch(cache: Path) -> None:
-    """Every row once, in batches of 8, as training reads them."""
-    reader = ShardReader(cache)
-    rows = [(block, row) for block, size in enumerate(reader.blocks) for row in range(size)]
-    for first in range(0, len(rows), 8):
-        some = [reader.row(*place) for place in rows[first : first + 8]]
-        collate(some, [False] * len(some))
+def read_epoch(cache: Path) -> int:
+    """Read every row once and collate batches as training does; returns the number of targets with a distribution."""
+    reader, num_targets = ShardReader(cache), 0
+    places = [(block, row) for block, num_rows in enumerate(reader.blocks) for row in range(num_rows)]
+    for first in range(0, len(places), BATCH):
+        rows = [reader.row(block, row) for block, row in places[first : first + BATCH]]
+        batch = collate(rows, [False] * len(rows))
+        num_targets += 0 if batch.teacher is None else len(batch.teacher.ids_NK)
+    return num_targets

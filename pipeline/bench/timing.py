@@ -1,4 +1,4 @@
-"""Measurements that can be compared: several runs of each thing in turn, so that a machine's moods hit all alike."""
+"""Comparable measurements: the variants take turns, so that machine noise affects every variant equally."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """What several runs gave."""
+    """Median and range of the same measurement in several runs."""
 
     median: float
     min: float
@@ -19,48 +19,53 @@ class Figure:
     runs: int
 
 
-Findings = dict[str, Figure | list[dict[str, str | float]]]
-"""Stable keys -> a figure, or a list of rows."""
+Results = dict[str, Figure | list[dict[str, str | float]]]
+"""Key in the JSON file -> a figure, or the rows of a table."""
 
 
-def figure(values: Sequence[float]) -> Figure:
-    """Median and range of some values."""
+def summarize(values: Sequence[float]) -> Figure:
+    """Median and range of the values."""
     return Figure(median=statistics.median(values), min=min(values), max=max(values), runs=len(values))
 
 
-def ratios(ones: Sequence[float], others: Sequence[float]) -> Figure:
-    """One over other, pair by pair."""
-    return figure([one / other for one, other in zip(ones, others, strict=True)])
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Figure:
+    """Median and range of numerator / denominator, run by run; both lists have one value per run."""
+    return summarize([above / below for above, below in zip(numerators, denominators, strict=True)])
 
 
-def in_turn(things: Mapping[str, Callable[[], float]], *, runs: int, warm_up: bool = True) -> dict[str, list[float]]:
-    """What each thing returns, `runs` times, each round in another order; a first round is not counted.
+def run_in_turns(
+    measurements: Mapping[str, Callable[[], float]], *, runs: int, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """The values that each measurement returns in `runs` rounds; with `warm_up`, one round before them is not counted.
 
-    What a thing leaves behind (pages to be returned, a hot CPU) would otherwise always burden the same one.
+    Each round runs every measurement once, in a random order. In a fixed order the effects of one measurement (freed
+    memory, a hot CPU) would always slow down the same next one.
     """
-    found: dict[str, list[float]] = {name: [] for name in things}
-    for turn in range(runs + warm_up):
-        for name in random.Random(turn).sample(list(things), len(things)):
-            value = things[name]()
-            if turn >= warm_up:
-                found[name].append(value)
-    return found
+    values: dict[str, list[float]] = {name: [] for name in measurements}
+    first_counted = 1 if warm_up else 0
+    for turn in range(first_counted + runs):
+        for name in random.Random(turn).sample(list(measurements), len(measurements)):
+            value = measurements[name]()
+            if turn >= first_counted:
+                values[name].append(value)
+    return values
 
 
-def seconds(thing: Callable[[], object]) -> float:
-    """How long a call takes."""
+def seconds(function: Callable[[], object]) -> float:
+    """The wall-clock seconds of one call."""
     started = time.perf_counter()
-    thing()
+    function()
     return time.perf_counter() - started
 
 
 def table(title: str, rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns under a title; the first row is the head."""
+    """A title and, indented below it, the rows in aligned columns; the first row is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([title, *(f"  {line}" for line in lines)])
 
 
-def shown(value: Figure, form: str = ".3g") -> str:
-    """A figure as people read it: the median and, in brackets, the range."""
-    return f"{value.median:{form}} ({value.min:{form}} to {value.max:{form}}, {value.runs} runs)"
+def format_figure(figure: Figure, number_format: str = ".3g") -> str:
+    """For example "2.5 (2.1 to 3.0, 5 runs)": the median and, in brackets, the range."""
+    low, high = f"{figure.min:{number_format}}", f"{figure.max:{number_format}}"
+    return f"{figure.median:{number_format}} ({low} to {high}, {figure.runs} runs)"

@@ -1,4 +1,7 @@
-"""What training costs over a bare torch loop of the same model, loss and batches: our engine, reading and metrics."""
+"""The time of training, compared with a simple torch loop of the same model, loss and batches.
+
+The difference is the cost of the engine, of reading and of metrics.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from typing import Any
 import torch
 
 from pipeline.bench.capture import CORPUS, MODEL
-from pipeline.bench.read import manifest_of
+from pipeline.bench.read import make_manifest
 from pipeline.bench.step import GOLD, SEQUENCES, TEACHER_LAYERS, TERMS, WINDOW, K, captured_rows, windows
-from pipeline.bench.timing import Findings, figure, in_turn, ratios, seconds, shown, table
+from pipeline.bench.timing import Results, format_figure, ratios, run_in_turns, seconds, summarize, table
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import ShardReader, shard_writer
 from pipeline.config.schema import DeepspeedConfig, Dtype, OptimizerConfig, StudentConfig, TrainConfig
@@ -38,54 +41,54 @@ from pipeline.training.run import Run
 from pipeline.training.steps import take_steps
 
 LEARNING_RATE, MAX_GRAD_NORM, BETAS, EPSILON = 1e-6, 1.0, (0.9, 0.999), 1e-8
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
+ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
 
 
-def run(quick: bool) -> Findings:
-    """Some optimizer steps in a row by `steps.take_steps` on one rank at ZeRO 0, and the same ones by the bare loop."""
-    keep_allocator_memory()  # as training's ranks do
-    for name, value in ALONE.items():
+def run(quick: bool) -> Results:
+    """Several optimizer steps in a row by `take_steps` of training, on one rank at ZeRO 0, and by the simple loop."""
+    keep_allocator_memory()  # as the ranks of a training run do
+    for name, value in ONE_RANK.items():
         os.environ.setdefault(name, value)
     with ranks_from_environment() as ranks, tempfile.TemporaryDirectory() as name:
         return compare(ranks, Path(name), quick)
 
 
-def compare(ranks: Ranks, folder: Path, quick: bool) -> Findings:
-    """Both in turn over the same steps; the waiting is read off the steps that a prefetch could serve."""
+def compare(ranks: Ranks, folder: Path, quick: bool) -> Results:
+    """Run both loops in turns over the same steps; the data wait is that of steps whose batches could be prefetched."""
     model = models.resolve_dtype(StudentConfig(path=str(MODEL), dtype=Dtype.auto, num_layers=4 if quick else None))
-    together = 50 if ranks.device.type == "cuda" else 3  # steps that are timed as one
+    num_steps = 50 if ranks.device.type == "cuda" else 3  # in one measurement
     mixture = small_mixture(model, ranks, folder / "cache")
     _, tokenizer = open_tokenizer(model)
     vocabulary = vocabulary_size(tokenizer)
     ours = Ours(model, mixture, ranks, folder, vocabulary)
-    things = {"ours": ours.steps, "bare loop": Bare(model, mixture, ranks, vocabulary).steps}
+    loops = {"ours": ours.steps, "bare loop": Bare(model, mixture, ranks, vocabulary).steps}
     if model.dtype is not Dtype.float32:
-        things["without float32 state"] = Bare(model, mixture, ranks, vocabulary, in_float32=False).steps
-    timed = {name: partial(seconds_a_step, steps, together) for name, steps in things.items()}
-    found = in_turn(timed, runs=2 if quick else 5)
-    over = {name: ratios(found["ours"], times) for name, times in found.items() if name != "ours"}
+        loops["without float32 state"] = Bare(model, mixture, ranks, vocabulary, in_float32=False).steps
+    measurements = {name: partial(seconds_per_step, steps, num_steps) for name, steps in loops.items()}
+    times = run_in_turns(measurements, runs=2 if quick else 5)
+    ratio_to = {name: ratios(times["ours"], values) for name, values in times.items() if name != "ours"}
     waits = [row["data_wait_fraction"] for row in ours.rows]
-    rows = [["", "seconds a step", "ours over it"], ["ours", shown(figure(found["ours"])), ""]]
-    rows += [[name, shown(figure(found[name])), shown(ratio)] for name, ratio in over.items()]
-    rows += [["fraction of it that waits for data", shown(figure(waits)), ""]]
+    rows = [["", "seconds per step", "ratio of ours to it"], ["ours", format_figure(summarize(times["ours"])), ""]]
+    rows += [[name, format_figure(summarize(times[name])), format_figure(ratio)] for name, ratio in ratio_to.items()]
+    rows += [["ours, fraction of the time that waits for data", format_figure(summarize(waits)), ""]]
     print(table(f"train: SmolLM2-135M in {model.dtype.name}, {SEQUENCES * WINDOW} tokens a step, ZeRO 0", rows))
-    findings: Findings = {
-        "train.time_ratio_to_bare_loop": over["bare loop"],
-        "train.data_wait_fraction": figure(waits),
-        "train.seconds": figure(found["ours"]),
+    results: Results = {
+        "train.time_ratio_to_bare_loop": ratio_to["bare loop"],
+        "train.data_wait_fraction": summarize(waits),
+        "train.seconds": summarize(times["ours"]),
     }
-    if "without float32 state" in over:
-        findings["train.time_ratio_to_all_bfloat16"] = over["without float32 state"]
-    return findings
+    if "without float32 state" in ratio_to:
+        results["train.time_ratio_to_all_bfloat16"] = ratio_to["without float32 state"]
+    return results
 
 
-def seconds_a_step(steps: Callable[[int], None], count: int) -> float:
-    """The time of some steps in a row, over their number."""
+def seconds_per_step(steps: Callable[[int], None], count: int) -> float:
+    """Mean seconds per step over `count` steps in a row."""
     return seconds(lambda: steps(count)) / count
 
 
 class Ours:
-    """Training as `scripts/train.py` does it, a few steps at a time."""
+    """Training as `scripts/train.py` does it, in portions of a few steps."""
 
     def __init__(self, config: StudentConfig, mixture: Mixture, ranks: Ranks, folder: Path, vocabulary: int) -> None:
         paths = RunPaths(folder=folder)
@@ -115,17 +118,18 @@ class Ours:
         self.rows: list[dict[str, Any]] = []
 
     def steps(self, count: int) -> None:
-        """The next optimizer steps, with their line in metrics.jsonl each."""
+        """Take the next `count` optimizer steps; each writes its line in metrics.jsonl."""
         self._run = dataclasses.replace(self._run, num_steps=self._state.step + count)
         self._state = take_steps(self._run, self._state)
         self.rows += MetricsFile.read(self._run.paths.metrics)[1 - count :]
 
 
 class Bare:
-    """The loop one would write: forward, loss, backward, clip, AdamW.
+    """A simple training loop: forward, loss, backward, clip, AdamW.
 
-    In bfloat16, like ours, with weights and moments in float32 behind it (an update of a 256th of a weight is rounded
-    away in bfloat16); `in_float32=False` does without, which is less work and learns less.
+    The model computes in bfloat16 and AdamW keeps weights and moments in float32, as training does, because bfloat16
+    rounds away an update below 1/256 of a weight. `in_float32=False` keeps everything in bfloat16: less work, and
+    small updates are lost.
     """
 
     def __init__(
@@ -133,15 +137,15 @@ class Bare:
     ) -> None:
         self._student = models.open_model(config, ranks.device).train()
         self._weights = list(self._student.parameters())
-        behind = in_float32 and config.dtype is not Dtype.float32
-        self._stepped = [torch.nn.Parameter(p.detach().float()) for p in self._weights] if behind else self._weights
+        has_copy = in_float32 and config.dtype is not Dtype.float32
+        self._stepped = [torch.nn.Parameter(p.detach().float()) for p in self._weights] if has_copy else self._weights
         rates: dict[str, Any] = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPSILON, "weight_decay": 0.0}
         self._optimizer = torch.optim.AdamW(self._stepped, fused=True, **rates)
         self._vocabulary, self._step = vocabulary, 0
         self._mixture, self._ranks = mixture, ranks
 
     def steps(self, count: int) -> None:
-        """The next optimizer steps, over batches that are read just as ours are."""
+        """Take the next `count` optimizer steps, on batches that are read in the same way as in training."""
         place = {"rank": 0, "world_size": 1, "micro_batch": SEQUENCES}
         for _, batches in prefetch(self._mixture, range(self._step, self._step + count), **place):
             self._take(batches[0].to(self._ranks.device))
@@ -169,22 +173,22 @@ class Bare:
 
 
 def small_mixture(config: StudentConfig, ranks: Ranks, cache: Path) -> Mixture:
-    """A real cache of the demo's text as a teacher of few layers sees it, and gold of the same."""
+    """A real cache of the demo's text, captured from a teacher of few layers, and gold sequences of the same text."""
     _, tokenizer = open_tokenizer(config)
     teacher = models.open_model(dataclasses.replace(config, num_layers=TEACHER_LAYERS), ranks.device)
     prose = " ".join(json.loads(line)["prompt"] for line in CORPUS.read_text().splitlines()[:1000])
     rows = captured_rows(teacher, list(windows(tokenizer(prose)["input_ids"])), vocabulary_size(tokenizer))
     gold, corpus = rows[:GOLD], rows[GOLD:]
-    manifest = manifest_of(1, len(corpus), k=K, window=WINDOW, vocabulary=vocabulary_size(tokenizer))
+    manifest = make_manifest(1, len(corpus), k=K, window=WINDOW, vocabulary=vocabulary_size(tokenizer))
     manifests.create_cache(cache, manifest)
     with shard_writer(cache, manifest, 0) as writer:
-        for one, captured in corpus:
+        for sequence, captured in corpus:
             assert captured is not None
-            writer.write(one, captured)
+            writer.write(sequence, captured)
         writer.commit(num_skipped=0)
     manifests.finalize_cache(cache, manifest, stale_seconds=60)
     reader = ShardReader(cache, cached_blocks=SHUFFLE_BLOCKS + 1)
-    whole = CacheStream(weight=Fraction(1), parts=(reader.blocks,))
+    stream = CacheStream(weight=Fraction(1), parts=(reader.blocks,))
     fraction = Fraction(GOLD, SEQUENCES)
-    order = BatchSampler(seed=1, global_batch=SEQUENCES, gold_fraction=fraction, num_gold=len(gold), corpora=(whole,))
+    order = BatchSampler(seed=1, global_batch=SEQUENCES, gold_fraction=fraction, num_gold=len(gold), corpora=(stream,))
     return Mixture(order=order, gold=gold, readers=[reader])

@@ -1,1 +1,1 @@
-"""Values that every other package shares; nothing of ours lies below."""
+"""The values that all packages share, and small services: files, progress, ranks, object stores."""

@@ -1,4 +1,4 @@
-"""Files: the names in a run folder, writes that survive a crash, hashes of content."""
+"""The file names of a run folder, writes that survive a crash, and hashes of content."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from pipeline.core.types import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPaths:
-    """Every file name of a run folder."""
+    """The paths of all files and folders in the folder of one training run."""
 
     folder: Path
 
     @property
     def config(self) -> Path:
-        """The resolved configuration."""
+        """The resolved configuration of the run."""
         return self.folder / "config.yaml"
 
     @property
     def identity(self) -> Path:
-        """All that the hash in the folder's name was made of."""
+        """The values whose hash is in the folder's name: options that change the result, and hashes of the inputs."""
         return self.folder / "identity.json"
 
     @property
     def lock(self) -> Path:
-        """Held by the driver, and by the ranks' launcher should the driver die."""
+        """Locked by the driver during the run. If the driver dies, the launcher of the ranks still holds the lock."""
         return self.folder / "lock"
 
     @property
     def stop(self) -> Path:
-        """Exists when somebody wants the run to save and leave."""
+        """If this file exists, the ranks save a checkpoint after the current step and exit."""
         return self.folder / "stop-requested"
 
     @property
@@ -49,51 +49,51 @@ class RunPaths:
 
     @property
     def log(self) -> Path:
-        """Rank 0's log lines."""
+        """The log lines of rank 0."""
         return self.folder / "log.txt"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a step."""
+        """The metrics: one line with one JSON object per step."""
         return self.folder / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> Path:
-        """TensorBoard's event files, where that tracker was asked for."""
+        """The event files of TensorBoard; exists only if that tracker is on."""
         return self.folder / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
-        """DeepSpeed's checkpoints, one folder a step."""
+        """The checkpoints of DeepSpeed: one folder per saved step."""
         return self.folder / "checkpoints"
 
     @property
     def published(self) -> Path:
-        """Names the newest whole checkpoint; replaced atomically."""
+        """Names the newest complete checkpoint; replaced atomically."""
         return self.checkpoints / "published.json"
 
     @property
     def model(self) -> Path:
-        """The trained student with its tokenizer, as `from_pretrained` reads it."""
+        """The trained student and its tokenizer, in the format that `from_pretrained` loads."""
         return self.folder / "model"
 
     @property
     def adapter(self) -> Path:
-        """The adapter alone, as peft reads it, where one was trained."""
+        """The adapter without the base model, in the format that peft loads; exists only if an adapter was trained."""
         return self.folder / "adapter"
 
     def predictions(self, split: str) -> Path:
-        """One row a held-out record of dev or test."""
+        """The predictions on `split` (dev or test): one row per held-out record."""
         return self.folder / f"predictions-{split}.parquet"
 
     @property
     def result(self) -> Path:
-        """Scores; exists only when the run is finished."""
+        """The scores; exists only if the run has finished."""
         return self.folder / "result.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a reader, or a crash, sees the old file or the new one, whole."""
+    """Replace the file by `text`. A reader, or a crash, finds the complete old file or the complete new file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w") as file:
         file.write(text)
@@ -104,13 +104,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain data atomically as JSON for people: indented, keys in the given order."""
+    """Write plain data atomically as readable JSON: indented, with the keys in the given order."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Fill the yielded folder; under the name of `folder` it appears when it is whole and durable."""
+    """Yield the path of a temporary folder, which the caller creates and fills; it then replaces `folder`.
+
+    The files are flushed to disk before the replacement. After an error, `folder` is as it was.
+    """
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     yield unfinished
@@ -121,7 +124,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def sync_files(folder: Path) -> None:
-    """Make the files of a folder durable."""
+    """Flush the files of a folder, and their names, to disk."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -129,7 +132,7 @@ def sync_files(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder as durable as the files."""
+    """Flush the entries of a folder (names, not contents) to disk, so that a rename survives a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,12 +141,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def content_hash(value: Any) -> str:
-    """sha256 of plain data as canonical JSON."""
+    """sha256 (hex) of plain data, written as JSON with sorted keys and no spaces."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file."""
+    """sha256 (hex) of the bytes of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -151,10 +154,10 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def one_path(pattern: str, what: str) -> Path:
-    """The one existing path that a name or glob stands for."""
-    found = sorted(glob.glob(pattern))
-    if len(found) != 1:
-        listed = "nothing" if not found else ", ".join(found)
-        raise InputError(f"{what}: expected {pattern!r} to match one path, found {listed}; check or narrow it")
-    return Path(found[0])
+def one_path(pattern: str, option: str) -> Path:
+    """The only path that matches a glob pattern; InputError, which names `option`, if none or several match."""
+    paths = sorted(glob.glob(pattern))
+    if len(paths) != 1:
+        found = ", ".join(paths) if paths else "nothing"
+        raise InputError(f"{option}: expected {pattern!r} to match one path, found {found}; check or narrow it")
+    return Path(paths[0])

@@ -1,4 +1,4 @@
-"""What a person sees while something runs: log lines, a bar on a terminal, plain lines elsewhere."""
+"""What a user sees while a command runs: log lines, and a progress bar on a terminal or plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,64 +13,74 @@ log = logging.getLogger("pipeline")
 
 
 def start_logging(file: Path | None = None, *, level: int = logging.INFO) -> None:
-    """Plain lines on standard error, and in `file` as well."""
+    """Write the log lines of this package to standard error, and also to `file` if it is given."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if file is not None:
         handlers.append(logging.FileHandler(file))
-    form = "%(asctime)s %(message)s"
-    logging.basicConfig(level=logging.WARNING, format=form, datefmt="%H:%M:%S", handlers=handlers, force=True)
+    line_format = "%(asctime)s %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=line_format, datefmt="%H:%M:%S", handlers=handlers, force=True)
     log.setLevel(level)
 
 
 class Progress:
-    """A bar on a terminal, one plain line every few seconds elsewhere."""
+    """A progress bar on a terminal; elsewhere one plain line every `log_every_seconds`, and one at the end.
+
+    `done` units of `total` were finished before the start, for example by an earlier run. Nothing is shown if `quiet`
+    is set or if `total` is 0.
+    """
 
     def __init__(
-        self, what: str, *, total: int, unit: str, done: int = 0, log_every_seconds: float, quiet: bool = False
+        self, title: str, *, total: int, unit: str, done: int = 0, log_every_seconds: float, quiet: bool = False
     ) -> None:
-        self._quiet = quiet
-        self._what, self._total, self._unit = what, total, unit
-        self._first: float = done
+        self._is_shown = not quiet and total > 0
+        self._title, self._total, self._unit = title, total, unit
+        self._done_at_start: float = done
         self._done: float = done
         self._log_every_seconds = log_every_seconds
         self._started = self._logged = time.monotonic()
-        terminal = sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True)
-            if terminal and not quiet
-            else None
-        )
+        self._bar = None
+        if self._is_shown and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True)
 
     def advance(self, count: float, **figures: float) -> None:
-        """Say that `count` more units are done, and show some figures beside them."""
+        """Add `count` finished units, and show the figures (name=value) beside the progress."""
         self._done += count
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
-            self._bar.update(count)
+        if not self._is_shown:
             return
-        if self._quiet:
+        shown_figures = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown_figures, refresh=False)
+            self._bar.update(count)
             return
         now = time.monotonic()
         if now - self._logged >= self._log_every_seconds or self._done >= self._total:
             self._logged = now
-            per_second = (self._done - self._first) / max(now - self._started, 1e-9)
-            left_seconds = (self._total - self._done) / max(per_second, 1e-9)
-            log.info(
-                "%s %d/%d %s  %.3g/s  %.0f s left  %s",
-                *(self._what, self._done, self._total, self._unit.strip(), per_second, left_seconds, shown),
-            )
+            self._log_line(now - self._started, shown_figures)
+
+    def _log_line(self, elapsed_seconds: float, shown_figures: str) -> None:
+        per_second = (self._done - self._done_at_start) / max(elapsed_seconds, 1e-9)
+        left_seconds = (self._total - self._done) / max(per_second, 1e-9)
+        log.info(
+            "%s %d/%d %s  %.3g/s  %.0f s left  %s",
+            self._title,
+            self._done,
+            self._total,
+            self._unit.strip(),
+            per_second,
+            left_seconds,
+            shown_figures,
+        )
 
     def close(self) -> None:
-        """Leave the terminal tidy."""
+        """Close the bar, so that the next output starts on a new line."""
         if self._bar is not None:
             self._bar.close()
 
 
-def readable(size: float) -> str:
-    """Bytes as people say them."""
+def readable(num_bytes: float) -> str:
+    """A size in decimal units: 1234567 -> "1.23 MB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} TB"

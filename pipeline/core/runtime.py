@@ -1,4 +1,4 @@
-"""Where this process stands: rank, device, memory, requests to stop."""
+"""The environment of this process: its rank and device, its memory, and requests to stop."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ import torch.distributed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process among its peers."""
+    """The rank of this process, the number of ranks, and the collective operations between them."""
 
     rank: int
     world_size: int
     device: torch.device
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """The element-wise sum over all ranks, on every rank."""
+        """The element-wise sum over all ranks, on every rank. `values` is changed in place."""
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
         return values
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:
-        """The first rank's values, on every rank: what is decided by them is decided alike."""
+        """The values of rank 0, on every rank, so that all ranks decide alike. `values` is changed in place."""
         if self.world_size > 1:
             torch.distributed.broadcast(values, src=0)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; all ranks agree on the answer."""
+        """Whether `flag` is true on at least one rank; the answer is the same on every rank."""
         return bool(self.all_reduce(torch.tensor(int(flag), device=self.device)).item())
 
     def barrier(self) -> None:
-        """Return once every rank is here."""
+        """Wait until every rank has reached this call."""
         if self.world_size > 1:
             torch.distributed.barrier()
 
 
 def compute_device(local_rank: int = 0) -> torch.device:
-    """The GPU of this local rank where there is one, else the CPU."""
+    """The GPU of this local rank; the CPU if the machine has no GPU."""
     return (
         torch.device("cuda", local_rank % torch.cuda.device_count())
         if torch.cuda.is_available()
@@ -61,7 +61,7 @@ def compute_device(local_rank: int = 0) -> torch.device:
 
 @contextlib.contextmanager
 def ranks_from_environment() -> Iterator[Ranks]:
-    """Join the process group that torchrun describes in the environment: NCCL on GPUs, gloo elsewhere."""
+    """Join the process group that torchrun describes in the environment variables: NCCL on GPUs, gloo on CPUs."""
     device = compute_device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -74,9 +74,9 @@ def ranks_from_environment() -> Iterator[Ranks]:
 
 
 def has_fast_matmul(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether matrices of this type are multiplied as fast as they should be, or faster than as float32.
+    """Whether the device has instructions to multiply matrices of this dtype.
 
-    A CPU without instructions for a half type takes 6 to 180 times as long for it as for float32 (measured on AVX2).
+    A CPU that has none for bfloat16 or float16 takes 6 to 180 times as long as for float32 (measured on AVX2).
     """
     if dtype == torch.bfloat16:
         return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -84,15 +84,16 @@ def has_fast_matmul(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def full_numel(parameter: torch.nn.Parameter) -> int:
-    """Numbers in a parameter; partitioned by ZeRO-3, it looks empty."""
+    """The number of elements of a parameter. ZeRO-3 leaves a partitioned parameter empty and its size in `ds_numel`."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def keep_allocator_memory() -> None:
-    """Have glibc keep the memory it is given back: temporaries of a few MB, made anew a thousand times a second.
+    """Make glibc keep freed memory for reuse; does nothing on other C libraries.
 
-    Otherwise each is mapped, faulted in page by page and unmapped: the top-k of a position over 49,152 tokens took
-    250 us so, 80 with this. Elsewhere than on glibc it does nothing.
+    The pipeline allocates temporary tensors of a few MB a thousand times per second. By default glibc maps each of them
+    anew, the kernel faults in every page, and glibc unmaps it again. The top-k of a position over 49,152 tokens takes
+    250 us by default and 80 us with these settings.
     """
     options = {-4: 0, -1: 1 << 30, -2: 1 << 26}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
     with contextlib.suppress(OSError, AttributeError):
@@ -102,49 +103,60 @@ def keep_allocator_memory() -> None:
 
 
 def release_memory() -> None:
-    """Give back what nothing refers to any more, on the GPU too."""
+    """Free objects that are no longer referenced, and the cached memory of the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 class StopRequest:
-    """Turns signals, a stop file, a time limit and the driver's death into one flag, asked for at step boundaries."""
+    """True once this rank should save a checkpoint and exit; checked between two steps.
+
+    There are five reasons: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 was received; the stop file exists; the time limit
+    (PIPELINE_STOP_AT, seconds since 1970) has passed; the parent process has exited; the driver (PIPELINE_DRIVER_PID)
+    has exited.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._signalled = False
-        self._driver = int(os.environ.get("PIPELINE_DRIVER_PID", "0"))
-        self._launcher = os.getppid()  # torchrun, or whoever started us
-        self._deadline = float(os.environ.get("PIPELINE_STOP_AT", "inf"))
+        self._signal_received = False
+        self._driver_pid = int(os.environ.get("PIPELINE_DRIVER_PID", "0"))  # 0: there is no driver
+        self._parent_pid = os.getppid()
+        self._stop_at = float(os.environ.get("PIPELINE_STOP_AT", "inf"))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle_signal)
 
-    def _note(self, number: int, frame: object) -> None:
-        self._signalled = True
+    def _handle_signal(self, number: int, frame: object) -> None:
+        self._signal_received = True
 
     def __bool__(self) -> bool:
-        alone = os.getppid() != self._launcher or (self._driver > 0 and not is_alive(self._driver))
-        return self._signalled or alone or time.time() > self._deadline or self._file.exists()
+        parent_exited = os.getppid() != self._parent_pid  # the kernel then gives this process another parent
+        driver_exited = self._driver_pid > 0 and not process_exists(self._driver_pid)
+        return (
+            self._signal_received
+            or parent_exited
+            or driver_exited
+            or time.time() > self._stop_at
+            or self._file.exists()
+        )
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine exists."""
+def process_exists(pid: int) -> bool:
+    """Whether a process with this id exists on this machine."""
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 is not delivered: the kernel only checks that it could be
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # the process exists and belongs to another user
         return True
     return True
 
 
 def exit_rank() -> NoReturn:
-    """End a rank whose work is done and on disk, without tearing the process down.
+    """Exit a rank that has finished and saved its work, without the usual cleanup of the process.
 
-    On a busy machine a thread of the communication libraries is sometimes still joinable when C++ destroys its static
-    objects, and a rank that has done everything aborts (4 of 15 runs of one test of two ranks): its peers would be
-    killed with it.
+    On a busy machine a thread of the communication libraries is sometimes still running when C++ destroys its static
+    objects. The finished rank then aborts (4 of 15 runs of a test with two ranks), and torchrun kills the other ranks.
     """
     logging.shutdown()
     sys.stdout.flush()

@@ -1,11 +1,11 @@
-"""The values that travel between the rooms of this package.
+"""The values that the packages pass to each other.
 
-Dimension key, for the whole package: B sequences, S positions, N supervised positions, K kept entries,
-V vocabulary, H hidden size, M positions with a captured distribution, C cached temperatures. A tensor's
-name ends in its shape: `hidden_NH`. T is only ever the temperature.
+Tensor names end in their shape. The letters, for all packages: B sequences, S positions (tokens) of a sequence,
+N supervised positions (positions with a target), K kept entries, V vocabulary, H hidden size, M positions with a
+captured distribution, C captured temperatures. Example: `hidden_NH` has shape [N, H]. T is always the temperature.
 
-The alignment law: position s has read tokens 0..s and predicts token s+1. The shift from tokens to
-targets is done once, in `data/`, and nowhere else.
+Alignment: at position s the model has read tokens 0..s and predicts token s+1. Targets are shifted by one where a
+sequence is made (`data/`, and `importers/` for foreign caches) and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,83 +15,83 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-if TYPE_CHECKING:  # a wrong option should be refused before torch has loaded
+if TYPE_CHECKING:  # not at run time: a wrong option is rejected before torch, which takes seconds, is imported
     from torch import Tensor
 
-UNKNOWN_TARGET = -100  # a supervised position whose true next token is not known: only the teacher's output is
+UNKNOWN_TARGET = -100  # the target id of a supervised position whose true next token is unknown
 
 V = TypeVar("V")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: the message says what was expected, what was found and what to do."""
+    """An option or an input file cannot be used. The message has three parts: expected, found, and what to do."""
 
 
 class RunFailed(RuntimeError):
-    """A run ended without a result and not because it was asked to: a sweep goes on with its other runs."""
+    """A run ended without a result, and no stop was requested. A sweep continues with its other runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One line of input as text, before it is tokenized."""
+    """One line (or row) of an input file, before it is tokenized."""
 
     record_id: int
-    """0-based position of the record in its corpus, skipped records counted too."""
+    """Index of the record in its corpus, from 0; skipped records are counted too."""
     prompt: str | None
-    """What is read but never a target under `completion` and `next`; None for plain text."""
+    """The text before the completion; its tokens are targets only with `targets=all`. None for plain text."""
     completion: str | None
-    """The text itself, or what follows the prompt; None where only a teacher can say it."""
+    """The text after the prompt, or the complete plain text; None if the record has a prompt only."""
     choices: tuple[str, ...]
-    """Alternative completions to be scored by likelihood; empty where there are none."""
+    """Alternative completions, of which the model scores the likelihood; empty if the record has none."""
     answer: int | None
-    """Index of the right choice."""
+    """Index of the correct choice; None if it is not given."""
     templated: bool
-    """A chat template has written the special tokens already; the tokenizer must not add its own."""
+    """True if a chat template has already added the special tokens; the tokenizer must then add none."""
     where: str
-    """File and line (or row), for messages."""
+    """File and line (or row), for error messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenSequence:
-    """One packed window: segments laid end to end, each blind to the others."""
+    """One packed window: several segments in a row. Attention does not cross from one segment to another."""
 
     key: bytes
-    """16 bytes, blake2b of ids, segment lengths and target positions: every join is by key."""
+    """16 bytes: blake2b of ids, segment lengths and target positions. Sequences are matched by key, not by order."""
     input_ids_S: Tensor
-    """int64."""
+    """int64: the tokens."""
     segment_lengths: tuple[int, ...]
-    """Tokens of each segment; they add up to S."""
+    """The number of tokens of each segment; the sum is S."""
     record_ids: tuple[int, ...]
-    """The record behind each segment."""
+    """The `record_id` of each segment."""
     target_positions_N: Tensor
-    """int64, ascending: the supervised positions."""
+    """int64, ascending: the supervised positions, as indices into the S tokens."""
     target_ids_N: Tensor
-    """int64: the token each supervised position should predict, or UNKNOWN_TARGET."""
+    """int64: the true next token at each supervised position, or UNKNOWN_TARGET."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TopK:
-    """A teacher's distribution at N positions: its k largest logits and, exactly, the mass of all the rest.
+    """A teacher's next-token distributions at N positions: the kept logits, and the exact mass of all other tokens.
 
     log z(T) = logaddexp(logsumexp_K(relative / T), log_tail(T));  log p_i(T) = relative_i / T - log z(T).
     """
 
     ids_NK: Tensor
-    """Token ids by falling logit: int64, or int32 as a shard holds them until they are put into a batch."""
+    """Ids of the kept tokens, the largest logit first. int64 in a batch; int32 as read from a shard."""
     relative_logits_NK: Tensor
-    """float16: logit minus the position's largest, so the first is 0; -inf pads where fewer are kept."""
+    """float16: logit minus the largest logit of the position, so the first is 0. Unused entries are -inf."""
     log_tail_NC: Tensor
-    """float32, nats: log of the sum of exp(relative logit / T) over all tokens not kept; -inf if none is left."""
+    """float32, nats: log of the sum of exp(relative logit / T) over all tokens that are not kept; -inf if it is 0."""
     temperatures: tuple[float, ...]
-    """The C temperatures that `log_tail_NC` holds, ascending; 1 is always among them."""
+    """The temperatures T of the C columns of `log_tail_NC`, ascending; 1.0 is always one of them."""
 
     def select(self, rows_N: Tensor | slice) -> TopK:
-        """The distributions at some of the positions."""
+        """The distributions at the given positions: row indices, a bool mask or a slice."""
         return map_tensors(self, lambda column: column[rows_N])
 
     @staticmethod
     def cat(parts: Sequence[TopK]) -> TopK:
-        """The positions of several, one after another, padded to the largest K; ids become int64."""
+        """Concatenate along N, after padding to the largest K; ids become int64."""
         import torch
 
         width = max(part.ids_NK.shape[1] for part in parts)
@@ -104,7 +104,7 @@ class TopK:
         )
 
     def pad_to_width(self, width: int) -> TopK:
-        """The same distributions with `width` entries: -inf, with each position's first id, where fewer are kept."""
+        """The same distributions with K = width. An added entry has logit -inf and the first id of its position."""
         from torch import cat
         from torch.nn import functional
 
@@ -121,173 +121,180 @@ class TopK:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Captured:
-    """What stage one stores about the supervised positions of one sequence."""
+    """What stage one records at the supervised positions of one sequence."""
 
     top: TopK
     next_log_prob_N: Tensor
-    """float16, nats: the teacher's log-probability of the true target at T = 1; NaN where it is unknown."""
+    """float16, nats: the teacher's log-probability of the true target at T = 1; NaN where the target is unknown."""
     entropy_N: Tensor
-    """float16, nats: entropy of the teacher's full distribution at T = 1."""
+    """float16, nats: entropy of the teacher's full distribution at T = 1; NaN where an imported cache lacks it."""
     weak_ids_N: Tensor | None = None
-    """int64: the token that the teacher generated there, or UNKNOWN_TARGET; None: this cache holds no completions."""
+    """int64: the token that the teacher generated, or UNKNOWN_TARGET. None if the cache holds no completions."""
 
     def select(self, rows_N: Tensor | slice) -> Captured:
-        """What is stored about some of the positions."""
+        """The values at the given positions: row indices, a bool mask or a slice."""
         return map_tensors(self, lambda column: column[rows_N])
 
     def split(self, counts: Sequence[int]) -> list[Captured]:
-        """The first counts[0] positions, the next counts[1], ..."""
-        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        """Split along N: the first counts[0] positions, the next counts[1] positions, and so on."""
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]  # counts 3, 2 -> ends 3, 5: slices 0:3 and 3:5
         return [self.select(slice(end - count, end)) for count, end in zip(counts, ends, strict=True)]
 
     @staticmethod
     def cat(parts: Sequence[Captured]) -> Captured:
-        """The positions of several, one after another; weak ids where all parts have them."""
+        """Concatenate along N. `weak_ids_N` is None if one of the parts has none."""
         import torch
 
         columns: dict[str, Any] = {"top": TopK.cat([part.top for part in parts])}
         for name in (field.name for field in dataclasses.fields(Captured) if field.name != "top"):
-            held = [getattr(part, name) for part in parts]
-            columns[name] = None if any(column is None for column in held) else torch.cat(held)
+            tensors = [getattr(part, name) for part in parts]
+            columns[name] = None if any(tensor is None for tensor in tensors) else torch.cat(tensors)
         return Captured(**columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """One micro-batch, padded at the right; all supervised positions of its B sequences in one list of N."""
+    """One micro-batch: B sequences, padded at the right. N counts the supervised positions of all of them."""
 
     input_ids_BS: Tensor
+    """int64: the tokens."""
     position_ids_BS: Tensor
-    """Restart at 0 in every segment: that is what keeps segments apart."""
+    """int64: positions, from 0 in every segment. Attention finds the borders of the segments by these restarts."""
     flat_positions_N: Tensor
-    """Supervised positions as indices into the flattened B * S."""
+    """int64: the supervised positions as indices b * S + s; with S = 8, position 3 of sequence 2 is 19."""
     target_ids_N: Tensor
-    """int64, or UNKNOWN_TARGET."""
+    """int64: the true next tokens, or UNKNOWN_TARGET."""
     gold_N: Tensor
-    """bool: the position comes from the gold set (else from the corpus)."""
+    """bool: True for a position of the gold set, False for a position of the corpus."""
     weak_N: Tensor
-    """bool: the position carries a captured distribution."""
+    """bool: True where the teacher's distribution was captured."""
     weak_ids_N: Tensor
-    """int64: the token that the teacher said there when it completed the record, or UNKNOWN_TARGET."""
+    """int64: the token that the teacher generated when it completed the record, or UNKNOWN_TARGET."""
     teacher: TopK | None
-    """The distributions of the M positions where `weak_N` holds, in order; None if M = 0."""
+    """The teacher's distributions at the M positions where `weak_N` is True, in the same order; None if M = 0."""
     entropy_M: Tensor | None
-    """float32, nats: entropy of the teacher's full distribution there; NaN where an imported cache does not know it."""
-
+    """float32, nats: entropy of the teacher's full distribution at T = 1; NaN where an imported cache lacks it."""
     keys_B: Tensor
-    """int64: the first 8 bytes of each sequence's key, to record what a step has read."""
+    """int64: the first 8 bytes of the key of each sequence. A step logs their sum, to show what it read."""
 
     def to(self, device: Any) -> Batch:
-        """The same batch on another device."""
+        """Copy the batch to another device."""
         return map_tensors(self, lambda tensor: tensor.to(device))
 
 
 def map_tensors(value: V, change: Callable[[Tensor], Tensor]) -> V:
-    """The same value with every tensor in it changed; a value inside it (a TopK) is changed alike."""
+    """A copy of a dataclass with `change` applied to each of its tensors, and to those of a dataclass inside it."""
     from torch import Tensor
 
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(value):  # type: ignore[arg-type]  # V is one of the dataclasses above
-        held = getattr(value, field.name)
-        if isinstance(held, Tensor):
-            changed[field.name] = change(held)
-        elif dataclasses.is_dataclass(held):
-            changed[field.name] = map_tensors(held, change)
+        content = getattr(value, field.name)
+        if isinstance(content, Tensor):
+            changed[field.name] = change(content)
+        elif dataclasses.is_dataclass(content):
+            changed[field.name] = map_tensors(content, change)
     return dataclasses.replace(value, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-    """All that a run has to remember besides parameters and optimizer state: the order of the data is pure."""
+    """What a checkpoint stores besides parameters and optimizer state; the batches follow from the seed and `step`."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Number of finished optimizer steps."""
     kd_factor: float = 1.0
-    """What is left of the KD weight since the student began to overtake the teacher."""
+    """Factor of the KD weight: 1 at first, smaller as the student becomes better than the teacher (adaptive weight)."""
     thresholds: tuple[float, ...] = ()
-    """Of the classes among which `confidence` hardens the student's prediction."""
+    """One per class: subtracted from the student's logits before `confidence` takes their argmax as the hard target."""
     best_score: float | None = None
-    """The best score on dev so far, more is better; None before the first evaluation."""
+    """The best score on dev so far (higher is better); None before the first evaluation."""
     best_step: int = 0
-    """The step after which it was found."""
+    """The step after which `best_score` was measured."""
     evaluations_since_best: int = 0
-    """Evaluations that brought nothing better since."""
+    """Number of evaluations after `best_step`, none of which was better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a cache promises; stage two knows of stage one only this and the shards."""
+    """The description of a cache. Stage two gets only the manifest and the shards from stage one."""
 
     schema_version: int
     fingerprint: str
-    """sha256 of `made_of`."""
+    """sha256 (hex) of `made_of`."""
     made_of: dict[str, Any]
-    """All that changes the content of a shard, and nothing else."""
+    """Every option and input hash that changes the content of a shard, and no others."""
     kind: str
-    """What the kept entries are: topk, sampled or hybrid."""
+    """Which entries are kept. topk: the `k` largest; sampled: random draws; hybrid: both."""
     k: int
-    """Entries kept by size; 0 where all are drawn."""
+    """Number of largest entries kept per position; 0 for sampled."""
     draws: int
-    """Draws at each position; 0 where none are."""
+    """Number of random draws per position; 0 for topk."""
     draw_seed: int
     temperatures: tuple[float, ...]
+    """The temperatures at which the log tail mass is stored, ascending; 1.0 is always one of them."""
     vocabulary_size: int
+    """Length of the teacher's tokenizer. The output of a model may be wider: those entries are padding."""
     window: int
-    """Longest sequence, tokens."""
+    """Maximum length of a sequence, in tokens."""
     num_records: int
+    """Number of records of the corpus, skipped ones included."""
     num_shards: int
     records_per_shard: int
-    """The plan: shard i holds the records [i * records_per_shard, (i + 1) * records_per_shard)."""
+    """Shard i holds records i * records_per_shard up to, but not including, (i + 1) * records_per_shard."""
     num_skipped: int | None = None
-    """Malformed records counted and left out; None until every shard is committed."""
+    """Number of malformed records that were skipped; None until every shard is committed."""
     tail: str = "exact"
-    """What is known of the mass outside the kept entries. exact: all of it, our own caches. Of imported ones,
-    remainder: 1 - sum p, exact as well; renormalised: lost, the kept entries sum to 1; approximate: 1 - sum p of
-    values that were stored with loss, at least 0."""
+    """How the tail (the mass outside the kept entries) is known. exact: from the full logits, as stage one captures.
+    Imported caches: remainder: 1 - sum p of exact p; approximate: max(0, 1 - sum p) of p stored with rounding errors;
+    renormalised: not known, because the kept entries were scaled to sum to 1."""
 
     @property
     def varies(self) -> bool:
-        """The number kept may differ between positions, so that a shard has to say it."""
+        """Whether the number of kept entries may differ between positions; shards then store it per position."""
         return self.kind != "topk" or self.tail != "exact"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
-    """What lies in one shard; its file exists only if the shard is whole."""
+    """The description of one shard. It is written last: its file exists only if the shard is complete."""
 
     index: int
     file: str
-    """Name of the Parquet file beside this ShardInfo; in an object store it holds a part of the content's hash."""
+    """Name of the Parquet file, in the same folder. In an object store the name contains a part of the sha256."""
     rows: int
-    """Sequences."""
+    """Number of sequences."""
     row_groups: tuple[int, ...]
-    """Sequences of each row group."""
+    """Number of sequences of each row group."""
     targets: int
-    """Supervised positions."""
+    """Number of supervised positions."""
     bytes: int
+    """Size of the Parquet file."""
     sha256: str
+    """sha256 (hex) of the Parquet file."""
     num_skipped: int
-    """Malformed records of this shard that were counted and left out."""
+    """Number of malformed records of this shard that were skipped."""
     retained_mass_histogram: tuple[int, ...]
-    """Positions by the probability that the kept entries hold at T = 1, in ten equal bins from 0 to 1."""
+    """Number of positions per retained mass (sum of p over the kept entries at T = 1): ten equal bins from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """How a model did on one held-out text."""
+    """The scores of a model on one held-out text; a score is None if no record of the text has it."""
 
     num_records: int
     num_targets: int
+    """Number of supervised positions with a known target."""
     nll: float | None
-    """Mean negative log-likelihood a known target, nats."""
+    """Mean negative log-likelihood per known target, in nats."""
     perplexity: float | None
     """exp(nll)."""
     num_choice_records: int
+    """Number of records with choices and an answer."""
     accuracy: float | None
-    """Fraction of the records with choices whose most likely choice is the answer."""
+    """Fraction of these records whose most likely choice is the answer."""
     num_free_records: int
-    """Records whose completion the model was asked to say."""
+    """Number of records for which the model generated a completion."""
     exact_match: float | None
-    """Fraction of these that it said, letter by letter but for the spaces around it."""
+    """Fraction of these records whose generated text equals the completion, apart from whitespace at both ends."""
     agreement: float | None
-    """Fraction of the records with choices on which the teacher's most likely choice is the same."""
+    """Fraction of the records with choices for which the teacher's most likely choice is the same."""

@@ -1,4 +1,4 @@
-"""A bar on a terminal, plain lines elsewhere; requests to stop."""
+"""A progress bar on a terminal and plain lines elsewhere; requests to stop."""
 
 from __future__ import annotations
 
@@ -10,59 +10,104 @@ import struct
 import subprocess
 import sys
 import termios
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from pipeline.core.runtime import StopRequest
 from support.commands import ROOT
 
 SHOW = """
-import time
+import sys, time
 from pipeline.core.progress import Progress, start_logging
 start_logging()
-progress = Progress("train", total=4, unit=" steps", log_every_seconds=0.15)
-for step in range(4):
+total = int(sys.argv[1])
+progress = Progress("train", total=total, unit=" steps", log_every_seconds=0.15)
+for step in range(total):
     time.sleep(0.1)
     progress.advance(1, loss=0.5)
+if total == 0:
+    progress.advance(0, loss=0.5)
 progress.close()
 """
 
 
-def test_a_bar_on_a_terminal() -> None:
+def on_a_terminal(total: int) -> str:
+    """What SHOW writes to a terminal of 100 columns."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    subprocess.run([sys.executable, "-c", SHOW], cwd=ROOT, stderr=child, check=True)
+    subprocess.run([sys.executable, "-c", SHOW, str(total)], cwd=ROOT, stderr=child, check=True)
     os.set_blocking(parent, False)
-    shown = os.read(parent, 100_000).decode()
+    try:
+        return os.read(parent, 100_000).decode()
+    except BlockingIOError:  # nothing was written
+        return ""
+
+
+def elsewhere(total: int) -> str:
+    """What SHOW writes to a pipe."""
+    command = [sys.executable, "-c", SHOW, str(total)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr
+
+
+def test_a_bar_on_a_terminal() -> None:
+    shown = on_a_terminal(4)
     assert "\r" in shown
     assert "4/4" in shown
     assert "loss 0.5" in shown
 
 
 def test_plain_lines_elsewhere() -> None:
-    done = subprocess.run([sys.executable, "-c", SHOW], cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = done.stderr.splitlines()
-    assert "\r" not in done.stderr
+    shown = elsewhere(4)
+    lines = shown.splitlines()
+    assert "\r" not in shown
     assert 2 <= len(lines) <= 3  # every 0.15 s of 0.4 s, and the last
     assert "train 4/4 steps" in lines[-1]
     assert "s left  loss 0.5" in lines[-1]
 
 
-def test_every_way_to_ask_for_a_stop(tmp_path: Path) -> None:
-    """A stop file, each signal, and a driver that died; nothing else."""
-    code = """
-import os, sys
-from pathlib import Path
-from pipeline.core.runtime import StopRequest
-stop = StopRequest(Path(sys.argv[1]))
-assert not stop
-if sys.argv[2] == "file":
-    Path(sys.argv[1]).touch()
-elif sys.argv[2] != "driver":
-    os.kill(os.getpid(), int(sys.argv[2]))
-else:
-    stop = StopRequest(Path(sys.argv[1])) if os.environ.update(PIPELINE_DRIVER_PID="999999999") is None else None
-assert stop
-"""
+def test_a_progress_of_0_units_shows_nothing() -> None:
+    assert on_a_terminal(0) == ""
+    assert elsewhere(0) == ""
+
+
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """A StopRequest replaces the handlers of this process: put the old ones back."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    for way in ("file", "driver", *(str(int(number)) for number in numbers)):
-        arguments = [sys.executable, "-c", code, str(tmp_path / f"stop-{way}"), way]
-        subprocess.run(arguments, cwd=ROOT, check=True)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signal_handlers")
+@pytest.mark.parametrize(
+    "reason", ["stop file", "time limit", "driver", "parent", "SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]
+)
+def test_every_reason_to_stop(reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop file, the time limit, a driver or a parent that has exited, each signal; nothing before that."""
+    driver = subprocess.Popen(["sleep", "60"])
+    try:
+        monkeypatch.setenv("PIPELINE_DRIVER_PID", str(driver.pid))
+        monkeypatch.setenv("PIPELINE_STOP_AT", str(time.time() + 3600))
+        stop = StopRequest(tmp_path / "stop")
+        assert not stop
+        if reason == "stop file":
+            (tmp_path / "stop").touch()
+        elif reason == "time limit":
+            later = time.time() + 3601
+            monkeypatch.setattr(time, "time", lambda: later)
+        elif reason == "driver":
+            driver.kill()
+            driver.wait()
+        elif reason == "parent":
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+        else:
+            os.kill(os.getpid(), signal.Signals[reason])
+        assert stop
+    finally:
+        driver.kill()
+        driver.wait()
