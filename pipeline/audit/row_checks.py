@@ -36,7 +36,7 @@ def wrong_lists(columns: Columns, manifest: Manifest) -> Iterator[Wrong]:
         np.flatnonzero(lengths["log_tail"] != tails_R),
     )
     kept_R = num_R * manifest.k
-    if manifest.varies:
+    if manifest.has_kept_counts:
         yield "kept_counts: expected one value a target position", np.flatnonzero(lengths["kept_counts"] != num_R)
         kept_R = row_sums(columns, "kept_counts")
         counts_N, rows_N = columns.values["kept_counts"], columns.rows("kept_counts")
@@ -135,7 +135,7 @@ def wrong_distributions(columns: Columns, manifest: Manifest) -> Iterator[Wrong]
 def _repeats(top: TopK, manifest: Manifest) -> torch.Tensor:
     """Whether a position lists an id twice; padding repeats its first id on purpose: [N] bool."""
     kept_NK = top.relative_logits_NK > -torch.inf
-    if not manifest.varies:
+    if not manifest.has_kept_counts:
         kept_NK = torch.ones_like(kept_NK)
     filler_K = -1 - torch.arange(kept_NK.shape[1])
     sorted_NK = torch.where(kept_NK, top.ids_NK, filler_K).int().sort(1).values

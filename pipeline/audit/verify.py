@@ -22,7 +22,7 @@ import torch
 from pipeline.audit.row_checks import Wrong, wrong_distributions, wrong_lists, wrong_sequences
 from pipeline.audit.row_groups import distributions, read_groups
 from pipeline.cache import manifest as manifests
-from pipeline.cache.schema import SCHEMA_VERSION, arrow_schema
+from pipeline.cache.schema import SCHEMA_VERSION, shard_schema
 from pipeline.cache.shards import retained_mass_histogram
 from pipeline.core.progress import Progress
 from pipeline.core.types import InputError, Manifest, ShardInfo
@@ -201,11 +201,7 @@ def _vouched(cache: Path, info: ShardInfo) -> Iterator[str]:
 def _footer(path: Path, manifest: Manifest) -> Iterator[str]:
     """Columns, types and promises in the Parquet footer."""
     found = pq.read_schema(path)
-    expected = arrow_schema(
-        varies=manifest.varies,
-        completed="complete" in manifest.made_of,
-        metadata={},
-    )
+    expected = shard_schema(manifest)
     for name in sorted({*expected.names, *found.names}):
         sides = [schema.field(name) if name in schema.names else "no such column" for schema in (expected, found)]
         if sides[0] != sides[1]:

@@ -146,6 +146,11 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_url(location: str) -> bool:
+    """Whether a location is a URL rather than a local path."""
+    return "://" in location
+
+
 def one_path(pattern: str, what: str) -> Path:
     """The one existing path that a name or glob stands for."""
     found = sorted(glob.glob(pattern))

@@ -14,7 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import boto3
@@ -486,10 +488,31 @@ def test_training_from_an_address_without_a_cache(bucket: Any, student: Path, da
     assert "cache: expected s3://bucket/nothing/manifest.json, found no such file; capture with" in done.stderr
 
 
-def test_a_bucket_that_may_only_be_read(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(place: RemotePath, content: bytes) -> None:
-        raise OSError("AWS Error ACCESS_DENIED during PutObject operation\nRequest ID: 1")
+class ReadOnlyStore(BaseHTTPRequestHandler):
+    """An S3 endpoint whose buckets exist and refuse every PUT; moto does not check the right to write."""
 
-    monkeypatch.setattr(store, "_put", refused)
-    with pytest.raises(InputError, match=r"to be served, found: AWS Error ACCESS_DENIED during PutObject operation; "):
-        store.check_url("s3://bucket/readonly", "cache", writing=True)
+    def do_HEAD(self) -> None:
+        self._answer(200)
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+
+    def _answer(self, status: int, body: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Nothing: the requests are none of the test's output."""
+
+
+def test_a_read_only_bucket_is_refused_for_writing(bucket: Any) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), ReadOnlyStore) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"s3://bucket/readonly?endpoint_override=127.0.0.1:{server.server_port}&scheme=http"
+        with pytest.raises(InputError, match="to be served, found: .*ACCESS_DENIED during PutObject operation"):
+            store.check_url(address, "cache", writing=True)
+        server.shutdown()
