@@ -28,8 +28,8 @@ class Column:
     name: str
     type: pa.DataType
     """Of one value in the shard."""
-    field: str
-    """Of the TokenSequence or Captured in memory that holds the values; of its TopK where `is_in_topk`."""
+    field: str = ""
+    """Of the TokenSequence or Captured that holds the values in memory, or of its TopK; empty: computed from others."""
     is_in_topk: bool = False
     dtype: torch.dtype = torch.int64
     """Of one value in memory; where it is as wide as `type`, the tensor shares Arrow's memory."""
@@ -61,12 +61,12 @@ CAPTURED_COLUMNS = (
     Column(
         name="kept_counts",
         type=pa.uint16(),
-        field="kept_counts_N",
-        is_in_topk=True,
         splits_bytes=False,
         is_stored=lambda manifest: manifest.has_kept_counts,
     ),
-    Column(name="weak_ids", type=pa.int32(), field="weak_ids_N", is_stored=lambda manifest: manifest.has_weak_ids),
+    Column(
+        name="weak_ids", type=pa.int32(), field="weak_ids_N", is_stored=lambda manifest: "complete" in manifest.made_of
+    ),
 )
 ENTRY_COLUMNS = ("topk_ids", "relative_logits")  # one value an entry; with kept_counts the padding is not stored
 
@@ -135,9 +135,12 @@ def encode_sequences(rows: Sequence[TokenSequence]) -> pa.Table:
 
 def _captured_values(column: Column, captured: Captured, *, drops_padding: bool) -> np.ndarray:
     """The values of one row, flat."""
-    values: torch.Tensor = getattr(captured.top if column.is_in_topk else captured, column.field)
+    top = captured.top
+    if column.name == "kept_counts":
+        return (top.relative_logits_NK > -torch.inf).sum(dim=1).numpy()
+    values: torch.Tensor = getattr(top if column.is_in_topk else captured, column.field)
     if drops_padding:
-        values = values[captured.top.relative_logits_NK > -torch.inf]
+        values = values[top.relative_logits_NK > -torch.inf]
     return values.flatten().numpy()
 
 
@@ -199,7 +202,7 @@ def _sequence(key: bytes, row: dict[str, torch.Tensor]) -> TokenSequence:
 
 def _captured(row: dict[str, torch.Tensor], temperatures: tuple[float, ...]) -> Captured:
     values = _values(row, CAPTURED_COLUMNS)
-    counts_N = values.pop("kept_counts", None)  # no field of a TopK: it follows from the padding
+    counts_N = values.pop("kept_counts", None)
     if counts_N is not None:
         values["topk_ids"], values["relative_logits"] = pad_entries(
             values["topk_ids"], values["relative_logits"], counts_N

@@ -27,7 +27,9 @@ from pipeline.core.seeds import seed_from_values
 from pipeline.core.topk import log_probabilities, narrow
 from pipeline.core.types import Captured, InputError, Manifest, ShardInfo, TokenSequence, TopK
 
-pa.set_memory_pool(pa.system_memory_pool())  # malloc's, so that `runtime.keep_allocator_memory` holds for Arrow's buffers too
+pa.set_memory_pool(
+    pa.system_memory_pool()
+)  # malloc's, so that `runtime.keep_allocator_memory` holds for Arrow's buffers too
 
 ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
 

@@ -85,11 +85,6 @@ class TopK:
     temperatures: tuple[float, ...]
     """The C temperatures that `log_tail_NC` holds, ascending; 1 is always among them."""
 
-    @property
-    def kept_counts_N(self) -> Tensor:
-        """int64: the entries of each position, without padding."""
-        return (self.relative_logits_NK > float("-inf")).sum(dim=1)
-
     def select(self, rows_N: Tensor | slice) -> TopK:
         """The distributions at some of the positions."""
         return map_tensors(self, lambda column: column[rows_N])
@@ -254,11 +249,6 @@ class Manifest:
     def has_kept_counts(self) -> bool:
         """The number of kept entries may differ between positions, so shards hold it in a column."""
         return self.kind != "topk" or self.tail != "exact"
-
-    @property
-    def has_weak_ids(self) -> bool:
-        """The teacher completed the records, so shards hold the tokens that it generated."""
-        return "complete" in self.made_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
