@@ -34,7 +34,7 @@ class Column:
     dtype: torch.dtype = torch.int64
     """Of one value in memory; where it is as wide as `type`, the tensor shares Arrow's memory."""
     splits_bytes: bool = True
-    """BYTE_STREAM_SPLIT: the k-th bytes of all values are stored together, because the high bytes hardly change."""
+    """BYTE_STREAM_SPLIT: first the low bytes of all values, last their high bytes, which hardly change."""
     is_stored: Callable[[Manifest], bool] = lambda manifest: True
     """Whether the shards of a cache have this column."""
 
