@@ -36,7 +36,7 @@ def check_lists(group: RowGroup, manifest: Manifest) -> Iterator[CheckResult]:
         np.flatnonzero(lengths["log_tail"] != num_tails_R),
     )
     num_kept_R = num_targets_R * manifest.k
-    if manifest.varies:
+    if manifest.has_kept_counts:
         yield (
             "kept_counts: expected one value per target position",
             np.flatnonzero(lengths["kept_counts"] != num_targets_R),
@@ -156,7 +156,7 @@ def _check_tails(log_tail_NC: torch.Tensor, manifest: Manifest) -> tuple[str, to
 def _has_repeated_id(top: TopK, manifest: Manifest) -> torch.Tensor:
     """Whether a position holds an id twice, not counting the first id that padding repeats: [N] bool."""
     is_kept_NK = top.relative_logits_NK > -torch.inf
-    if not manifest.varies:
+    if not manifest.has_kept_counts:
         is_kept_NK = torch.ones_like(is_kept_NK)
     unique_fillers_K = -1 - torch.arange(is_kept_NK.shape[1])  # -1, -2, -3, ... in place of the padding
     sorted_NK = torch.where(is_kept_NK, top.ids_NK, unique_fillers_K).int().sort(1).values

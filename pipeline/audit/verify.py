@@ -21,7 +21,7 @@ import torch
 from pipeline.audit.row_checks import CheckResult, check_distributions, check_lists, check_sequences
 from pipeline.audit.row_groups import distributions, read_row_groups
 from pipeline.cache import manifest as manifests
-from pipeline.cache.schema import SCHEMA_VERSION, arrow_schema
+from pipeline.cache.schema import SCHEMA_VERSION, shard_schema
 from pipeline.cache.shards import retained_mass_histogram
 from pipeline.core.progress import Progress
 from pipeline.core.types import InputError, Manifest, ShardInfo
@@ -239,7 +239,7 @@ def _verify_info(cache: Path, info: ShardInfo) -> Iterator[str]:
 def _verify_footer(path: Path, manifest: Manifest) -> Iterator[str]:
     """Whether the Parquet footer has the columns, types and metadata that belong to the manifest."""
     found = pq.read_schema(path)
-    expected = arrow_schema(varies=manifest.varies, completed="complete" in manifest.made_of, metadata={})
+    expected = shard_schema(manifest)
     for name in sorted({*expected.names, *found.names}):
         expected_field = expected.field(name) if name in expected.names else "no such column"
         found_field = found.field(name) if name in found.names else "no such column"

@@ -1,1 +1,1 @@
-"""The contract between the two stages: shard schema, manifest, shards, leases, downloads."""
+"""The cache that stage one writes and stage two reads: Parquet shards with a manifest, local or in a store."""

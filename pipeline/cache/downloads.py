@@ -1,4 +1,4 @@
-"""Downloads: whole shards of a remote cache in a bounded local folder, which ranks and runs may share."""
+"""Downloads: shards of a remote cache in a local folder of bounded size, which ranks and runs may share."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from typing import BinaryIO
 from pipeline.core.object_store import RemotePath, download
 from pipeline.core.types import InputError
 
-KEPT = re.compile(r"[0-9a-f]{64}")
-COMING = re.compile(r"\.[0-9a-f]{64}\.\d+\.[0-9a-f]{8}\.tmp")
-ABANDONED_SECONDS = 3600.0  # a download that did not grow for so long belongs to somebody who was killed
+DOWNLOADED = re.compile(r"[0-9a-f]{64}")
+UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.\d+\.[0-9a-f]{8}\.tmp")
+ABANDONED_SECONDS = 3600.0  # a download that did not grow for this long belongs to a killed process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Downloads:
-    """Where shards are kept, by their sha256, and how many bytes they may take."""
+    """A local folder of shards, each named by its sha256, and the bytes that it may take."""
 
     folder: Path
     limit_bytes: int
-    """The least recently used go first; a shard larger than this is kept alone."""
+    """The least recently used shards are deleted first; a shard larger than this is kept alone."""
 
     def fetch(
         self, remote: RemotePath, *, sha256: str, size_bytes: int, check: Callable[[Path], None], trusted: bool
     ) -> BinaryIO:
-        """An open file with the bytes of an object, which stays readable even if its name is evicted meanwhile.
+        """An open file with the bytes of an object; it stays readable even if its name is deleted meanwhile.
 
-        `check` raises InputError for a file whose bytes are wrong: it sees every download and, unless it is `trusted`,
-        a file that was here already.
+        `check` raises InputError for a file with wrong bytes. It is called for every download and, unless `trusted`,
+        for a file that was downloaded before.
         """
         path = self.folder / sha256
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._alone(sha256):  # the ranks of a run want the same shard at the same time: one fetches it
-                file = self._kept(path, None if trusted else check)
-                return file or self._downloaded(remote, path, size_bytes, check)
+            with self._locked(sha256):  # the ranks of a run need the same shard at the same time: one downloads it
+                file = self._open_downloaded(path, None if trusted else check)
+                return file or self._download(remote, path, size_bytes, check)
         except OSError as error:
             raise InputError(
                 f"downloads: expected to keep a shard of {size_bytes} bytes in {self.folder}, found "
@@ -50,24 +50,26 @@ class Downloads:
             ) from error
 
     @contextlib.contextmanager
-    def _alone(self, sha256: str) -> Iterator[None]:
+    def _locked(self, sha256: str) -> Iterator[None]:
+        """Exclude other processes; the shards whose hashes begin alike share a lock, so there are at most 256 files."""
         with (self.folder / f".{sha256[:2]}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _kept(self, path: Path, check: Callable[[Path], None] | None) -> BinaryIO | None:
+    def _open_downloaded(self, path: Path, check: Callable[[Path], None] | None) -> BinaryIO | None:
+        """The file of an earlier download, or None where there is none or its bytes are wrong."""
         try:
             os.utime(path)
             if check is not None:
                 check(path)
             return path.open("rb")
-        except FileNotFoundError:  # not here, or evicted by somebody else just now
+        except FileNotFoundError:  # never downloaded, or deleted by another process just now
             return None
-        except InputError:  # it was right when it came: the disk is to blame, and the store has it still
+        except InputError:  # it was right after the download, so the disk damaged it: download it again
             path.unlink(missing_ok=True)
             return None
 
-    def _downloaded(self, remote: RemotePath, path: Path, size_bytes: int, check: Callable[[Path], None]) -> BinaryIO:
+    def _download(self, remote: RemotePath, path: Path, size_bytes: int, check: Callable[[Path], None]) -> BinaryIO:
         self._make_room(size_bytes)
         temporary = self.folder / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         try:
@@ -81,26 +83,26 @@ class Downloads:
         return file
 
     def _make_room(self, size_bytes: int) -> None:
-        """Delete the least recently used until there is room; before a download, so that the bound holds.
+        """Delete the least recently used shards until `size_bytes` fit; before a download, so that the limit holds.
 
-        Only what has a name of ours: somebody may keep other things in this folder.
+        Only files with a name that this class gives are deleted: the folder may hold other files too.
         """
-        kept: list[tuple[float, int, Path]] = []
-        taken_bytes = size_bytes
+        downloaded: list[tuple[float, int, Path]] = []
+        used_bytes = size_bytes
         for path in self.folder.iterdir():
-            is_coming = COMING.fullmatch(path.name)
-            if not is_coming and not KEPT.fullmatch(path.name):
+            is_unfinished = UNFINISHED.fullmatch(path.name)
+            if not is_unfinished and not DOWNLOADED.fullmatch(path.name):
                 continue
             with contextlib.suppress(FileNotFoundError):
-                found = path.stat()
-                if is_coming and time.time() - found.st_mtime > ABANDONED_SECONDS:
+                status = path.stat()
+                if is_unfinished and time.time() - status.st_mtime > ABANDONED_SECONDS:
                     path.unlink()
                     continue
-                taken_bytes += found.st_size
-                if not is_coming:
-                    kept.append((found.st_mtime, found.st_size, path))
-        for _, file_bytes, path in sorted(kept):
-            if taken_bytes <= self.limit_bytes:
+                used_bytes += status.st_size
+                if not is_unfinished:
+                    downloaded.append((status.st_mtime, status.st_size, path))
+        for _, file_bytes, path in sorted(downloaded):
+            if used_bytes <= self.limit_bytes:
                 return
             path.unlink(missing_ok=True)
-            taken_bytes -= file_bytes
+            used_bytes -= file_bytes

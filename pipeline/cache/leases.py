@@ -1,7 +1,8 @@
-"""Claims: who is at work on which shard. They only save work; correctness never depends on them.
+"""Leases: which worker processes which shard. They only avoid double work; correctness never depends on them.
 
-A claim is a small file or object that its holder renews; one that was not renewed for a lease may be taken over. Ages
-are taken against one written just now in the same folder, so the clocks of two machines are never compared.
+A lease is a small file or object that its holder renews; one that was not renewed for `lease_seconds` is stale, and
+another worker may take it over. Its age is measured against a file written just now in the same folder, so the clocks
+of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -17,34 +18,36 @@ from pathlib import Path
 from pipeline.core.object_store import Location, RemotePath, age_seconds, sibling
 from pipeline.core.types import InputError
 
-BEATS_PER_LEASE = 4
+RENEWALS_PER_LEASE = 4
 
 
 @contextlib.contextmanager
 def hold_lease(place: Location, *, lease_seconds: float) -> Iterator[bool]:
-    """Hold `place` while the body runs and keep it fresh from a thread; yields False if somebody else holds it."""
+    """Hold the lease at `place` while the body runs, renewed by a thread; yields False if another worker holds it."""
     owner = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
     if not _create(place, owner) and not (_is_stale(place, lease_seconds) and _take_over(place, owner)):
         yield False
         return
     done = threading.Event()
 
-    def beat() -> None:
-        while not done.wait(lease_seconds / BEATS_PER_LEASE):
-            with contextlib.suppress(OSError, InputError):  # a store that does not answer may do so at the next beat
+    def keep_renewing() -> None:
+        while not done.wait(lease_seconds / RENEWALS_PER_LEASE):
+            with contextlib.suppress(OSError, InputError):  # the store may answer at the next renewal
                 if place.read_text() != owner:
                     return
                 _renew(place, owner)
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=keep_renewing, daemon=True)
     thread.start()
     try:
         yield True
     finally:
         done.set()
         thread.join()
-        with contextlib.suppress(OSError, InputError):  # what cannot be released goes stale
-            if place.read_text() == owner:  # a holder frozen past its lease leaves its successor's claim alone
+        with contextlib.suppress(OSError, InputError):  # a lease that cannot be released goes stale
+            if (
+                place.read_text() == owner
+            ):  # a holder that was frozen for too long must not release its successor's lease
                 place.unlink(missing_ok=True)
 
 
@@ -68,11 +71,11 @@ def _create(place: Location, owner: str) -> bool:
 
 
 def _put(place: RemotePath, owner: str) -> bool:
-    """Of two that put at once the last one holds the claim; the first may miss that, and then both do the work."""
+    """Of two workers that put at once, the last one holds the lease; the first may miss that, and both do the work."""
     place.write_text(owner)
     try:
         return place.read_text() == owner
-    except FileNotFoundError:  # that other one has released it already
+    except FileNotFoundError:  # the other worker has released it already
         return False
 
 
@@ -84,7 +87,7 @@ def _renew(place: Location, owner: str) -> None:
 
 
 def _take_over(place: Location, owner: str) -> bool:
-    """Two that try at once may both succeed; then both do the work, and the second commit finds it done."""
+    """Two workers that try at once may both succeed; then both do the work, and the second commit finds it done."""
     if isinstance(place, RemotePath):
         return _put(place, owner)
     stale = Path(str(sibling(place, "stale")))

@@ -1,7 +1,7 @@
-"""What a cache promises and how it is kept: fingerprint, plan, the commit and the check of shards.
+"""The manifest of a cache and its files: fingerprint, plan, the commit and the check of shards.
 
-A local commit links a finished file to its name, which no second one can take. A store has no link: there the name
-holds the content's hash, so that the ShardInfo, put last, can only ever vouch for the bytes that it describes.
+A local commit links a finished file to its name, which fails if the name exists. An object store has no links: there
+the name holds a part of the content's hash, so that the ShardInfo, put last, always describes the bytes that it names.
 """
 
 from __future__ import annotations
@@ -32,18 +32,21 @@ def fingerprint(made_of: dict[str, Any]) -> str:
 
 
 def shard_range(manifest: Manifest, index: int) -> range:
-    """The records of a shard: a pure function of corpus and configuration, never of who does the work."""
+    """The records of a shard; it depends on corpus and configuration only, not on the workers.
+
+    With 25 records a shard, shard 1 holds records 25 to 49.
+    """
     first = index * manifest.records_per_shard
     return range(first, min(first + manifest.records_per_shard, manifest.num_records))
 
 
 def cache_location(manifest: Manifest, *, cache: str | None, caches_dir: str, name: str) -> Location:
-    """Where a cache lies: exactly at `cache`, or in `caches_dir` under its name and fingerprint."""
+    """The location of a cache: exactly `cache`, or in `caches_dir` under its name and fingerprint."""
     return open_location(caches_dir) / f"{name}-{manifest.fingerprint[:12]}" if cache is None else open_location(cache)
 
 
 def manifest_path(cache: Location) -> Location:
-    """Where a cache's promise is written."""
+    """The file of a cache's manifest."""
     return cache / "manifest.json"
 
 
@@ -58,17 +61,17 @@ def shard_path(cache: Path, index: int) -> Path:
 
 
 def info_path(cache: Location, index: int) -> Location:
-    """The ShardInfo of a shard; it exists only if the shard is whole."""
+    """The file of a ShardInfo; it exists only if the shard is complete."""
     return cache / "shards" / f"{index:05d}.json"
 
 
 def lease_path(cache: Location, index: int) -> Location:
-    """Who is at work on a shard."""
+    """The lease of the worker that processes a shard."""
     return cache / "shards" / f".{index:05d}.claim"
 
 
 def create_cache(cache: Location, manifest: Manifest) -> None:
-    """Create a cache folder, or accept the one that is there if it makes the same promise."""
+    """Create a cache, or accept an existing one that was made of the same inputs."""
     if manifest_path(cache).exists():
         check_same_inputs(load_manifest(cache), manifest.made_of, cache)
         return
@@ -78,13 +81,12 @@ def create_cache(cache: Location, manifest: Manifest) -> None:
         write_json(manifest_path(cache), dataclasses.asdict(manifest))
     except OSError as error:
         raise InputError(f"{cache}: expected a folder to write into, found {error.strerror}; choose another") from error
-    check_same_inputs(
-        load_manifest(cache), manifest.made_of, cache
-    )  # somebody may have begun another cache here just now
+    # another process may have created another cache here just now
+    check_same_inputs(load_manifest(cache), manifest.made_of, cache)
 
 
 def load_manifest(cache: Location) -> Manifest:
-    """Read a manifest."""
+    """Read a manifest; InputError if there is none."""
     try:
         plain = json.loads(manifest_path(cache).read_text())
     except FileNotFoundError:
@@ -95,7 +97,7 @@ def load_manifest(cache: Location) -> Manifest:
 
 
 def check_same_inputs(found: Manifest, made_of: dict[str, Any], cache: Location) -> None:
-    """Refuse a cache made of something else, naming the fields that differ."""
+    """Raise InputError for a cache that was made of other inputs, with the fields that differ."""
     differing = sorted(
         key for key in made_of.keys() | found.made_of.keys() if made_of.get(key) != found.made_of.get(key)
     )
@@ -114,20 +116,20 @@ def shard_info(cache: Location, index: int) -> ShardInfo | None:
         return None
     for name in ("row_groups", "retained_mass_histogram"):
         plain[name] = tuple(plain[name])
-    return ShardInfo(**{"file": f"{index:05d}.parquet", **plain})  # older caches do not name it
+    return ShardInfo(**{"file": f"{index:05d}.parquet", **plain})  # older caches do not hold the name
 
 
 def missing_shards(cache: Location, indices: Iterable[int]) -> list[int]:
-    """Those shards that are not committed; one listing, however many they are."""
+    """The shards that are not committed; one listing of the folder, however many shards there are."""
     present = set(names(cache / "shards"))
     return [index for index in indices if info_path(cache, index).name not in present]
 
 
 def commit_shard(cache: Location, temporary: Path, index: int) -> None:
-    """Publish a finished temporary file as a shard: whole and durable, or not at all; never over another.
+    """Publish a finished temporary file as a shard: complete and durable, or not at all; never over an existing one.
 
-    The data is there before its name is, and its name before the ShardInfo that vouches for both. A shard that
-    somebody else has published meanwhile stays as it is.
+    The data is durable before it gets its name, and the ShardInfo is written last. A shard that another worker has
+    published meanwhile stays as it is.
     """
     if isinstance(cache, RemotePath):
         _commit_remote(cache, temporary, index)
@@ -137,7 +139,7 @@ def commit_shard(cache: Location, temporary: Path, index: int) -> None:
         os.link(temporary, shard_path(cache, index))
     except FileExistsError:
         adopt_orphan(cache, index)
-    except FileNotFoundError:  # taken for a dead worker's and swept away
+    except FileNotFoundError:  # another process took it for a dead worker's and deleted it
         if shard_info(cache, index) is None:
             raise
     else:
@@ -147,9 +149,9 @@ def commit_shard(cache: Location, temporary: Path, index: int) -> None:
 
 
 def _commit_remote(cache: RemotePath, temporary: Path, index: int) -> None:
-    """Two that commit at once, even different bits, leave two objects and a ShardInfo that is right about one.
+    """Two workers that commit different bytes at once leave two objects and one ShardInfo that describes one of them.
 
-    The other object stays: whoever put it may be about to vouch for it.
+    The other object stays: the worker that put it may be about to write its ShardInfo.
     """
     info = describe_shard(temporary, index)
     info = dataclasses.replace(info, file=f"{index:05d}-{info.sha256[:12]}.parquet")
@@ -161,33 +163,33 @@ def _commit_remote(cache: RemotePath, temporary: Path, index: int) -> None:
 
 
 def footer_totals(*, targets: int, num_skipped: int, histogram: Sequence[int]) -> dict[str, str]:
-    """What a writer adds to a shard's own metadata, so that the file can vouch for itself."""
+    """What a writer adds to the metadata in a shard's footer, so that a ShardInfo can be made from the file alone."""
     return {"totals": json.dumps({"targets": targets, "num_skipped": num_skipped, "histogram": list(histogram)})}
 
 
 def describe_shard(path: Path, index: int) -> ShardInfo:
-    """The ShardInfo of a whole file, under the name that it has in a local cache; ValueError if it is not whole."""
+    """The ShardInfo of a complete file, with its name in a local cache; ValueError if the file is not complete."""
     metadata = pq.read_metadata(path)
-    written = json.loads((metadata.metadata or {}).get(b"totals", b"null"))
-    if written is None:
+    totals = json.loads((metadata.metadata or {}).get(b"totals", b"null"))
+    if totals is None:
         raise ValueError("no totals in its footer")
-    groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    row_groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     return ShardInfo(
         index=index,
         file=f"{index:05d}.parquet",
         rows=metadata.num_rows,
-        row_groups=groups,
-        targets=written["targets"],
+        row_groups=row_groups,
+        targets=totals["targets"],
         bytes=path.stat().st_size,
         sha256=file_hash(path),
-        num_skipped=written["num_skipped"],
-        retained_mass_histogram=tuple(written["histogram"]),
+        num_skipped=totals["num_skipped"],
+        retained_mass_histogram=tuple(totals["histogram"]),
     )
 
 
 def adopt_orphan(cache: Location, index: int) -> bool:
-    """Vouch for a shard that has its name but, by a crash just then, no ShardInfo; False if there is none."""
-    if isinstance(cache, RemotePath):  # a name there is no promise that the upload went to its end
+    """Write the missing ShardInfo of a shard whose worker died just before that; False if there is no shard."""
+    if isinstance(cache, RemotePath):  # an object there may be a part of an upload
         return False
     path = shard_path(cache, index)
     if not path.exists():
@@ -196,27 +198,28 @@ def adopt_orphan(cache: Location, index: int) -> bool:
         try:
             info = describe_shard(path, index)
         except ValueError as error:
-            raise InputError(f"{path}: expected a whole shard, found it damaged ({error}); delete it") from None
+            raise InputError(f"{path}: expected a complete shard, found it damaged ({error}); delete it") from None
         write_json(info_path(cache, index), dataclasses.asdict(info))
     return True
 
 
 def finalize_cache(cache: Location, manifest: Manifest, *, stale_seconds: float) -> Manifest:
-    """Write the totals into the manifest once every shard is committed, and sweep out what dead workers left."""
+    """Write the totals into the manifest once every shard is committed, and delete what dead workers left."""
     infos = committed_shards(cache, manifest)
     finished = dataclasses.replace(manifest, num_skipped=sum(info.num_skipped for info in infos))
     if load_manifest(cache) != finished:
         write_json(manifest_path(cache), dataclasses.asdict(finished))
-    _sweep(cache / "shards", stale_seconds)
+    _delete_stale_files(cache / "shards", stale_seconds)
     return finished
 
 
-def _sweep(shards: Location, stale_seconds: float) -> None:
+def _delete_stale_files(shards: Location, stale_seconds: float) -> None:
+    """Delete the leases and temporary files that were not written for `stale_seconds`."""
     if isinstance(shards, RemotePath):
-        for left in [shards / name for name in names(shards) if name.startswith(".")]:
+        for remote in [shards / name for name in names(shards) if name.startswith(".")]:
             with contextlib.suppress(FileNotFoundError):
-                if age_seconds(left) > stale_seconds:
-                    left.unlink()
+                if age_seconds(remote) > stale_seconds:
+                    remote.unlink()
         return
     for path in shards.glob(".*"):
         with contextlib.suppress(FileNotFoundError):
@@ -225,21 +228,21 @@ def _sweep(shards: Location, stale_seconds: float) -> None:
 
 
 def committed_shards(cache: Location, manifest: Manifest) -> list[ShardInfo]:
-    """The ShardInfo of every shard of the plan; refuses a cache that is not finished."""
+    """The ShardInfo of every shard of the plan; InputError if the cache is not complete."""
     with ThreadPoolExecutor(1 if isinstance(cache, Path) else REQUESTS_AT_ONCE) as pool:
         infos = list(pool.map(partial(shard_info, cache), range(manifest.num_shards)))
     present = [info for info in infos if info is not None]
     if len(present) != manifest.num_shards:
-        maker = "scripts/capture.py" if manifest.tail == "exact" else "scripts/import.py"
+        script = "scripts/capture.py" if manifest.tail == "exact" else "scripts/import.py"
         raise InputError(
             f"{cache}: expected {manifest.num_shards} committed shards, found {len(present)}; "
-            f"run the same {maker} again, it goes on where it stopped"
+            f"run the same {script} again, it continues where it stopped"
         )
     return present
 
 
 def check_shard_hash(cache: Location, info: ShardInfo, path: Path | None = None) -> None:
-    """Refuse a shard whose bytes are not those that were committed; `path` is where a download of it lies."""
+    """Raise InputError for a shard whose bytes are not the committed ones; `path` is a download of it."""
     if path is None:
         assert isinstance(cache, Path)
         path = cache / "shards" / info.file
@@ -247,5 +250,6 @@ def check_shard_hash(cache: Location, info: ShardInfo, path: Path | None = None)
     if found != info.sha256:
         raise InputError(
             f"{shard_file(cache, info)}: expected sha256 {info.sha256[:12]}, found {found[:12]}; the shard is damaged: "
-            f"delete it and {info_path(cache, info.index).name} beside it, then make it again (only it is redone)"
+            f"delete it and {info_path(cache, info.index).name} beside it, then run the capture or import "
+            "again (only this shard is redone)"
         )

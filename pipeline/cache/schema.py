@@ -1,184 +1,242 @@
 """Shard schema, version 1: sequences with their captured distributions <-> Arrow tables.
 
-Typed flat lists, so that plain polars, DuckDB or `datasets` read a shard with no code of ours. Row r of a
-shard holds N positions, K entries each: entry j of position n lies at n * K + j of `topk_ids`. Where the number
-kept varies (sampled, hybrid, imported), `kept_counts` holds it, and the entries of all positions follow one another.
+Typed flat lists, so that plain polars, DuckDB or `datasets` read a shard without code of this project. Row r of a
+shard holds N positions with K entries each: entry j of position n is element n * K + j of `topk_ids`. Where the number
+of kept entries differs between positions (sampled, hybrid, imported), `kept_counts` holds it, and the entries of all
+positions follow one another without padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.core.types import Captured, TokenSequence, TopK
+from pipeline.core.types import Captured, Manifest, TokenSequence, TopK
 
 SCHEMA_VERSION = 1
 
 
-def _list(kind: pa.DataType) -> pa.DataType:
-    """A list without holes: levels that say so take no space, and reading is a quarter faster."""
-    return pa.list_(pa.field("element", kind, nullable=False))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column of a shard: one list of values for each sequence."""
+
+    name: str
+    type: pa.DataType
+    """Of one value in the shard."""
+    field: str = ""
+    """Of the TokenSequence or Captured that holds the values in memory, or of its TopK; empty: computed from others."""
+    is_in_topk: bool = False
+    dtype: torch.dtype = torch.int64
+    """Of one value in memory; where it is as wide as `type`, the tensor shares Arrow's memory."""
+    splits_bytes: bool = True
+    """BYTE_STREAM_SPLIT: first the low bytes of all values, last their high bytes, which hardly change."""
+    is_stored: Callable[[Manifest], bool] = lambda manifest: True
+    """Whether the shards of a cache have this column."""
 
 
-SEQUENCE_COLUMNS = {
-    "key": pa.binary(16),
-    "record_ids": _list(pa.int64()),
-    "segment_lengths": _list(pa.int32()),
-    "input_ids": _list(pa.int32()),
-    "target_positions": _list(pa.int32()),
-    "target_ids": _list(pa.int32()),
-}
+# name and type in the shard, field and type in memory; all rows have them, before and after the teacher runs
+SEQUENCE_COLUMNS = (
+    Column(name="record_ids", type=pa.int64(), field="record_ids", splits_bytes=False),
+    Column(name="segment_lengths", type=pa.int32(), field="segment_lengths", splits_bytes=False),
+    Column(name="input_ids", type=pa.int32(), field="input_ids_S"),
+    Column(name="target_positions", type=pa.int32(), field="target_positions_N", splits_bytes=False),
+    Column(name="target_ids", type=pa.int32(), field="target_ids_N"),
+)
+
+# A new column of a shard is a field in `core/types.py`, a row here, and the code that computes its values. With split
+# bytes a token with K = 64 takes 111 bytes of ids instead of 121 with a dictionary, and 75 of relative logits instead
+# of 108, and is read a tenth faster.
+CAPTURED_COLUMNS = (
+    # int32 in memory is half the bytes of int64; `TopK.cat` converts once, for a batch
+    Column(name="topk_ids", type=pa.uint32(), field="ids_NK", is_in_topk=True, dtype=torch.int32),
+    Column(name="relative_logits", type=pa.float16(), field="relative_logits_NK", is_in_topk=True, dtype=torch.float16),
+    Column(name="log_tail", type=pa.float32(), field="log_tail_NC", is_in_topk=True, dtype=torch.float32),
+    Column(name="next_log_prob", type=pa.float16(), field="next_log_prob_N", dtype=torch.float16),
+    Column(name="entropy", type=pa.float16(), field="entropy_N", dtype=torch.float16),
+    Column(
+        name="kept_counts",
+        type=pa.uint16(),
+        splits_bytes=False,
+        is_stored=lambda manifest: manifest.has_kept_counts,
+    ),
+    Column(
+        name="weak_ids", type=pa.int32(), field="weak_ids_N", is_stored=lambda manifest: "complete" in manifest.made_of
+    ),
+)
+ENTRY_COLUMNS = ("topk_ids", "relative_logits")  # one value an entry; with kept_counts the padding is not stored
 
 
-# The bytes of a value apart, because the high ones hardly change: a token with K = 64 takes 111 bytes of ids instead of
-# 121 with a dictionary, and 75 of relative logits instead of 108, and is read a tenth faster.
-ENCODING = {
-    f"{name}.list.element": "BYTE_STREAM_SPLIT"
-    for name in [
-        "input_ids",
-        "target_ids",
-        "topk_ids",
-        "relative_logits",
-        "log_tail",
-        "next_log_prob",
-        "entropy",
-        "weak_ids",
-    ]
-}
+# ------------------------------------------------------------------------------------------- schemas
 
 
 def sequence_schema() -> pa.Schema:
-    """The columns of sequences that nobody has spoken about yet."""
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in SEQUENCE_COLUMNS.items()])
+    """The columns of tokenized sequences, before the teacher runs."""
+    return pa.schema([_key_field(), *(_list_field(column) for column in SEQUENCE_COLUMNS)])
 
 
-def arrow_schema(*, varies: bool, completed: bool = False, metadata: dict[str, str]) -> pa.Schema:
-    """The columns of a shard."""
-    columns = {
-        **SEQUENCE_COLUMNS,
-        "topk_ids": _list(pa.uint32()),
-        "relative_logits": _list(pa.float16()),
-        "log_tail": _list(pa.float32()),
-        "next_log_prob": _list(pa.float16()),
-        "entropy": _list(pa.float16()),
-    }
-    if varies:
-        columns["kept_counts"] = _list(pa.uint16())
-    if completed:
-        columns["weak_ids"] = _list(pa.int32())
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()], metadata=metadata)
+def shard_schema(manifest: Manifest) -> pa.Schema:
+    """The columns of a cache's shards, and what each shard repeats of the manifest."""
+    stored = [column for column in CAPTURED_COLUMNS if column.is_stored(manifest)]
+    return pa.schema(
+        [_key_field(), *(_list_field(column) for column in (*SEQUENCE_COLUMNS, *stored))],
+        metadata={
+            "fingerprint": manifest.fingerprint,
+            "schema_version": str(manifest.schema_version),
+            # neither the fingerprint nor the rows would reveal that this one was changed
+            "vocabulary_size": str(manifest.vocabulary_size),
+        },
+    )
+
+
+def column_encoding(schema: pa.Schema) -> dict[str, str]:
+    """Parquet's encodings of the columns of a shard that do not have the default one."""
+    columns = (*SEQUENCE_COLUMNS, *CAPTURED_COLUMNS)
+    split = [column.name for column in columns if column.splits_bytes and column.name in schema.names]
+    return {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split}
+
+
+def _key_field() -> pa.Field:
+    return pa.field("key", pa.binary(16), nullable=False)
+
+
+def _list_field(column: Column) -> pa.Field:
+    return pa.field(column.name, _list_type(column.type), nullable=False)
+
+
+def _list_type(value_type: pa.DataType) -> pa.DataType:
+    """A list without nulls: Parquet stores no definition levels then, and reading is a quarter faster."""
+    return pa.list_(pa.field("element", value_type, nullable=False))
+
+
+# ------------------------------------------------------------------------------------- values -> table
 
 
 def encode(rows: Sequence[tuple[TokenSequence, Captured]], schema: pa.Schema) -> pa.Table:
-    """One row a sequence."""
-    varies = "kept_counts" in schema.names
-    keeps = [c.top.relative_logits_NK > -torch.inf if varies else c.top.ids_NK >= 0 for _, c in rows]
-    columns: dict[str, list[Any]] = {
-        "topk_ids": [c.top.ids_NK[kept].numpy() for (_, c), kept in zip(rows, keeps, strict=True)],
-        "relative_logits": [c.top.relative_logits_NK[kept].numpy() for (_, c), kept in zip(rows, keeps, strict=True)],
-        "log_tail": [c.top.log_tail_NC.flatten().numpy() for _, c in rows],
-        "next_log_prob": [c.next_log_prob_N.numpy() for _, c in rows],
-        "entropy": [c.entropy_N.numpy() for _, c in rows],
-    }
-    if varies:
-        columns["kept_counts"] = [kept.sum(dim=1).numpy() for kept in keeps]
-    if "weak_ids" in schema.names:
-        columns["weak_ids"] = [c.weak_ids_N.numpy() for _, c in rows if c.weak_ids_N is not None]
-    arrays = _sequence_arrays([s for s, _ in rows])
-    arrays += [_list_array(parts, schema.field(name).type.value_type) for name, parts in columns.items()]
+    """A table of one row for each sequence."""
+    has_kept_counts = "kept_counts" in schema.names
+    arrays = _sequence_arrays([sequence for sequence, _ in rows])
+    for column in CAPTURED_COLUMNS:
+        if column.name in schema.names:
+            drops_padding = has_kept_counts and column.name in ENTRY_COLUMNS
+            values = [_captured_values(column, captured, drops_padding=drops_padding) for _, captured in rows]
+            arrays.append(_list_array(values, column.type))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def encode_sequences(rows: Sequence[TokenSequence]) -> pa.Table:
-    """One row a sequence."""
+    """A table of one row for each sequence, before the teacher runs."""
     return pa.Table.from_arrays(_sequence_arrays(rows), schema=sequence_schema())
 
 
+def _captured_values(column: Column, captured: Captured, *, drops_padding: bool) -> np.ndarray:
+    """The values of one row, flat."""
+    top = captured.top
+    if column.name == "kept_counts":
+        return (top.relative_logits_NK > -torch.inf).sum(dim=1).numpy()
+    values: torch.Tensor = getattr(top if column.is_in_topk else captured, column.field)
+    if drops_padding:
+        values = values[top.relative_logits_NK > -torch.inf]
+    return values.flatten().numpy()
+
+
 def _sequence_arrays(rows: Sequence[TokenSequence]) -> list[pa.Array]:
-    columns: dict[str, list[Any]] = {
-        "record_ids": [np.array(s.record_ids) for s in rows],
-        "segment_lengths": [np.array(s.segment_lengths) for s in rows],
-        "input_ids": [s.input_ids_S.numpy() for s in rows],
-        "target_positions": [s.target_positions_N.numpy() for s in rows],
-        "target_ids": [s.target_ids_N.numpy() for s in rows],
-    }
-    arrays = [_list_array(parts, SEQUENCE_COLUMNS[name].value_type) for name, parts in columns.items()]
-    return [pa.array([s.key for s in rows], SEQUENCE_COLUMNS["key"]), *arrays]
+    keys = pa.array([sequence.key for sequence in rows], pa.binary(16))
+    lists = [
+        _list_array([np.asarray(getattr(sequence, column.field)) for sequence in rows], column.type)
+        for column in SEQUENCE_COLUMNS
+    ]
+    return [keys, *lists]
 
 
-def _list_array(parts: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int32)
-    values = np.concatenate(parts).astype(value_type.to_pandas_dtype())
-    return pa.ListArray.from_arrays(offsets, pa.array(values, value_type), type=_list(value_type))
+def _list_array(rows: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
+    # rows of 3 and 2 values -> offsets [0, 3, 5]: row r is values[offsets[r] : offsets[r + 1]]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int32)
+    values = np.concatenate(rows).astype(value_type.to_pandas_dtype())
+    return pa.ListArray.from_arrays(offsets, pa.array(values, value_type), type=_list_type(value_type))
+
+
+# ------------------------------------------------------------------------------------- table -> values
 
 
 def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[TokenSequence, Captured]]:
-    """The rows of a table as values; the large columns stay views of Arrow's memory."""
-    rows = []
-    for key, part in _parts(table):
-        sequence = _sequence(key, part)
-        # as int32: half the bytes of int64, which `topk.join` makes of them once, in a batch
-        ids, relative = part["topk_ids"].view(torch.int32), part["relative_logits"]
-        if "kept_counts" in part:
-            ids, relative = pad_entries(ids, relative, part["kept_counts"].long())
-        shape = (len(sequence.target_positions_N), -1)
-        top = TopK(
-            ids_NK=ids.reshape(shape),
-            relative_logits_NK=relative.reshape(shape),
-            log_tail_NC=part["log_tail"].reshape(shape),
-            temperatures=temperatures,
-        )
-        captured = Captured(
-            top=top,
-            next_log_prob_N=part["next_log_prob"],
-            entropy_N=part["entropy"],
-            weak_ids_N=part["weak_ids"].long() if "weak_ids" in part else None,
-        )
-        rows.append((sequence, captured))
-    return rows
+    """The rows of a table of `encode`; the large columns stay views of Arrow's memory."""
+    return [(_sequence(key, row), _captured(row, temperatures)) for key, row in _rows(table)]
 
 
 def decode_sequences(table: pa.Table | pa.RecordBatch) -> list[TokenSequence]:
-    """What `encode_sequences` made a table of."""
-    return [_sequence(key, part) for key, part in _parts(table)]
+    """The rows of a table of `encode_sequences`."""
+    return [_sequence(key, row) for key, row in _rows(table)]
 
 
-def _parts(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[bytes, dict[str, torch.Tensor]]]:
-    """Key and columns of each row."""
-    flat = {name: _flat(table.column(name)) for name in table.column_names if name != "key"}
+def _rows(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[bytes, dict[str, torch.Tensor]]]:
+    """Of each row its key, and the values of its other columns by their names."""
+    columns = {name: _flat(table.column(name)) for name in table.column_names if name != "key"}
     for r, key in enumerate(table.column("key").to_pylist()):
-        yield key, {name: values[offsets[r] : offsets[r + 1]] for name, (values, offsets) in flat.items()}
-
-
-def _sequence(key: bytes, part: dict[str, torch.Tensor]) -> TokenSequence:
-    return TokenSequence(
-        key=key,
-        input_ids_S=part["input_ids"].long(),
-        segment_lengths=tuple(part["segment_lengths"].tolist()),
-        record_ids=tuple(part["record_ids"].tolist()),
-        target_positions_N=part["target_positions"].long(),
-        target_ids_N=part["target_ids"].long(),
-    )
-
-
-def pad_entries(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entries that follow one another -> [N, K], padded by -inf and each position's first id."""
-    is_kept_NK = torch.arange(int(counts_N.max())) < counts_N[:, None]
-    first_N = counts_N.cumsum(0) - counts_N
-    ids_NK = ids[first_N][:, None].repeat(1, is_kept_NK.shape[1])
-    ids_NK[is_kept_NK] = ids
-    relative_NK = torch.full(is_kept_NK.shape, -torch.inf, dtype=relative.dtype)
-    relative_NK[is_kept_NK] = relative
-    return ids_NK, relative_NK
+        yield key, {name: values[offsets[r] : offsets[r + 1]] for name, (values, offsets) in columns.items()}
 
 
 def _flat(column: pa.ChunkedArray | pa.ListArray) -> tuple[torch.Tensor, list[int]]:
-    """A column's values end to end, without a copy, and where each row begins."""
+    """The values of all rows in one tensor, without a copy, and the offset of each row in it."""
     array = column
     if isinstance(column, pa.ChunkedArray):  # combining even a single chunk copies it
         array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
     return torch.from_dlpack(array.values), array.offsets.to_pylist()
+
+
+def _sequence(key: bytes, row: dict[str, torch.Tensor]) -> TokenSequence:
+    values = _values(row, SEQUENCE_COLUMNS)
+    return TokenSequence(
+        key=key,
+        input_ids_S=values["input_ids"],
+        segment_lengths=tuple(values["segment_lengths"].tolist()),
+        record_ids=tuple(values["record_ids"].tolist()),
+        target_positions_N=values["target_positions"],
+        target_ids_N=values["target_ids"],
+    )
+
+
+def _captured(row: dict[str, torch.Tensor], temperatures: tuple[float, ...]) -> Captured:
+    values = _values(row, CAPTURED_COLUMNS)
+    counts_N = values.pop("kept_counts", None)
+    if counts_N is not None:
+        values["topk_ids"], values["relative_logits"] = pad_entries(
+            values["topk_ids"], values["relative_logits"], counts_N
+        )
+    shape = (len(row["target_positions"]), -1)
+    top_fields: dict[str, Any] = {"temperatures": temperatures}
+    fields: dict[str, Any] = {}
+    for column in CAPTURED_COLUMNS:
+        if column.name in values and column.is_in_topk:
+            top_fields[column.field] = values[column.name].reshape(shape)
+        elif column.name in values:
+            fields[column.field] = values[column.name]
+    return Captured(top=TopK(**top_fields), **fields)
+
+
+def _values(row: dict[str, torch.Tensor], columns: Sequence[Column]) -> dict[str, torch.Tensor]:
+    """The columns that a row has, each in the type of its field."""
+    return {column.name: _in_memory(row[column.name], column.dtype) for column in columns if column.name in row}
+
+
+def _in_memory(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same values as `dtype`; not copied where both types have the same width (uint32 -> int32)."""
+    return values.view(dtype) if values.dtype.itemsize == dtype.itemsize else values.to(dtype)
+
+
+def pad_entries(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries that follow one another -> [N, K]; relative logits are padded by -inf, ids by each position's first id.
+
+    ids [5, 9, 3, 7, 8] with counts [3, 2] -> [[5, 9, 3], [7, 8, 7]].
+    """
+    is_kept_NK = torch.arange(int(counts_N.max())) < counts_N[:, None]
+    first_N = counts_N.cumsum(0) - counts_N  # counts [3, 2] -> first entries at [0, 3]
+    ids_NK = ids[first_N][:, None].repeat(1, is_kept_NK.shape[1])
+    ids_NK[is_kept_NK] = ids  # row by row, which is the order of `ids`
+    relative_NK = torch.full(is_kept_NK.shape, -torch.inf, dtype=relative.dtype)
+    relative_NK[is_kept_NK] = relative
+    return ids_NK, relative_NK

@@ -1,4 +1,4 @@
-"""Files of tokenized sequences, before the teacher runs: a plan leaves them for its workers, a driver for its ranks."""
+"""Files of tokenized sequences, before the teacher runs: a plan writes them for its workers, a driver for its ranks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pyarrow import ArrowException
 from pipeline.cache.schema import decode_sequences, encode_sequences, sequence_schema
 from pipeline.core.types import InputError, TokenSequence
 
-ROWS_A_GROUP = 2048  # sequences written, and later read, at once: bounds the memory of a file of any size
+ROWS_PER_GROUP = 2048  # sequences written, and later read, at once: bounds the memory for a file of any size
 
 
 def write_sequence_file(path: Path, sequences: Iterable[TokenSequence], *, num_skipped: Callable[[], int]) -> int:
-    """Write all sequences; returns their number. `num_skipped` is asked once they have been read."""
+    """Write all sequences; returns their number. `num_skipped` is called after the last of them has been read."""
     num_rows, remaining = 0, iter(sequences)
     with pq.ParquetWriter(path, sequence_schema(), compression="zstd", write_page_checksum=True) as file:
-        while rows := list(itertools.islice(remaining, ROWS_A_GROUP)):
+        while rows := list(itertools.islice(remaining, ROWS_PER_GROUP)):
             file.write_table(encode_sequences(rows))
             num_rows += len(rows)
         file.add_key_value_metadata({"num_skipped": str(num_skipped())})
@@ -29,17 +29,17 @@ def write_sequence_file(path: Path, sequences: Iterable[TokenSequence], *, num_s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceFile:
-    """The sequences of one file; iterating reads them, a row group at a time."""
+    """The sequences of one file; iterating reads one row group at a time."""
 
     path: Path
     num_rows: int
     num_skipped: int
-    """Malformed records that were skipped and counted."""
+    """Malformed records that were skipped."""
 
     def __iter__(self) -> Iterator[TokenSequence]:
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(ROWS_A_GROUP):
+                for batch in file.iter_batches(ROWS_PER_GROUP):
                     yield from decode_sequences(batch)
         except (OSError, ArrowException) as error:
             raise InputError(
@@ -49,7 +49,7 @@ class SequenceFile:
 
 
 def open_sequence_file(path: Path) -> SequenceFile:
-    """Read the footer of a file of sequences; FileNotFoundError if there is none."""
+    """Read the footer of a file of sequences; FileNotFoundError if there is no file."""
     metadata = pq.read_metadata(path)
     return SequenceFile(path=path, num_rows=metadata.num_rows, num_skipped=int(metadata.metadata[b"num_skipped"]))
 

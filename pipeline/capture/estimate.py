@@ -16,7 +16,7 @@ from pipeline.capture.plan import corpus_of, make_manifest, tokenizer_of, write_
 from pipeline.capture.worker import teacher_batches, write
 from pipeline.config.schema import CaptureConfig, Kind
 from pipeline.config.validate import check_capture
-from pipeline.core.object_store import is_url
+from pipeline.core.files import is_url
 from pipeline.core.progress import readable, start_logging
 from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.types import Manifest

@@ -13,8 +13,7 @@ from pathlib import Path
 from pipeline.cache import manifest as manifests
 from pipeline.config.options import identity_options
 from pipeline.config.schema import CaptureConfig
-from pipeline.core.files import content_hash
-from pipeline.core.object_store import is_url
+from pipeline.core.files import content_hash, is_url
 from pipeline.core.types import Manifest
 from pipeline.data.records import open_text
 from pipeline.models.paths import model_folder

@@ -16,6 +16,7 @@ from pipeline.config.schema import (
     ModelConfig,
     Targets,
 )
+from pipeline.core.files import is_url
 from pipeline.core.types import InputError
 
 
@@ -79,7 +80,7 @@ def check_files(config: Any, prefix: str = "") -> None:
         elif item.metadata["content"] and value is not None:
             for pattern in [value] if isinstance(value, str) else value:
                 is_hub_name = isinstance(config, ModelConfig) and re.fullmatch(r"[\w.-]+/[\w.-]+", pattern)
-                is_address = item.metadata["address"] and "://" in pattern
+                is_address = item.metadata["address"] and is_url(pattern)
                 if not (is_hub_name or is_address or glob.glob(pattern, recursive=True)):
                     raise InputError(
                         f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; check the path"
@@ -92,4 +93,4 @@ def urls_in(config: Any) -> Iterator[tuple[str, str]]:
         value = getattr(config, item.name)
         values = value if isinstance(value, list) else [value]
         if item.metadata["address"]:
-            yield from ((item.name, one) for one in values if one is not None and "://" in one)
+            yield from ((item.name, one) for one in values if one is not None and is_url(one))

@@ -154,6 +154,11 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_url(location: str) -> bool:
+    """Whether a location is a URL rather than a local path."""
+    return "://" in location
+
+
 def one_path(pattern: str, option: str) -> Path:
     """The only path that matches a glob pattern; InputError, which names `option`, if none or several match."""
     paths = sorted(glob.glob(pattern))

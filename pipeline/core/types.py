@@ -249,7 +249,7 @@ class Manifest:
     renormalised: not known, because the kept entries were scaled to sum to 1."""
 
     @property
-    def varies(self) -> bool:
+    def has_kept_counts(self) -> bool:
         """Whether the number of kept entries may differ between positions; shards then store it per position."""
         return self.kind != "topk" or self.tail != "exact"
 

@@ -1,1 +1,1 @@
-"""Teacher outputs that other projects kept, converted into a cache."""
+"""Converts the teacher outputs that other projects have stored into a cache, instead of a capture."""

@@ -1,6 +1,6 @@
-"""The files that other projects keep of a teacher -> their rows, as they stand there.
+"""Files with a teacher's outputs from other projects -> their rows, not yet decoded.
 
-Parquet and Arrow are streamed by row group or batch and stay arrays; JSON lines are parsed one at a time.
+Parquet and Arrow files are read by row group or batch and their values stay Arrow's; JSON lines are parsed one by one.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from omegaconf import OmegaConf
 from pipeline.config.schema import ImportConfig
 from pipeline.core.types import InputError
 from pipeline.data.records import all_records
-from pipeline.importers.distillkit import Packing, packing_of
+from pipeline.importers.distillkit import Compression, parse_compression
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES_OF = {"distillkit": (".parquet",), "axolotl_raw": SUFFIXES, "axolotl_prepared": SUFFIXES}
+SUFFIXES_BY_FORMAT = {"distillkit": (".parquet",), "axolotl_raw": SUFFIXES, "axolotl_prepared": SUFFIXES}
 ROWS_PER_BATCH = 64  # a row holds thousands of positions
-PACKINGS = ("compression_config.yaml", "compression_config.yml")
+COMPRESSION_FILES = ("compression_config.yaml", "compression_config.yml")
 
 Row = Mapping[str, Any]  # column -> an Arrow scalar, or a plain value out of JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """A foreign data set as it is to be read; its files exist."""
+class ForeignSource:
+    """A data set of another project and how to read it; its files exist."""
 
     files: tuple[Path, ...]
     format: str
     alignment: str | None
-    packing: Packing | None
-    """DistillKit's bytes; None where its data set was never packed."""
-    packing_file: Path | None
+    compression: Compression | None
+    """How DistillKit compressed the data set; None if it did not."""
+    compression_file: Path | None
     columns: Mapping[str, str]
-    """axolotl_raw's name for each of logprobs, messages and text."""
+    """The names of the columns logprobs, messages and text in an axolotl_raw data set."""
     tokenizer: Any
 
     @property
@@ -49,37 +49,38 @@ class Source:
         """What is known of the mass outside the kept entries: a Manifest's `tail`."""
         if self.format == "axolotl_prepared":
             return "renormalised"
-        return "remainder" if self.packing is None or self.packing.is_exact else "approximate"
+        return "remainder" if self.compression is None or self.compression.is_exact else "approximate"
 
 
-def open_source(config: ImportConfig, tokenizer: Any) -> Source:
-    """From options to a value: find the files, in the order in which their numbers count, and how they are packed."""
-    files = _files(config.source, SUFFIXES_OF[config.format.name])
-    packing = packing_file = None
+def open_source(config: ImportConfig, tokenizer: Any) -> ForeignSource:
+    """Find the files, in the order of the numbers in their names, and DistillKit's compression."""
+    files = _files(config.source, SUFFIXES_BY_FORMAT[config.format.name])
+    compression = compression_file = None
     if config.format.name == "distillkit":
-        packing, packing_file = _packing(files[0])
-    return Source(
+        compression, compression_file = _compression(files[0])
+    return ForeignSource(
         files=files,
         format=config.format.name,
         alignment=config.alignment and config.alignment.name,
-        packing=packing,
-        packing_file=packing_file,
+        compression=compression,
+        compression_file=compression_file,
         columns={"logprobs": config.logprobs_column, "messages": config.messages_column, "text": config.text_column},
         tokenizer=tokenizer,
     )
 
 
 def _files(pattern: str, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
-    found = [Path(name) for name in glob.glob(pattern, recursive=True)]
-    inside = [file for path in found for file in (path.rglob("*") if path.is_dir() else [path])]
-    files = [file for file in dict.fromkeys(inside) if file.is_file() and file.name.endswith(suffixes)]
+    matches = [Path(name) for name in glob.glob(pattern, recursive=True)]
+    candidates = [file for path in matches for file in (path.rglob("*") if path.is_dir() else [path])]
+    files = [file for file in dict.fromkeys(candidates) if file.is_file() and file.name.endswith(suffixes)]
     if not files:
         raise InputError(f"source: expected files ending in {', '.join(suffixes)}, found none in {pattern!r}")
+    # data_2 before data_10: the parts between the digits are equal, and the shorter number is the smaller one
     return tuple(sorted(files, key=lambda file: [(len(part), part) for part in re.split(r"(\d+)", str(file))]))
 
 
-def _packing(file: Path) -> tuple[Packing | None, Path | None]:
-    """How a DistillKit data set is packed; (None, None) if it is not."""
+def _compression(file: Path) -> tuple[Compression | None, Path | None]:
+    """A DistillKit data set's compression and the file that describes it; (None, None) if it is not compressed."""
     try:
         names = set(pq.read_schema(file).names)
     except (OSError, pa.ArrowException) as error:
@@ -88,79 +89,87 @@ def _packing(file: Path) -> tuple[Packing | None, Path | None]:
         return None, None
     if {"packed_indices", "exact_values", "coeffs"} & names:
         raise InputError(
-            f"{file}: expected compressed_logprobs or top_values, found DistillKit's legacy columns, which do not say "
-            "whether they hold log-probabilities or centred logits; sample the teacher again with a newer DistillKit"
+            f"{file}: expected compressed_logprobs or top_values, found DistillKit's legacy columns, which may hold "
+            "log-probabilities or centred logits; sample the teacher again with a newer DistillKit"
         )
     if not {"input_ids", "compressed_logprobs", "bytepacked_indices"} <= names:
         raise InputError(
             f"{file}: expected the columns input_ids, compressed_logprobs and bytepacked_indices (or token_ids and "
             f"top_values), found {sorted(names)}; check source and format"
         )
-    path = next((file.parent / name for name in PACKINGS if (file.parent / name).exists()), None)
+    path = next((file.parent / name for name in COMPRESSION_FILES if (file.parent / name).exists()), None)
     if path is None:
-        raise InputError(f"{file.parent}: expected {PACKINGS[0]} beside the data, found none; nothing else unpacks it")
+        raise InputError(
+            f"{file.parent}: expected {COMPRESSION_FILES[0]} beside the data, found none; add the file that DistillKit "
+            "wrote with the data"
+        )
     try:
         plain = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # whatever a YAML reader raises for what is no YAML
+    except Exception as error:  # a YAML reader raises errors of many types
         raise InputError(f"{path}: expected plain YAML, found it broken ({error})") from None
-    return packing_of(plain, str(path)), path
+    return parse_compression(plain, str(path)), path
 
 
-def rows(source: Source, records: range) -> Iterator[tuple[str, Row]]:
-    """(place, row) of the source rows in a range; row groups and batches outside it are not read."""
-    first = 0
+def read_rows(source: ForeignSource, records: range) -> Iterator[tuple[str, Row]]:
+    """(file and row for messages, row) of the source rows in a range; row groups outside it are not read."""
+    first = 0  # of this file, counted over all files
     for file in source.files:
+        # the rows of this file: after 50 rows in earlier files, rows 70 to 99 are its rows 20 to 49
+        selected = range(records.start - first, records.stop - first)
         try:
             if file.name.endswith(".parquet"):
-                count = yield from _parquet_rows(file, records, first)
+                num_rows = yield from _parquet_rows(file, selected)
             elif file.name.endswith(".arrow"):
-                count = yield from _arrow_rows(file, records, first)
+                num_rows = yield from _arrow_rows(file, selected)
             else:
-                count = yield from _json_rows(file, records, first)
+                num_rows = yield from _json_rows(file, selected)
         except (OSError, EOFError, pa.ArrowException) as error:
             raise InputError(f"{file}: expected a readable file, found it damaged ({error}); replace it") from None
-        first += count
+        first += num_rows
         if first >= records.stop:
             return
 
 
-def _parquet_rows(file: Path, records: range, first: int) -> Generator[tuple[str, Row], None, int]:
-    opened, at = pq.ParquetFile(file), 0
+def _parquet_rows(file: Path, selected: range) -> Generator[tuple[str, Row], None, int]:
+    """The selected rows of a file; returns the number of all its rows, as the two functions below do."""
+    opened, group_start = pq.ParquetFile(file), 0
     for group in range(opened.num_row_groups):
-        count = opened.metadata.row_group(group).num_rows
-        if first + at < records.stop and first + at + count > records.start:
-            begin = at
+        group_end = group_start + opened.metadata.row_group(group).num_rows
+        if group_start < selected.stop and group_end > selected.start:
+            start = group_start
             for batch in opened.iter_batches(ROWS_PER_BATCH, row_groups=[group]):
-                yield from _batch_rows(file, batch, records, first, begin)
-                begin += batch.num_rows
-        at += count
-    return at
+                yield from _batch_rows(file, batch, start, selected)
+                start += batch.num_rows
+        group_start = group_end
+    return group_start
 
 
-def _arrow_rows(file: Path, records: range, first: int) -> Generator[tuple[str, Row], None, int]:
-    at = 0
+def _arrow_rows(file: Path, selected: range) -> Generator[tuple[str, Row], None, int]:
+    start = 0
     with pa.memory_map(str(file)) as mapped:
         is_file = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
         opened = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
         batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
         for batch in batches:
-            yield from _batch_rows(file, batch, records, first, at)
-            at += batch.num_rows
-    return at
+            yield from _batch_rows(file, batch, start, selected)
+            start += batch.num_rows
+    return start
 
 
-def _batch_rows(file: Path, batch: pa.RecordBatch, records: range, first: int, begin: int) -> Iterator[tuple[str, Row]]:
+def _batch_rows(file: Path, batch: pa.RecordBatch, start: int, selected: range) -> Iterator[tuple[str, Row]]:
+    """The selected rows of a batch whose first row is row `start` of the file; without the columns that are null."""
     for r in range(batch.num_rows):
-        if first + begin + r in records:
+        if start + r in selected:
             row = {name: batch.column(name)[r] for name in batch.schema.names}
-            yield f"{file}, row {begin + r + 1}", {name: value for name, value in row.items() if value.is_valid}
+            yield f"{file}, row {start + r + 1}", {name: value for name, value in row.items() if value.is_valid}
 
 
-def _json_rows(file: Path, records: range, first: int) -> Generator[tuple[str, Row], None, int]:
-    at = 0
+def _json_rows(file: Path, selected: range) -> Generator[tuple[str, Row], None, int]:
+    """The selected lines; reading stops after the last of them, and returns the number of lines read."""
+    num_read = 0
     for where, _, line in all_records([file]):
-        if first + at in records:
+        if num_read in selected:
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -168,7 +177,7 @@ def _json_rows(file: Path, records: range, first: int) -> Generator[tuple[str, R
             if not isinstance(row, dict):
                 raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
             yield where, {name: value for name, value in row.items() if value is not None}
-        at += 1
-        if first + at >= records.stop:
+        num_read += 1
+        if num_read >= selected.stop:
             break
-    return at
+    return num_read

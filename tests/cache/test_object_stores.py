@@ -1,4 +1,4 @@
-"""A cache in a bucket is the cache in a folder, whatever happens on the way; moto serves S3 on loopback."""
+"""A cache in a bucket equals the cache in a folder, also after errors; moto serves S3 on the loopback interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import boto3
@@ -41,13 +43,13 @@ SECRET = "s3cr3t-of-the-bucket"
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    """A bucket named `bucket`, as boto3 sees it; this process and its children find it by the environment."""
+    """A bucket named `bucket`, opened by boto3; this process and its children find the server by the environment."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_ACCESS_KEY_ID", "user")
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         patch.setenv("AWS_REGION", "us-east-1")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -66,15 +68,15 @@ def captured(bucket: Any, teacher: Path, data: Path, tmp_path_factory: pytest.Te
 
 
 def remote(address: str) -> RemotePath:
-    place = open_location(address)
-    assert isinstance(place, RemotePath)
-    return place
+    location = open_location(address)
+    assert isinstance(location, RemotePath)
+    return location
 
 
 def objects(bucket: Any, prefix: str) -> dict[str, bytes]:
-    """What lies below a prefix; not the markers of folders, which end in a slash."""
-    found = bucket.objects.filter(Prefix=f"{prefix}/")
-    return {o.key[len(prefix) + 1 :]: o.get()["Body"].read() for o in found if not o.key.endswith("/")}
+    """The objects below a prefix; not the markers of folders, which end in a slash."""
+    listing = bucket.objects.filter(Prefix=f"{prefix}/")
+    return {o.key[len(prefix) + 1 :]: o.get()["Body"].read() for o in listing if not o.key.endswith("/")}
 
 
 def copied(bucket: Any, source: str, to: str) -> RemotePath:
@@ -99,27 +101,27 @@ def config_of(teacher: Path, data: Path, **changes: Any) -> CaptureConfig:
 
 
 @pytest.fixture(scope="module")
-def near(teacher: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A local capture by this process, whose bits another one of it repeats."""
-    made = run(config_of(teacher, data, caches_dir=str(tmp_path_factory.mktemp("near"))))
+def local_cache(teacher: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local capture by this process; another capture by it repeats the same bits."""
+    made = run(config_of(teacher, data, caches_dir=str(tmp_path_factory.mktemp("local"))))
     assert isinstance(made, Path)
     return made
 
 
 def rows(reader: ShardReader) -> list[tuple[bytes, list[int], list[float]]]:
-    found = [reader.row(block, r) for block, count in enumerate(reader.blocks) for r in range(count)]
-    return [(sequence.key, c.top.ids_NK.tolist(), c.top.log_tail_NC.tolist()) for sequence, c in found]
+    pairs = [reader.row(block, r) for block, count in enumerate(reader.blocks) for r in range(count)]
+    return [(sequence.key, c.top.ids_NK.tolist(), c.top.log_tail_NC.tolist()) for sequence, c in pairs]
 
 
 # ------------------------------------------------------------------------------------------ the cache
 
 
-def test_a_bucket_holds_what_a_folder_holds(bucket: Any, captured: RemotePath, cache: Path, tmp_path: Path) -> None:
+def test_a_bucket_holds_the_files_of_a_folder(bucket: Any, captured: RemotePath, cache: Path, tmp_path: Path) -> None:
     found = objects(bucket, "tiny")
     shards = sorted((cache / "shards").glob("*.parquet"))
     named = [f"shards/{path.stem}-{file_hash(path)[:12]}.parquet" for path in shards]
     infos = [f"shards/{path.stem}.json" for path in shards]
-    assert sorted(found) == sorted(["manifest.json", *infos, *named])  # no claim, no probe, nothing half
+    assert sorted(found) == sorted(["manifest.json", *infos, *named])  # no lease, no probe, no unfinished upload
     for path, name, info in zip(shards, named, infos, strict=True):
         assert found[name] == path.read_bytes()
         expected = json.loads(path.with_suffix(".json").read_text()) | {"file": Path(name).name}
@@ -128,17 +130,17 @@ def test_a_bucket_holds_what_a_folder_holds(bucket: Any, captured: RemotePath, c
     assert rows(ShardReader(cache)) == rows(ShardReader(captured, downloads=Downloads(folder=tmp_path, limit_bytes=1)))
 
 
-def test_the_same_command_again_puts_no_shard(bucket: Any, captured: RemotePath, teacher: Path, data: Path) -> None:
+def test_the_same_command_again_uploads_no_shard(bucket: Any, captured: RemotePath, teacher: Path, data: Path) -> None:
     before = {o.key: o.last_modified for o in bucket.objects.filter(Prefix="tiny/shards/0")}
     time.sleep(1.1)  # S3 counts seconds
     assert run(config_of(teacher, data, cache="s3://bucket/tiny")) == captured
     assert {o.key: o.last_modified for o in bucket.objects.filter(Prefix="tiny/shards/0")} == before
 
 
-def test_training_from_a_bucket_is_training_from_a_folder(
+def test_training_from_a_bucket_equals_training_from_a_folder(
     captured: RemotePath, cache: Path, student: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Through downloads that hold one shard at a time; even the run's name is the same."""
+    """The folder of downloads holds one shard at a time; the run's name is the same too."""
 
     def losses(place: Location, **changes: Any) -> tuple[str, list[dict[str, Any]], str]:
         done = script("train", *train_arguments(student, data, str(place), **changes), cwd=tmp_path)
@@ -158,27 +160,29 @@ def test_training_from_a_bucket_is_training_from_a_folder(
     assert kept[0].name == file_hash(kept[0])
 
 
-def test_an_exact_address_made_of_something_else_is_refused(captured: RemotePath, teacher: Path, data: Path) -> None:
+def test_a_cache_of_other_inputs_at_the_same_address_is_refused(
+    captured: RemotePath, teacher: Path, data: Path
+) -> None:
     with pytest.raises(InputError, match=r"s3://bucket/tiny was made of something else.*\n  k: expected 9, found 8"):
         run(config_of(teacher, data, cache=str(captured), k=9))
 
 
-def test_an_exact_folder(teacher: Path, data: Path, near: Path, tmp_path: Path) -> None:
+def test_an_exact_folder(teacher: Path, data: Path, local_cache: Path, tmp_path: Path) -> None:
     assert run(config_of(teacher, data, cache=str(tmp_path / "here"))) == tmp_path / "here"
     assert run(config_of(teacher, data, cache=(tmp_path / "here").as_uri())) == tmp_path / "here"
-    assert rows(ShardReader(tmp_path / "here")) == rows(ShardReader(near))
+    assert rows(ShardReader(tmp_path / "here")) == rows(ShardReader(local_cache))
 
 
-def test_what_fsspec_knows(teacher: Path, data: Path, near: Path, tmp_path: Path) -> None:
+def test_a_cache_on_an_fsspec_file_system(teacher: Path, data: Path, local_cache: Path, tmp_path: Path) -> None:
     made = run(config_of(teacher, data, caches_dir="fsspec+memory://caches", name="with space"))
-    assert str(made) == f"fsspec+memory://caches/with space-{manifests.load_manifest(near).fingerprint[:12]}"
+    assert str(made) == f"fsspec+memory://caches/with space-{manifests.load_manifest(local_cache).fingerprint[:12]}"
     assert pickle.loads(pickle.dumps(made)) == made
     assert store.names(made / "shards") == [
-        name for i, path in enumerate(sorted((near / "shards").glob("*.parquet")))
+        name for i, path in enumerate(sorted((local_cache / "shards").glob("*.parquet")))
         for name in (f"{i:05d}-{file_hash(path)[:12]}.parquet", f"{i:05d}.json")
     ]  # fmt: skip
     folder = Downloads(folder=tmp_path, limit_bytes=1 << 30)
-    assert rows(ShardReader(made, downloads=folder)) == rows(ShardReader(near))
+    assert rows(ShardReader(made, downloads=folder)) == rows(ShardReader(local_cache))
 
 
 def test_a_name_with_a_space_reaches_a_worker(bucket: Any) -> None:
@@ -188,7 +192,7 @@ def test_a_name_with_a_space_reaches_a_worker(bucket: Any) -> None:
     assert pickle.loads(pickle.dumps(place)).read_text() == "x"
 
 
-def test_a_local_info_of_before_names_were_written(cache: Path, tmp_path: Path) -> None:
+def test_a_shard_info_without_a_file_name_is_read(cache: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(cache, tmp_path / "copy")
     for path in (copy / "shards").glob("*.json"):
         plain = json.loads(path.read_text())
@@ -197,7 +201,7 @@ def test_a_local_info_of_before_names_were_written(cache: Path, tmp_path: Path) 
     assert rows(ShardReader(copy)) == rows(ShardReader(cache))
 
 
-# ----------------------------------------------------------------------------------------- under fire
+# --------------------------------------------------------------------------------- crashes and races
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +230,9 @@ def test_a_killed_capture_and_then_two_at_once(bucket: Any, teacher: Path, many:
     done = len([name for name in store.names(remote("s3://bucket/killed") / "shards") if name.endswith(".json")])
     assert undisturbed.wait(120) == 0
     assert [process.wait(120) for process in [start("s3://bucket/killed", n) for n in (1, 2)]] == [0, 0]
-    said = (tmp_path / "output.txt").read_text()
-    assert SECRET not in said
-    assert "of 30 shards into s3://bucket/killed" in said
+    output_text = (tmp_path / "output.txt").read_text()
+    assert SECRET not in output_text
+    assert "of 30 shards into s3://bucket/killed" in output_text
     assert done < 30
     local = tmp_path / "local" / "shards"
     expected = {f"{p.stem}-{file_hash(p)[:12]}.parquet": p.read_bytes() for p in local.glob("*.parquet")}
@@ -237,11 +241,11 @@ def test_a_killed_capture_and_then_two_at_once(bucket: Any, teacher: Path, many:
     assert {name for name in found if name not in expected} == {p.name for p in local.glob("*.json")}
 
 
-def overtaken_commit(cache: RemotePath, mine: Path, theirs: Path, at: int, patch: pytest.MonkeyPatch) -> bool:
-    """Commit `mine`, with a whole commit of `theirs` just before its request number `at`; False if it made fewer."""
-    waiting, requests = [theirs], 0
+def interrupted_commit(cache: RemotePath, first: Path, second: Path, at: int, patch: pytest.MonkeyPatch) -> bool:
+    """Commit `first`, with a complete commit of `second` just before its request `at`; False if it made fewer."""
+    waiting, requests = [second], 0
 
-    def overtaken(method: Callable[..., Any]) -> Callable[..., Any]:
+    def interrupted(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             nonlocal requests
             requests += 1
@@ -252,41 +256,41 @@ def overtaken_commit(cache: RemotePath, mine: Path, theirs: Path, at: int, patch
         return call
 
     for name in ("exists", "write_text"):
-        patch.setattr(RemotePath, name, overtaken(getattr(RemotePath, name)))
-    patch.setattr(manifests, "upload", overtaken(store.upload))
-    manifests.commit_shard(cache, mine, 0)
+        patch.setattr(RemotePath, name, interrupted(getattr(RemotePath, name)))
+    patch.setattr(manifests, "upload", interrupted(store.upload))
+    manifests.commit_shard(cache, first, 0)
     return not waiting
 
 
-def test_two_that_commit_different_bits_leave_an_info_that_is_right(
+def test_two_commits_of_different_bits_leave_a_correct_shard_info(
     bucket: Any, teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One is overtaken at every request of its commit in turn; the shards differ, as those of two GPUs may."""
+    """The second commit comes before each request of the first in turn; the shards differ, as those of two GPUs may."""
     shards = [run(config_of(teacher, data, caches_dir=str(tmp_path), k=k)) / "shards" / "00000.parquet" for k in (3, 4)]
-    for at in range(4):  # asks, uploads, asks again, vouches
+    for at in range(4):  # exists, upload, exists, write the ShardInfo
         cache = remote(f"s3://bucket/race-{at}")
         copies = [Path(shutil.copy(str(shard), tmp_path / f"{i}.tmp")) for i, shard in enumerate(shards)]
         with monkeypatch.context() as patch:
-            assert overtaken_commit(cache, copies[0], copies[1], at, patch)
+            assert interrupted_commit(cache, copies[0], copies[1], at, patch)
         info = manifests.shard_info(cache, 0)
         assert info is not None
         content = objects(bucket, f"race-{at}/shards")[info.file]
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (info.sha256, info.bytes)
 
 
-def test_an_upload_cut_short_is_not_vouched_for(
+def test_an_unfinished_upload_gets_no_shard_info(
     bucket: Any, captured: RemotePath, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """pyarrow publishes what it has when a stream is closed by an exception, so a part may lie there."""
+    """pyarrow publishes what was written when an exception closes a stream, so a part of a shard may be there."""
     place = remote("s3://bucket/short")
     temporary = tmp_path / "shard.tmp"
-    for trouble in (None, OSError("No space left on device"), KeyboardInterrupt()):
+    for error in (None, OSError("No space left on device"), KeyboardInterrupt()):
         shutil.copy(cache / "shards" / "00000.parquet", temporary)
 
-        def cut(source: Any, target: Any, length: int, trouble: BaseException | None = trouble) -> None:
+        def cut(source: Any, target: Any, length: int, error: BaseException | None = error) -> None:
             target.write(source.read(100))
-            if trouble is not None:
-                raise trouble
+            if error is not None:
+                raise error
 
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "copyfileobj", cut)
@@ -300,10 +304,10 @@ def test_an_upload_cut_short_is_not_vouched_for(
     assert hashlib.sha256(objects(bucket, "short/shards")[info.file]).hexdigest() == info.sha256
 
 
-def test_a_capture_that_lost_its_address_to_another_stops(
+def test_a_capture_stops_where_the_manifest_is_of_another(
     bucket: Any, captured: RemotePath, teacher: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Two captures begin at one address at once: the manifest names one, and the other commits nothing."""
+    """Two captures start at one address at once: the manifest is of one of them, and the other commits nothing."""
     other = manifests.load_manifest(run(config_of(teacher, data, caches_dir=str(tmp_path), k=9)))
     place = copied(bucket, "tiny", "lost")
     with pytest.raises(InputError, match="k: expected 9, found 8"), shard_writer(place, other, 7) as writer:
@@ -322,11 +326,11 @@ def test_a_flipped_byte_is_found_before_a_row_is_used(
     content[position] ^= 1
     bucket.put_object(Key=f"flipped{position}/shards/{info.file}", Body=bytes(content))
     reader = ShardReader(place, downloads=Downloads(folder=tmp_path, limit_bytes=1 << 30))
-    reader.row(0, 0)  # another shard: whole
+    reader.row(0, 0)  # another shard, not damaged
     first = manifests.shard_info(place, 0)
     assert first is not None
     message = rf"s3://bucket/flipped.*{info.file}: expected sha256 .*the shard is damaged: delete it and 00001.json"
-    for _ in range(2):  # and no part of it is kept for the next time
+    for _ in range(2):  # the damaged download is not kept
         with pytest.raises(InputError, match=message):
             reader.row(len(first.row_groups), 0)
     store.open_location(f"{place}/shards/{info.file}").unlink()
@@ -337,13 +341,13 @@ def test_a_flipped_byte_is_found_before_a_row_is_used(
 # ------------------------------------------------------------------------------------------ downloads
 
 
-def test_downloads_stay_within_their_bound(captured: RemotePath, cache: Path, tmp_path: Path) -> None:
-    """The least recently used go first, whoever used them; what was evicted is fetched again."""
+def test_downloads_stay_within_their_limit(captured: RemotePath, cache: Path, tmp_path: Path) -> None:
+    """The least recently used are deleted first, whichever reader used them, and downloaded again when needed."""
     expected = rows(ShardReader(cache))
     (one, one_bytes), (_, two_bytes), (three, _) = [
         (file_hash(path), path.stat().st_size) for path in sorted((cache / "shards").glob("*.parquet"))
     ]
-    (tmp_path / "thesis.txt").write_text("not ours")
+    (tmp_path / "thesis.txt").write_text("a file of the user")
 
     def kept() -> set[str]:
         return {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} - {"thesis.txt"}
@@ -353,86 +357,86 @@ def test_downloads_stay_within_their_bound(captured: RemotePath, cache: Path, tm
         assert rows(reader) == expected
         assert kept() == {three}
     limit_bytes = one_bytes + two_bytes
-    mine, theirs = (ShardReader(captured, downloads=Downloads(folder=tmp_path, limit_bytes=limit_bytes)) for _ in "ab")
-    mine.row(0, 0)
+    first, second = (ShardReader(captured, downloads=Downloads(folder=tmp_path, limit_bytes=limit_bytes)) for _ in "ab")
+    first.row(0, 0)
     assert kept() == {one, three}
     os.utime(tmp_path / one, (1, 1))
     os.utime(tmp_path / three, (2, 2))
-    theirs.row(0, 0)  # a use, if by somebody else
-    assert len(mine.blocks) == 3  # a block a shard
-    mine.row(1, 0)
+    second.row(0, 0)  # another reader uses shard `one`
+    assert len(first.blocks) == 3  # a block a shard
+    first.row(1, 0)
     assert three not in kept()
     assert one in kept()
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_those_that_want_one_shard_at_once_fetch_it_once(
+def test_readers_of_one_shard_at_once_download_it_once(
     captured: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetched: list[RemotePath] = []
+    downloaded: list[RemotePath] = []
 
-    def slowly(place: RemotePath, local: Path) -> None:
-        fetched.append(place)
+    def slow_download(place: RemotePath, local: Path) -> None:
+        downloaded.append(place)
         time.sleep(0.2)
         store.download(place, local)
 
-    monkeypatch.setattr(downloads, "download", slowly)
+    monkeypatch.setattr(downloads, "download", slow_download)
     readers = [ShardReader(captured, downloads=Downloads(folder=tmp_path, limit_bytes=1 << 30)) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         keys = [sequence.key for sequence, _ in pool.map(lambda reader: reader.row(0, 0), readers)]
     assert len(set(keys)) == 1
-    assert len(fetched) == 1
+    assert len(downloaded) == 1
 
 
-def test_a_download_that_the_disk_damaged_is_fetched_again(captured: RemotePath, cache: Path, tmp_path: Path) -> None:
+def test_a_download_that_the_disk_damaged_is_repeated(captured: RemotePath, cache: Path, tmp_path: Path) -> None:
     folder = Downloads(folder=tmp_path, limit_bytes=1 << 30)
     expected = rows(ShardReader(captured, downloads=folder))
     (damaged, *_) = (path for path in tmp_path.iterdir() if not path.name.startswith("."))
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    left = tmp_path / f".{damaged.name}.1.0123abcd.tmp"
-    left.write_bytes(b"somebody was killed")
-    os.utime(left, (0, 0))
+    abandoned = tmp_path / f".{damaged.name}.1.0123abcd.tmp"
+    abandoned.write_bytes(b"of a killed process")
+    os.utime(abandoned, (0, 0))
     assert rows(ShardReader(captured, downloads=folder)) == expected
     assert file_hash(damaged) == damaged.name
-    assert not left.exists()
+    assert not abandoned.exists()
 
 
-def test_a_folder_for_downloads_that_cannot_be(captured: RemotePath, tmp_path: Path) -> None:
+def test_a_folder_of_downloads_that_cannot_be_created(captured: RemotePath, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     reader = ShardReader(captured, downloads=Downloads(folder=tmp_path / "file", limit_bytes=1))
     with pytest.raises(InputError, match="downloads: expected to keep a shard of .*found File exists; make room, or"):
         reader.row(0, 0)
 
 
-# --------------------------------------------------------------------------------------------- claims
+# --------------------------------------------------------------------------------------------- leases
 
 
-def test_claims_in_a_bucket(bucket: Any) -> None:
-    left, place = remote("s3://bucket/claims") / ".0.claim", remote("s3://bucket/claims") / ".1.claim"
-    left.write_text("somebody dead")
+def test_leases_in_a_bucket(bucket: Any) -> None:
+    abandoned, place = remote("s3://bucket/claims") / ".0.claim", remote("s3://bucket/claims") / ".1.claim"
+    abandoned.write_text("a dead worker")
     with hold_lease(place, lease_seconds=2) as first:
         assert first
-        with hold_lease(left, lease_seconds=60) as taken:
+        with hold_lease(abandoned, lease_seconds=60) as taken:
             assert not taken
-        time.sleep(4)  # past the lease: the holder gives signs of life
+        time.sleep(4)  # longer than the lease: the holder has renewed it
         with hold_lease(place, lease_seconds=2) as second:
             assert not second
-    with hold_lease(left, lease_seconds=2) as taken:
+    with hold_lease(abandoned, lease_seconds=2) as taken:
         assert taken
-        left.write_text("a successor")  # as if we had been frozen and overtaken
+        abandoned.write_text("a successor")  # as if this process had been frozen, and another took over
     assert objects(bucket, "claims") == {".0.claim": b"a successor"}
 
 
-def test_stale_claims_are_swept_once_the_cache_is_whole(
+def test_stale_leases_are_deleted_once_the_cache_is_complete(
     bucket: Any, captured: RemotePath, teacher: Path, data: Path
 ) -> None:
-    place = copied(bucket, "tiny", "swept")
-    before = objects(bucket, "swept")
-    (place / "shards" / ".00001.claim").write_text("somebody dead")
+    place = copied(bucket, "tiny", "stale")
+    before = objects(bucket, "stale")
+    (place / "shards" / ".00001.claim").write_text("a dead worker")
     time.sleep(2.1)
-    (place / "shards" / ".00002.claim").write_text("somebody alive")
+    (place / "shards" / ".00002.claim").write_text("a living worker")
     run(config_of(teacher, data, cache=str(place), lease_seconds=1))
-    assert set(objects(bucket, "swept")) - set(before) == {"shards/.00002.claim"}
+    assert set(objects(bucket, "stale")) - set(before) == {"shards/.00002.claim"}
 
 
 # ------------------------------------------------------------------------------------------- refusals
@@ -440,7 +444,7 @@ def test_stale_claims_are_swept_once_the_cache_is_whole(
 
 @pytest.fixture(scope="module")
 def silent() -> Iterator[str]:
-    """An endpoint that takes connections and never says a word."""
+    """An endpoint that accepts connections and never answers."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(100)
@@ -449,24 +453,36 @@ def silent() -> Iterator[str]:
 
 REFUSALS = {
     "no bucket": ("s3://nowhere/tiny", "expected the bucket 'nowhere' of s3://nowhere/tiny, found no such bucket;"),
-    "nobody there": ("s3://bucket/tiny?endpoint_override=127.0.0.1:9", "expected s3://bucket/tiny?endpoint_override"),
+    "no server": ("s3://bucket/tiny?endpoint_override=127.0.0.1:9", "expected s3://bucket/tiny?endpoint_override"),
     "silence": ("s3://bucket/tiny?endpoint_override=SILENT&scheme=http", "Timeout was reached"),
-    "credentials": (f"s3://somebody:{SECRET}@bucket/tiny", "found some in that of s3://bucket/tiny; an address is"),
+    "credentials": (f"s3://user:{SECRET}@bucket/tiny", "found some in that of s3://bucket/tiny; an address is"),
     "a token": (f"s3://bucket/tiny?sas_token={SECRET}", "found some in that of s3://bucket/tiny; an address is"),
     "no store": ("weird://bucket/tiny", "expected weird://bucket/tiny to be served, found: Unrecognized filesystem"),
     "not local": ("file://bucket/tiny", "expected file://bucket/tiny to be served"),
 }
 
 
+@pytest.mark.parametrize("writing", [True, False])
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refusals_in_the_first_seconds(
-    name: str, bucket: Any, silent: str, teacher: Path, student: Path, data: Path, tmp_path: Path
+def test_an_unusable_address_is_refused_within_seconds(name: str, writing: bool, bucket: Any, silent: str) -> None:
+    address, message = REFUSALS[name]
+    started = time.monotonic()
+    with pytest.raises(InputError) as refused:
+        store.check_url(address.replace("SILENT", silent), "cache", writing=writing)
+    assert time.monotonic() - started < 10
+    assert message in str(refused.value)
+    assert str(refused.value).startswith("cache: expected")
+    assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["no bucket", "credentials"])
+def test_the_scripts_refuse_an_unusable_address(
+    name: str, bucket: Any, teacher: Path, student: Path, data: Path, tmp_path: Path
 ) -> None:
     address, message = REFUSALS[name]
-    address = f"'{address.replace('SILENT', silent)}'"
     commands = {
-        "capture": capture_arguments(teacher, data, cache=address),
-        "train": train_arguments(student, data, address),
+        "capture": capture_arguments(teacher, data, cache=f"'{address}'"),
+        "train": train_arguments(student, data, f"'{address}'"),
     }
     for stage, arguments in commands.items():
         started = time.monotonic()
@@ -486,10 +502,31 @@ def test_training_from_an_address_without_a_cache(bucket: Any, student: Path, da
     assert "cache: expected s3://bucket/nothing/manifest.json, found no such file; capture with" in done.stderr
 
 
-def test_a_bucket_that_may_only_be_read(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(place: RemotePath, content: bytes) -> None:
-        raise OSError("AWS Error ACCESS_DENIED during PutObject operation\nRequest ID: 1")
+class ReadOnlyStore(BaseHTTPRequestHandler):
+    """An S3 endpoint whose buckets exist and refuse every PUT; moto does not check the right to write."""
 
-    monkeypatch.setattr(store, "_put", refused)
-    with pytest.raises(InputError, match=r"to be served, found: AWS Error ACCESS_DENIED during PutObject operation; "):
-        store.check_url("s3://bucket/readonly", "cache", writing=True)
+    def do_HEAD(self) -> None:
+        self._answer(200)
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+
+    def _answer(self, status: int, body: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Nothing: the requests are none of the test's output."""
+
+
+def test_a_read_only_bucket_is_refused_for_writing(bucket: Any) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), ReadOnlyStore) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"s3://bucket/readonly?endpoint_override=127.0.0.1:{server.server_port}&scheme=http"
+        with pytest.raises(InputError, match="to be served, found: .*ACCESS_DENIED during PutObject operation"):
+            store.check_url(address, "cache", writing=True)
+        server.shutdown()

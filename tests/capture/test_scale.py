@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cache import manifest as manifests
-from pipeline.cache.schema import ENCODING, arrow_schema
+from pipeline.cache.schema import column_encoding, shard_schema
 from pipeline.cache.sequence_files import sequence_file
 from pipeline.capture.plan_lookup import plan_folder
 from pipeline.core.types import Manifest
@@ -74,14 +74,7 @@ def speak_at_random(sequences: Path, cache: Path, manifest: Manifest, index: int
         "next_log_prob": np.full(num, -12, np.float16),
         "entropy": chance.uniform(0, 5, num).astype(np.float16),
     }
-    schema = arrow_schema(
-        varies=False,
-        metadata={
-            "fingerprint": manifest.fingerprint,
-            "schema_version": str(manifest.schema_version),
-            "vocabulary_size": str(manifest.vocabulary_size),
-        },
-    )
+    schema = shard_schema(manifest)
     columns = {name: planned[name].combine_chunks() for name in planned.column_names}
     for name, column in values.items():
         offsets = np.concatenate([[0], np.cumsum(lengths * (len(column) // num))]).astype(np.int32)
@@ -91,7 +84,7 @@ def speak_at_random(sequences: Path, cache: Path, manifest: Manifest, index: int
     head_N, tail_N = np.exp(relative_NK).sum(axis=1), np.exp(values["log_tail"].astype(np.float64))
     histogram = np.histogram(head_N / (head_N + tail_N), bins=10, range=(0, 1))[0].tolist()
     temporary = cache / "shards" / f".{index:05d}.tmp"
-    encoding = {name: how for name, how in ENCODING.items() if name.split(".")[0] in columns}
+    encoding = column_encoding(schema)
     with pq.ParquetWriter(
         temporary, schema, compression="zstd", use_dictionary=False, column_encoding=encoding, write_page_checksum=True
     ) as file:

@@ -254,5 +254,5 @@ def test_a_damaged_shard_without_its_info_is_refused(teacher: Path, many: Path, 
     (shards / "00003.parquet").write_bytes((shards / "00003.parquet").read_bytes()[:500])
     done = script("capture", *arguments(teacher, many), cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "00003.parquet: expected a whole shard, found it damaged" in done.stderr
+    assert "00003.parquet: expected a complete shard, found it damaged" in done.stderr
     shutil.rmtree(shards)

@@ -1,4 +1,4 @@
-"""What another project kept of a dense distribution is, once imported, that distribution."""
+"""A dense distribution that another project has stored is the same distribution after its import."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.tiny import LINES, write_lines
 
 K, BITS = 6, 9  # 300 tokens need 9 bits
 
-Truth = tuple[list[int], torch.Tensor]  # L token ids and dense log-probabilities [L, V]: row s is about token s + 1
+Truth = tuple[list[int], torch.Tensor]  # L token ids and dense log-probabilities [L, V]: row s predicts token s + 1
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def top(log_p_LV: torch.Tensor, k: int = K) -> tuple[list[list[int]], list[list[
 
 
 def write_table(file: Path, rows: list[dict[str, Any]], **types: pa.DataType) -> None:
-    """Parquet in row groups of two, an Arrow stream as `datasets` writes it, or JSON lines: as the name says."""
+    """Parquet in row groups of two, an Arrow stream as `datasets` writes it, or JSON lines, by the suffix."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".jsonl":
         write_lines(file, rows)
@@ -67,7 +67,7 @@ def write_table(file: Path, rows: list[dict[str, Any]], **types: pa.DataType) ->
 
 
 def distillkit(folder: Path, truths: list[Truth], *, pad: bool = False, **settings: Any) -> dict[str, Any]:
-    """Packed, in two files whose names sort wrongly as text."""
+    """Compressed, in two files whose names sort wrongly as text: data_10 before data_2."""
     rows = []
     for ids, log_p_LV in truths:
         kept, values = top(log_p_LV if pad else log_p_LV[:-1])
@@ -94,7 +94,7 @@ def distillkit_unpacked(folder: Path, truths: list[Truth]) -> dict[str, Any]:
 
 
 def raw(spelling: str, suffix: str) -> Callable[[Path, list[Truth]], dict[str, Any]]:
-    """Right-aligned: the first row, about token 0, is null or missing."""
+    """Right-aligned: the first row, which would predict token 0, is null or missing."""
 
     def write(folder: Path, truths: list[Truth]) -> dict[str, Any]:
         rows = []
@@ -118,7 +118,7 @@ def raw(spelling: str, suffix: str) -> Callable[[Path, list[Truth]], dict[str, A
 
 
 def prepared(alignment: str, suffix: str) -> Callable[[Path, list[Truth]], dict[str, Any]]:
-    """Renormalised over the top k, unsorted, padded by one token that attention_mask cuts."""
+    """Renormalised over the top k, unsorted, with one padding token that attention_mask marks."""
 
     def write(folder: Path, truths: list[Truth]) -> dict[str, Any]:
         rows = []
@@ -126,10 +126,10 @@ def prepared(alignment: str, suffix: str) -> Callable[[Path, list[Truth]], dict[
             values, kept = log_p_LV[:-1].topk(K, dim=1)
             values = torch.log_softmax(values, dim=1).flip(1).tolist()
             kept, masks = kept.flip(1).tolist(), [[1] * K] * (len(ids) - 1)
-            nothing = ([0] * K, [-1e4] * K, [0] * K)
+            padding = ([0] * K, [-1e4] * K, [0] * K)
             filled = list(zip(kept, values, masks, strict=True))
-            filled = [*filled, nothing] if alignment == "current" else [nothing, *filled]
-            filled.append(nothing)
+            filled = [*filled, padding] if alignment == "current" else [padding, *filled]
+            filled.append(padding)
             names = ("target_token_ids", "target_logprobs", "target_mask")
             columns = {name: [part[i] for part in filled] for i, name in enumerate(names)}
             mask = [1] * len(ids) + [0]
@@ -170,19 +170,19 @@ def sequences(cache: Path) -> dict[int, tuple[TokenSequence, TopK]]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_imported_distribution_is_the_one_that_was_kept(
+def test_an_imported_distribution_is_the_stored_one(
     form: str, truths: list[Truth], student: Path, tmp_path: Path
 ) -> None:
     cache = imported(tmp_path / "source", student, FORMS[form](tmp_path / "source", truths))
-    manifest, found = manifests.load_manifest(cache), sequences(cache)
+    manifest, imported_rows = manifests.load_manifest(cache), sequences(cache)
     renormalised = form.startswith("prepared")
     assert manifest.tail == ("renormalised" if renormalised else "remainder")
     assert (manifest.kind, manifest.k, manifest.num_records, manifest.num_shards) == ("topk", K, 13, 3)
     assert (manifest.window, manifest.num_skipped) == (max(len(ids) for ids, _ in truths), 0)
-    assert sorted(found) == list(range(13))
+    assert sorted(imported_rows) == list(range(13))
     assert findings(cache) == []
     for r, (ids, log_p_LV) in enumerate(truths):
-        sequence, kept = found[r]
+        sequence, kept = imported_rows[r]
         assert sequence.input_ids_S.tolist() == ids
         assert sequence.segment_lengths == (len(ids),)
         assert sequence.target_positions_N.tolist() == list(range(len(ids) - 1))
@@ -220,7 +220,7 @@ def test_the_true_tokens_log_probability_where_it_was_kept(
 
 
 def test_a_curve_is_approximate_and_its_tail_is_never_negative(student: Path, tmp_path: Path) -> None:
-    """Position 0 sums to less than one, position 1, by the fit, to more."""
+    """Position 0 sums to less than 1; position 1 sums to more, which only a fitted curve may do."""
     coefficients = [[-3.0, -1.0], [-0.5, -0.5]]
     packed = [list(floats([-1.0], "float32") + floats(pair, "float32")) for pair in coefficients]
     entries = [list(bit_bytes([7, 8, 9], BITS))] * 2
@@ -244,8 +244,8 @@ def test_a_curve_is_approximate_and_its_tail_is_never_negative(student: Path, tm
 # -------------------------------------------------------------------------------- lengths and segments
 
 
-def test_entries_that_are_missing_are_dropped_and_their_ids_never_looked_at(student: Path, tmp_path: Path) -> None:
-    """Widths 3, 1 and none; a row with nothing at all is counted and left out."""
+def test_missing_entries_are_dropped_and_their_ids_ignored(student: Path, tmp_path: Path) -> None:
+    """Positions of 3, 1 and 0 entries; a row without entries is skipped and counted."""
     minus = -float("inf")
     rows = [
         {"input_ids": [5], "token_ids": [], "top_values": []},
@@ -272,7 +272,7 @@ def test_entries_that_are_missing_are_dropped_and_their_ids_never_looked_at(stud
     assert stored["topk_ids"].to_list() == [[6, 9, 10, 7]]
 
 
-def test_a_smaller_k_of_a_cache_whose_rows_have_different_widths(student: Path, tmp_path: Path) -> None:
+def test_a_smaller_k_where_rows_keep_different_numbers_of_entries(student: Path, tmp_path: Path) -> None:
     rows = [
         {"input_ids": [5, 6], "token_ids": [[6, 9, 10]], "top_values": [[-1.0, -2.0, -3.0]]},
         {"input_ids": [5, 7], "token_ids": [[7]], "top_values": [[-0.25]]},
@@ -286,9 +286,7 @@ def test_a_smaller_k_of_a_cache_whose_rows_have_different_widths(student: Path, 
         assert log_tail_N.exp().item() == pytest.approx(mass, abs=1e-3)
 
 
-def test_the_last_row_speaks_about_a_token_that_nobody_knows(
-    truths: list[Truth], student: Path, tmp_path: Path
-) -> None:
+def test_the_target_of_the_last_distribution_is_unknown(truths: list[Truth], student: Path, tmp_path: Path) -> None:
     cache = imported(tmp_path / "source", student, distillkit(tmp_path / "source", truths, pad=True))
     for r, (sequence, kept) in sequences(cache).items():
         ids, log_p_LV = truths[r]
@@ -299,7 +297,7 @@ def test_the_last_row_speaks_about_a_token_that_nobody_knows(
 
 @pytest.mark.parametrize("alignment", [None, "current", "legacy"])
 def test_packed_documents_become_segments(alignment: str | None, student: Path, tmp_path: Path) -> None:
-    """Three documents and padding; what speaks at a document's end has no target, or is about another's first token."""
+    """Three documents and padding; a distribution at a document's end has no target, or predicts the next document."""
     ids, mask = [20, 21, 22, 23, 24, 25, 26, 1], [1, 1, 1, 2, 2, 3, 3, 0]
     row: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if alignment is None:
@@ -311,30 +309,30 @@ def test_packed_documents_become_segments(alignment: str | None, student: Path, 
         row |= {"target_token_ids": kept, "target_logprobs": [[0.0]] * 8, "target_mask": [[1]] * 8}
         write_table(tmp_path / "source" / "data.jsonl", [row])
         settings = {"format": Format.axolotl_prepared, "alignment": Alignment[alignment]}
-    sequence, found = sequences(imported(tmp_path / "source", student, settings))[0]
+    sequence, kept_entries = sequences(imported(tmp_path / "source", student, settings))[0]
     assert sequence.input_ids_S.tolist() == ids[:7]
     assert sequence.segment_lengths == (3, 2, 2)
     assert sequence.record_ids == (0, 0, 0)
     unknown = UNKNOWN_TARGET
     if alignment == "legacy":
         assert sequence.target_positions_N.tolist() == [0, 1, 3, 5]
-        assert sequence.target_ids_N.tolist() == found.ids_NK[:, 0].tolist() == [21, 22, 24, 26]
+        assert sequence.target_ids_N.tolist() == kept_entries.ids_NK[:, 0].tolist() == [21, 22, 24, 26]
     else:
         assert sequence.target_positions_N.tolist() == list(range(7))
         assert sequence.target_ids_N.tolist() == [21, 22, unknown, 24, unknown, 26, unknown]
-        assert found.ids_NK[:, 0].tolist() == list(range(21, 28))
+        assert kept_entries.ids_NK[:, 0].tolist() == list(range(21, 28))
 
 
 @pytest.mark.parametrize("column", ["messages", "text"])
-def test_tokens_come_from_the_chat_or_the_text_where_there_are_none(
+def test_without_input_ids_the_chat_or_the_text_is_tokenized(
     column: str, student: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Rows for the answer only: they belong at the end."""
+    """Distributions for the answer only are aligned at the end."""
     chat = [{"role": "user", "content": "a shard"}, {"role": "assistant", "content": "is whole"}]
-    said = "<user>a shard</><assistant>is whole</>" if column == "messages" else "a shard is whole"
-    ids = tokenizer(said)["input_ids"]
+    text = "<user>a shard</><assistant>is whole</>" if column == "messages" else "a shard is whole"
+    ids = tokenizer(text)["input_ids"]
     entries = [[{"token_id": i, "logprob": -0.1}] for i in ids[-3:]]
-    write_table(tmp_path / "s" / "data.jsonl", [{column: chat if column == "messages" else said, "lp": entries}])
+    write_table(tmp_path / "s" / "data.jsonl", [{column: chat if column == "messages" else text, "lp": entries}])
     cache = imported(tmp_path / "s", student, {"format": Format.axolotl_raw, "logprobs_column": "lp"})
     sequence, kept = sequences(cache)[0]
     assert sequence.input_ids_S.tolist() == ids
@@ -365,7 +363,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "legacy columns": (
         {"input_ids": [1], "coeffs": [[0.5]]},
         {},
-        "found DistillKit's legacy columns, which do not say",
+        "found DistillKit's legacy columns, which may hold",
     ),
     "no configuration": (
         {"input_ids": [1], "compressed_logprobs": [[1]], "bytepacked_indices": [[1]]},
@@ -416,7 +414,7 @@ def test_bytes_of_another_configuration_are_refused(truths: list[Truth], student
 # ---------------------------------------------------------------------------------------- as a cache
 
 
-def test_only_what_is_missing_is_done_again(truths: list[Truth], student: Path, tmp_path: Path) -> None:
+def test_only_missing_shards_are_imported_again(truths: list[Truth], student: Path, tmp_path: Path) -> None:
     settings = distillkit(tmp_path / "source", truths)
     cache = imported(tmp_path / "source", student, settings)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in cache.rglob("*") if path.is_file()}
@@ -431,7 +429,9 @@ def test_only_what_is_missing_is_done_again(truths: list[Truth], student: Path, 
     assert all(path.read_bytes() == content for path, (content, _) in before.items())
 
 
-def test_a_cache_is_named_by_content_and_by_how_it_is_read(truths: list[Truth], student: Path, tmp_path: Path) -> None:
+def test_a_cache_is_named_by_the_content_and_the_options_that_read_it(
+    truths: list[Truth], student: Path, tmp_path: Path
+) -> None:
     settings = distillkit(tmp_path / "source", truths)
     cache = imported(tmp_path / "source", student, settings)
     moved = shutil.copytree(tmp_path / "source", tmp_path / "moved")
@@ -442,9 +442,7 @@ def test_a_cache_is_named_by_content_and_by_how_it_is_read(truths: list[Truth], 
     assert imported(moved, student, settings) != cache
 
 
-def test_the_script_and_a_training_on_what_it_made(
-    truths: list[Truth], student: Path, data: Path, tmp_path: Path
-) -> None:
+def test_the_script_and_a_training_on_its_cache(truths: list[Truth], student: Path, data: Path, tmp_path: Path) -> None:
     distillkit(tmp_path / "source", truths)
     arguments = ["name=theirs", "source=source", "format=distillkit", f"tokenizer={student}", "records_per_shard=6"]
     done = script("import", *arguments, cwd=tmp_path)
@@ -455,8 +453,8 @@ def test_the_script_and_a_training_on_what_it_made(
         assert torch.allclose(total_N, torch.ones_like(total_N), atol=1e-6)
         with pytest.raises(InputError, match=r"temperature: expected one of the captured \[1.0\], found 2.0"):
             log_probabilities(kept, temperature=2.0)
-    wanted = {"steps": 2, "dev": "null", "test": "null"}
-    base = [a for a in train_arguments(student, data, str(cache), **wanted) if not a.startswith(("dev.", "test."))]
+    options = {"steps": 2, "dev": "null", "test": "null"}
+    base = [a for a in train_arguments(student, data, str(cache), **options) if not a.startswith(("dev.", "test."))]
     script("train", *base, cwd=tmp_path)
     (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Bytes that a slow encoder of our own writes, bit by bit, decode to what went in."""
+"""Bytes that a slow encoder in the tests writes, bit by bit, are decoded to its input."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pipeline.importers.distillkit import (
     decode_log_probs,
     id_bytes,
     log_prob_bytes,
-    packing_of,
+    parse_compression,
     unpack_bits,
 )
 from support.distillkit_bytes import bit_bytes, floats
 
 
-def packing(**settings: Any) -> Any:
-    return packing_of({"d": 20, "k": 3, "exact_k": 3, "residual_bins": [], **settings}, "config")
+def compression(**settings: Any) -> Any:
+    return parse_compression({"d": 20, "k": 3, "exact_k": 3, "residual_bins": [], **settings}, "config")
 
 
 def rows_of(*rows: bytes) -> np.ndarray:
@@ -36,21 +36,21 @@ def rows_of(*rows: bytes) -> np.ndarray:
     [(20, [5, 9, 3], "2A 46"), (151936, [100000, 7, 151643], "61 A8 00 00 79 41 6C")],
 )
 def test_worked_examples_of_ids(d: int, ids: list[int], packed: str) -> None:
-    assert decode_ids(rows_of(bytes.fromhex(packed)), packing(d=d)).tolist() == [ids]
-    assert id_bytes(packing(d=d)) == len(bytes.fromhex(packed))
-    assert bit_bytes(ids, packing(d=d).id_bits) == bytes.fromhex(packed)
+    assert decode_ids(rows_of(bytes.fromhex(packed)), compression(d=d)).tolist() == [ids]
+    assert id_bytes(compression(d=d)) == len(bytes.fromhex(packed))
+    assert bit_bytes(ids, compression(d=d).id_bits) == bytes.fromhex(packed)
 
 
 def test_worked_example_of_a_curve() -> None:
-    chosen = packing(exact_k=2, k=4, polynomial_terms=[0, 1], delta_encoding=False)
+    chosen = compression(exact_k=2, k=4, polynomial_terms=[0, 1], delta_encoding=False)
     packed = rows_of(bytes.fromhex("000000BF 0000C0BF 000000C0 000080BF"))
     assert decode_log_probs(packed, chosen).tolist() == [[-0.5, -1.5, -2.0, -3.0]]
     assert log_prob_bytes(chosen) == 16
 
 
 def test_worked_example_of_a_bin() -> None:
-    one = {"scale_dtype": "float16", "element_bits": 4, "num_elements": 2}
-    chosen = packing(exact_k=0, k=2, residual_bins=[one], delta_encoding=False)
+    residual_bin = {"scale_dtype": "float16", "element_bits": 4, "num_elements": 2}
+    chosen = compression(exact_k=0, k=2, residual_bins=[residual_bin], delta_encoding=False)
     assert decode_log_probs(rows_of(bytes.fromhex("0036 30")), chosen).tolist() == [[-1.875, -3.0]]
     assert log_prob_bytes(chosen) == 3
 
@@ -73,7 +73,7 @@ def test_integers_of_any_width(bits: int, data: Any, count: int, num_rows: int, 
 @pytest.mark.parametrize("d", [1, 2, 3, 256, 257, 65_536, 65_537, 2**31])
 def test_bits_of_an_id(d: int) -> None:
     largest = d - 1
-    assert packing(d=d, k=1, exact_k=1).id_bits == max(len(format(largest, "b")), 1)
+    assert compression(d=d, k=1, exact_k=1).id_bits == max(len(format(largest, "b")), 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,7 +82,7 @@ def test_exact_values_of_every_type(dtype: str, delta: bool) -> None:
     rows = [[-0.5, -0.75, -1.25, -4.0], [-1.0, -1.0, -1.5, -2.0]]  # exact in every type, and so are their differences
     stored = [[row[0], *np.diff(row).tolist()] if delta else row for row in rows]
     packed = rows_of(*(floats(row, dtype) for row in stored))
-    chosen = packing(k=4, exact_k=4, exact_dtype=dtype, delta_encoding=delta)
+    chosen = compression(k=4, exact_k=4, exact_dtype=dtype, delta_encoding=delta)
     assert decode_log_probs(packed, chosen).tolist() == rows
     assert chosen.is_exact == (dtype in ("float32", "float64"))
 
@@ -101,7 +101,7 @@ def test_a_curve_with_every_term_and_residuals_about_it(normalize: bool) -> None
     packed = floats([-0.5], "float32") + floats(coefficients, "float32")
     packed += floats([0.25], "float32") + bit_bytes([7, 0], 3) + floats([0.5], "float32") + bit_bytes([1, 0], 1)
     residuals = [(7 - 4) * 0.25, (0 - 4) * 0.25, 0.5, -0.5, 0.0]  # the last entry has none
-    chosen = packing(
+    chosen = compression(
         k=6,
         exact_k=1,
         polynomial_terms=[0, 1, 2, "sqrt", "exp"],
@@ -118,7 +118,7 @@ def test_a_curve_with_every_term_and_residuals_about_it(normalize: bool) -> None
 def test_what_follows_a_missing_value_is_missing() -> None:
     """The encoder takes the difference of two -inf, which is a NaN."""
     packed = rows_of(floats([-1.0, -1.0, -float("inf"), float("nan")], "float32"))
-    assert decode_log_probs(packed, packing(k=4, exact_k=4)).tolist() == [[-1.0, -2.0, -torch.inf, -torch.inf]]
+    assert decode_log_probs(packed, compression(k=4, exact_k=4)).tolist() == [[-1.0, -2.0, -torch.inf, -torch.inf]]
 
 
 @pytest.mark.parametrize(
@@ -141,5 +141,5 @@ def test_what_follows_a_missing_value_is_missing() -> None:
 )
 def test_a_configuration_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as refused:
-        packing(**changes)
+        compression(**changes)
     assert message in str(refused.value)
