@@ -1,1 +1,1 @@
-"""metrics.jsonl, the health of a run, and external trackers."""
+"""What is logged during training: metrics.jsonl, the health of a run, copies for external trackers."""

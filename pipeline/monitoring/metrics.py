@@ -1,8 +1,7 @@
-"""What a training run leaves behind at every step: a line of metrics.jsonl, its trackers, the progress shown."""
+"""What is logged at every training step: a line of metrics.jsonl, the trackers, the progress bar."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipeline.monitoring.trackers import Trackers
 
 
 class StepLogger:
-    """Every rank measures and judges; the first one writes."""
+    """Every rank measures and checks its steps; the first rank alone writes."""
 
     def __init__(
         self,
@@ -39,32 +38,35 @@ class StepLogger:
         self._metrics = None if quiet else MetricsFile(paths.metrics, keep_steps=done)
         self._trackers = Trackers([] if quiet else config.trackers, paths, name=config.name, step=done)
         rows = [] if quiet else MetricsFile.read(paths.metrics)
-        self._watch = health.GradientMonitor(
-            **dataclasses.asdict(config.health), rows=rows, skipped_steps=skipped_steps
+        self._gradients = health.GradientMonitor(
+            max_skipped_steps=config.health.max_skipped_steps,
+            warn_grad_norm=config.health.warn_grad_norm,
+            rows=rows,
+            skipped_steps=skipped_steps,
         )
         self._peak = health.peak_flops(ranks.device, config.student.dtype.name)
 
     def measure(self, figures: dict[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
-        """The figures of a step and what they say of the run's health; FloatingPointError if it cannot go on."""
+        """The figures of a step with its health figures added; FloatingPointError if the run cannot continue."""
         figures = figures | health.step_totals(self._ranks, batches, self._size)
         figures |= health.throughput(figures, world_size=self._ranks.world_size, peak=self._peak)
-        return figures | self._watch.look(figures)
+        return figures | self._gradients.check(figures)
 
     def append(self, figures: dict[str, Any], *, show: Sequence[str]) -> None:
-        """One more step, in the file, in its trackers and to those who wait."""
+        """Log one more step: in metrics.jsonl, in the trackers and, the figures `show`, in the progress bar."""
         if self._metrics is not None:
             self._metrics.append(figures)
             self._trackers.write(figures)
         self._progress.advance(1, **{name: figures[name] for name in show if figures[name] is not None})
 
     def close(self) -> None:
-        """End the bar and have the trackers deliver."""
+        """Close the progress bar, and the trackers once they have sent everything."""
         self._progress.close()
         self._trackers.close()
 
 
 class MetricsFile:
-    """metrics.jsonl: one line a step, cut back to the steps that a resumed run will not do again."""
+    """metrics.jsonl: one line for each step; opening it removes the steps after `keep_steps`, to be repeated."""
 
     def __init__(self, file: Path, *, keep_steps: int) -> None:
         self._file = file
@@ -73,11 +75,11 @@ class MetricsFile:
 
     @staticmethod
     def read(file: Path) -> list[dict[str, Any]]:
-        """All whole lines; the last may have been cut short by a crash."""
-        whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return [json.loads(line) for line in whole]
+        """All complete lines; a crash may have cut the last one short."""
+        complete = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [json.loads(line) for line in complete]
 
     def append(self, figures: dict[str, Any]) -> None:
-        """One more step."""
+        """Append one step."""
         with self._file.open("a") as file:
             file.write(json.dumps(figures) + "\n")

@@ -1,6 +1,6 @@
-"""Copies of metrics.jsonl for those who watch elsewhere: TensorBoard, Weights & Biases, MLflow; none is ever needed.
+"""Copies of metrics.jsonl in external trackers: TensorBoard, Weights & Biases, MLflow; all are optional.
 
-metrics.jsonl stays the truth. What goes wrong with a tracker is said once and does not touch the run.
+metrics.jsonl is complete without them. A tracker that fails is logged once and dropped; training continues.
 """
 
 from __future__ import annotations
@@ -14,43 +14,44 @@ from pipeline.config.schema import Tracker
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import log
 
+# what opening a tracker returns: write(step, numbers), close()
 Write = Callable[[int, dict[str, float]], None]
 Close = Callable[[], None]
 
 
 class Trackers:
-    """The trackers of one run, from its checkpoint's step on."""
+    """The trackers of one run, from the step of its checkpoint on."""
 
     def __init__(self, chosen: Sequence[Tracker], paths: RunPaths, *, name: str, step: int) -> None:
         self._open: dict[str, tuple[Write, Close]] = {}
         for tracker in chosen:
             try:
-                self._open[tracker.name] = OPEN[tracker](paths, name, step)
-            except Exception as error:  # whatever a foreign service may raise
-                self._give_up(tracker.name, error)
+                self._open[tracker.name] = TRACKERS[tracker](paths, name, step)
+            except Exception as error:  # an external service may raise anything
+                self._drop(tracker.name, error)
 
     def write(self, figures: dict[str, Any]) -> None:
-        """One more step: its numbers; what is no finite number stays in metrics.jsonl alone."""
+        """Write one step: its finite numbers; other values are in metrics.jsonl only."""
         numbers = {key: float(value) for key, value in figures.items() if _is_number(value) and key != "step"}
         for tracker, (write, _) in list(self._open.items()):
             try:
                 write(figures["step"], numbers)
             except Exception as error:
-                self._give_up(tracker, error)
+                self._drop(tracker, error)
 
     def close(self) -> None:
-        """Have everything delivered."""
+        """Close every tracker once it has sent everything."""
         for tracker, (_, close) in list(self._open.items()):
             try:
                 close()
             except Exception as error:
-                self._give_up(tracker, error)
+                self._drop(tracker, error)
 
-    def _give_up(self, tracker: str, error: Exception) -> None:
+    def _drop(self, tracker: str, error: Exception) -> None:
         self._open.pop(tracker, None)
         log.warning(
-            "tracker %s: expected it to take figures, found %s: %s; training goes on without it, metrics.jsonl has "
-            "everything",
+            "tracker %s: expected it to accept the metrics, found %s: %s; training continues without it, metrics.jsonl "
+            "is complete",
             *(tracker, type(error).__name__, error),
         )
 
@@ -62,7 +63,7 @@ def _is_number(value: Any) -> bool:
 def _tensorboard(paths: RunPaths, name: str, step: int) -> tuple[Write, Close]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(paths.tensorboard), purge_step=step + 1)  # hides what a resumed run does again
+    writer = SummaryWriter(str(paths.tensorboard), purge_step=step + 1)  # hides the steps that a resumed run repeats
 
     def write(step: int, numbers: dict[str, float]) -> None:
         for key, value in numbers.items():
@@ -74,7 +75,7 @@ def _tensorboard(paths: RunPaths, name: str, step: int) -> tuple[Write, Close]:
 def _wandb(paths: RunPaths, name: str, step: int) -> tuple[Write, Close]:
     import wandb
 
-    # steps that it has already and a resumed run does again are ignored by it: they are the same to the last bit
+    # wandb ignores steps that it has already; those that a resumed run repeats have the same numbers, bit by bit
     run = wandb.init(project=name, id=paths.folder.name, name=paths.folder.name, resume="allow", dir=str(paths.folder))
     return lambda step, numbers: run.log(numbers, step=step), run.finish
 
@@ -84,11 +85,11 @@ def _mlflow(paths: RunPaths, name: str, step: int) -> tuple[Write, Close]:
     from mlflow.entities import Metric
 
     client, tag = MlflowClient(), "run_folder"
-    known = client.get_experiment_by_name(name)
-    experiment = known.experiment_id if known else client.create_experiment(name)
-    found = client.search_runs([experiment], f"tags.{tag} = '{paths.folder.name}'")
+    experiment = client.get_experiment_by_name(name)
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+    runs = client.search_runs([experiment_id], f"tags.{tag} = '{paths.folder.name}'")  # found if the run is resumed
     run = (
-        found[0] if found else client.create_run(experiment, run_name=paths.folder.name, tags={tag: paths.folder.name})
+        runs[0] if runs else client.create_run(experiment_id, run_name=paths.folder.name, tags={tag: paths.folder.name})
     )
     run_id = run.info.run_id
 
@@ -99,4 +100,4 @@ def _mlflow(paths: RunPaths, name: str, step: int) -> tuple[Write, Close]:
     return write, lambda: client.set_terminated(run_id)
 
 
-OPEN = {Tracker.tensorboard: _tensorboard, Tracker.wandb: _wandb, Tracker.mlflow: _mlflow}
+TRACKERS = {Tracker.tensorboard: _tensorboard, Tracker.wandb: _wandb, Tracker.mlflow: _mlflow}

@@ -1,1 +1,1 @@
-"""The combined loss: terms, divergences, gates, the fused head."""
+"""The training loss: its terms, the divergences from the teacher, the gates that select positions, the fused head."""

@@ -1,8 +1,8 @@
-"""The choice setting: a student hardened to one of a few tokens, each as often as the teacher is for it.
+"""Thresholds for a student that chooses among a few class tokens: each class is predicted as often as the teacher does.
 
-Hardened by argmax alone, a student that leans to one class would be pushed all the way there. Burns et al. 2023 (arXiv
-2312.09390, appendix A.4) harden by thresholds at which each class is predicted as often as in the weak labels. Here a
-threshold moves after every step towards that, and so does not depend on how a batch is split.
+With argmax alone, a student that prefers one class would be trained to predict that class everywhere. Burns et al. 2023
+(arXiv 2312.09390, appendix A.4) choose thresholds at which each class is predicted as often as in the weak labels. Here
+the thresholds move towards that point after every step, so they do not depend on how a batch is split.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor
 
 from pipeline.core.types import TopK
 
-RATE = 1.0  # nats that a threshold moves a step where a class is predicted always and the teacher never is for it
+RATE = 1.0  # nats that a threshold moves in one step if the student always predicts a class and the teacher never does
 
 
 def harden(logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[float]) -> Tensor:
-    """int64 [N]: the class token whose logit is largest over its threshold."""
+    """int64 [N]: the class token with the largest value of logit - threshold."""
     ids_L = torch.tensor(class_ids, device=logits_NV.device)
     return ids_L[(logits_NV.detach()[:, ids_L] - torch.tensor(thresholds, device=logits_NV.device)).argmax(dim=1)]
 
 
-def class_sums(own_N: Tensor, top: TopK, class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """[L] positions hardened to each class, and [L] the teacher's probability of each among the classes, summed.
+def class_sums(predicted_N: Tensor, top: TopK, class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Two float32 [L]: positions where each class was predicted, and the teacher's probability of each class, summed.
 
-    Where the teacher kept none of them, it is for all alike.
+    The teacher's probabilities are normalised over the L classes; they are 1 / L where it kept no class token.
     """
-    ids_L = torch.tensor(class_ids, device=own_N.device)
-    counts_L = (own_N[:, None] == ids_L).float().sum(dim=0)
+    ids_L = torch.tensor(class_ids, device=predicted_N.device)
+    counts_L = (predicted_N[:, None] == ids_L).float().sum(dim=0)
     is_class_NKL = top.ids_NK[:, :, None] == ids_L
     mass_NL = (top.relative_logits_NK.float().exp()[:, :, None] * is_class_NKL).sum(dim=1)
     total_N1 = mass_NL.sum(dim=1, keepdim=True)
@@ -37,12 +37,19 @@ def class_sums(own_N: Tensor, top: TopK, class_ids: Sequence[int]) -> tuple[Tens
 
 
 def class_names(class_ids: Sequence[int]) -> tuple[str, ...]:
-    """What `class_sums` are called among the sums of a step."""
-    return (*(f"own_{token}" for token in class_ids), *(f"teachers_{token}" for token in class_ids))
+    """The names of `class_sums` in the sums of a step: the student's L counts, then the teacher's L sums."""
+    return (*(f"student_class_{token}" for token in class_ids), *(f"teacher_class_{token}" for token in class_ids))
 
 
 def updated_thresholds(
     thresholds: Sequence[float], *, own: Sequence[float], teacher: Sequence[float]
 ) -> tuple[float, ...]:
-    """The thresholds of the next step, from the fractions of positions hardened to each class: found and wanted."""
-    return tuple(t + RATE * (mine - theirs) for t, mine, theirs in zip(thresholds, own, teacher, strict=True))
+    """The thresholds of the next step: threshold + RATE * (own - teacher) for each class.
+
+    `own` is the fraction of positions at which the student predicted the class, `teacher` the teacher's mean
+    probability of it.
+    """
+    return tuple(
+        threshold + RATE * (student_fraction - teacher_fraction)
+        for threshold, student_fraction, teacher_fraction in zip(thresholds, own, teacher, strict=True)
+    )

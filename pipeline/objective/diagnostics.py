@@ -1,13 +1,18 @@
-"""What training says about its terms, from numbers that the loss has at hand: sums over positions, divided at the end.
+"""Diagnostics of the terms, from numbers that the loss has computed already: sums over positions, divided at the end.
 
-Gradients are those on the logits. A term's is `u_named` on the named tokens and `u_rest` times the softmax of all
-others, so inner products need no vocabulary: sum over named of u v + u_rest v_rest (softmax . softmax) / T^2.
+Gradients are those on the logits. A term's gradient is `u_selected` at the selected tokens and `u_rest` times the
+softmax over the rest, so the inner product of two gradients u and v needs no vocabulary:
+
+    u . v = sum over selected tokens of u v  +  u_rest v_rest (softmax . softmax) / T^2
+
+Here u_rest and v_rest are the gradients on log_rest, and softmax . softmax is `SelectedLogits.overlap`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,86 +22,103 @@ from pipeline.objective.divergences import forward_kl
 from pipeline.objective.gates import top_token
 from pipeline.objective.terms import SelectedLogits, log_p_categories
 
-ON_KD = ("kd_at_T1", "agreement", "teacher_tail", "student_tail")
-GRADIENTS = ("lm_square", "kd_square")
-WITH_TRUTH = ("count", "kd", "lm", "dot", "lm_square", "kd_square")
-NAMES = (*ON_KD, *GRADIENTS, *(f"{name}_{side}" for side in ("right", "wrong") for name in WITH_TRUTH))
-"""Sums over the positions that kd reads; over each term's; over those of both, by whether the teacher is right."""
+KD_NAMES = ("kd_at_T1", "agreement", "teacher_tail", "student_tail")
+"""Sums over the positions that kd reads."""
+SQUARE_NAMES = ("lm_square", "kd_square")
+"""Sums of squared gradient norms over the positions that each term reads."""
+BOTH_NAMES = ("count", "kd", "lm", "dot", "lm_square", "kd_square")
+"""Sums over the positions that lm and kd both read, apart by whether the teacher's most likely token is the target."""
+NAMES = (*KD_NAMES, *SQUARE_NAMES, *(f"{name}_{side}" for side in ("right", "wrong") for name in BOTH_NAMES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LogitGradient:
+    """A term's gradient on the logits."""
+
+    selected_NJ: Tensor
+    """On the selected tokens; a token that stands in two columns has its full gradient in one and 0 in the other."""
+    log_rest: dict[float, Tensor]
+    """[N] on log_rest at each temperature."""
 
 
 def sums(student: SelectedLogits, ids_NJ: Tensor, top: TopK | None, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sums over some positions that the same terms read; `values` are the terms', [N] each."""
-    found: dict[str, Tensor] = {}
-    pulls = {name: _pull(student, ids_NJ, values[name]) for name in ("lm", "kd") if name in values}
-    squares = {f"{name}_square": _dot(student, pull, pull) for name, pull in pulls.items()}
-    found |= {name: square_N.sum() for name, square_N in squares.items()}
+    """The sums, some of `NAMES`, over positions that the same terms read; `values` are the terms' values, [N] each."""
+    gradients = {name: _logit_gradient(student, ids_NJ, values[name]) for name in ("lm", "kd") if name in values}
+    squares = {f"{name}_square": _inner_product(student, u, u) for name, u in gradients.items()}
+    result = {name: square_N.sum() for name, square_N in squares.items()}
     if top is None or "kd" not in values:
-        return found
+        return result
     with torch.no_grad():
         log_p_NC, log_q_NC = log_p_categories(top, temperature=1.0), student.log_q_categories(1.0)
-        teacher_N = top_token(top)
+        teacher_top_N = top_token(top)
         largest_N = torch.maximum(student.logits_NJ.amax(dim=1), student.largest_rest_N)
-        is_teachers_NJ = ids_NJ == teacher_N[:, None]
-        theirs_N = student.logits_NJ.masked_fill(~is_teachers_NJ, -torch.inf).amax(dim=1)
-        found |= {
+        is_teacher_top_NJ = ids_NJ == teacher_top_N[:, None]
+        at_teacher_top_N = student.logits_NJ.masked_fill(~is_teacher_top_NJ, -torch.inf).amax(dim=1)
+        result |= {
             "kd_at_T1": forward_kl(log_p_NC, log_q_NC).sum(),
-            "agreement": (theirs_N >= largest_N).float().sum(),
+            "agreement": (at_teacher_top_N >= largest_N).float().sum(),
             "teacher_tail": log_p_NC[:, -1].exp().sum(),
             "student_tail": log_q_NC[:, -1].exp().sum(),
         }
         if "lm" in values:
-            is_right_N = ids_NJ[:, student.extras.index("target")] == teacher_N
-            dots = {
+            is_right_N = ids_NJ[:, student.extra_tokens.index("target")] == teacher_top_N
+            both = {
                 "count": torch.ones_like(largest_N),
                 "kd": values["kd"],
                 "lm": values["lm"],
-                "dot": _dot(student, pulls["lm"], pulls["kd"]),
+                "dot": _inner_product(student, gradients["lm"], gradients["kd"]),
                 **squares,
             }
             for side, mask_N in (("right", is_right_N), ("wrong", ~is_right_N)):
-                found |= {f"{name}_{side}": (value_N * mask_N).sum() for name, value_N in dots.items()}
-    return found
+                result |= {f"{name}_{side}": (value_N * mask_N).sum() for name, value_N in both.items()}
+    return result
 
 
-def _pull(student: SelectedLogits, ids_NJ: Tensor, value_N: Tensor) -> tuple[Tensor, dict[float, Tensor]]:
-    """A term's gradient on the logits of the named tokens, each token in one column, and on log_rest."""
+def _logit_gradient(student: SelectedLogits, ids_NJ: Tensor, value_N: Tensor) -> LogitGradient:
     leaves = [student.logits_NJ, *student.log_rest.values()]
-    named_NJ, *rests = torch.autograd.grad(value_N.sum(), leaves, retain_graph=True, materialize_grads=True)
-    for column in range(len(student.extras)):
-        is_same_NJ = (ids_NJ == ids_NJ[:, column : column + 1]) & ~student.repeats_NJ
-        moved_N = torch.where(student.repeats_NJ[:, column], named_NJ[:, column], 0.0)
-        named_NJ = named_NJ + is_same_NJ * moved_N[:, None]
-        named_NJ[:, column] -= moved_N
-    return named_NJ, dict(zip(student.log_rest, rests, strict=True))
+    selected_NJ, *log_rest = torch.autograd.grad(value_N.sum(), leaves, retain_graph=True, materialize_grads=True)
+    # `lm` puts its gradient on the column "target" even if the target is among the kept entries, where `kd` puts its
+    # own: move it from a skipped column to the column that counts for the same token. For ids 7 | 9 7 with column 0
+    # skipped, the gradient 0.5 | 0.1 0.2 becomes 0 | 0.1 0.7.
+    for column in range(len(student.extra_tokens)):
+        is_same_NJ = (ids_NJ == ids_NJ[:, column : column + 1]) & ~student.is_skipped_NJ
+        moved_N = torch.where(student.is_skipped_NJ[:, column], selected_NJ[:, column], 0.0)
+        selected_NJ = selected_NJ + is_same_NJ * moved_N[:, None]
+        selected_NJ[:, column] -= moved_N
+    return LogitGradient(selected_NJ=selected_NJ, log_rest=dict(zip(student.log_rest, log_rest, strict=True)))
 
 
-def _dot(
-    student: SelectedLogits, one: tuple[Tensor, dict[float, Tensor]], other: tuple[Tensor, dict[float, Tensor]]
-) -> Tensor:
-    total_N = (one[0] * other[0]).sum(dim=1)
+def _inner_product(student: SelectedLogits, u: LogitGradient, v: LogitGradient) -> Tensor:
+    total_N = (u.selected_NJ * v.selected_NJ).sum(dim=1)
     for (S, T), overlap_N in student.overlap.items():
-        total_N = total_N + one[1][S] / S * other[1][T] / T * overlap_N
+        total_N = total_N + u.log_rest[S] / S * v.log_rest[T] / T * overlap_N
     return total_N
 
 
 def figures(total: Mapping[str, float], counts: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """What is logged, of sums over the global batch; what no position speaks of is left out."""
-    shown: dict[str, float] = {}
+    """The diagnostics that are logged, from the sums over the global batch; those without any position are left out.
+
+    Gradient norms and cosines are over all logits of the positions together:
+    cosine = sum lm . kd / sqrt(sum |lm|^2 sum |kd|^2).
+    """
+    logged: dict[str, float] = {}
     kd_count, lm_count = counts.get("kd", 0), counts.get("lm", 0)
     if kd_count:
-        shown |= {name: total[name] / kd_count for name in ON_KD}
+        logged |= {name: total[name] / kd_count for name in KD_NAMES}
     if kd_count and lm_count:
-        size = {name: weights[name] / counts[name] * math.sqrt(total[f"{name}_square"]) for name in ("lm", "kd")}
-        if size["lm"] > 0:
-            shown["grad_norm_ratio"] = size["kd"] / size["lm"]
+        norms = {name: weights[name] / counts[name] * math.sqrt(total[f"{name}_square"]) for name in ("lm", "kd")}
+        if norms["lm"] > 0:
+            logged["grad_norm_ratio"] = norms["kd"] / norms["lm"]
     for side in ("right", "wrong"):
-        count, norms = total[f"count_{side}"], total[f"lm_square_{side}"] * total[f"kd_square_{side}"]
+        count, squares = total[f"count_{side}"], total[f"lm_square_{side}"] * total[f"kd_square_{side}"]
         if count:
-            shown |= {f"{name}_teacher_{side}": total[f"{name}_{side}"] / count for name in ("lm", "kd")}
-            shown[f"teacher_{side}_fraction"] = count / (total["count_right"] + total["count_wrong"])
-        if norms > 0:
-            shown[f"grad_cosine_teacher_{side}"] = total[f"dot_{side}"] / math.sqrt(norms)
-    both = [total[f"{name}_right"] + total[f"{name}_wrong"] for name in ("dot", "lm_square", "kd_square")]
-    if both[1] * both[2] > 0:
-        shown["grad_cosine"] = both[0] / math.sqrt(both[1] * both[2])
-    return shown
+            logged |= {f"{name}_teacher_{side}": total[f"{name}_{side}"] / count for name in ("lm", "kd")}
+            logged[f"teacher_{side}_fraction"] = count / (total["count_right"] + total["count_wrong"])
+        if squares > 0:
+            logged[f"grad_cosine_teacher_{side}"] = total[f"dot_{side}"] / math.sqrt(squares)
+    dot, lm_square, kd_square = (
+        total[f"{name}_right"] + total[f"{name}_wrong"] for name in ("dot", "lm_square", "kd_square")
+    )
+    if lm_square * kd_square > 0:
+        logged["grad_cosine"] = dot / math.sqrt(lm_square * kd_square)
+    return logged

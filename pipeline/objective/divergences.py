@@ -1,7 +1,8 @@
-"""How far a student's distribution is from a teacher's: pure functions over categories.
+"""Divergences of a student's distribution q from a teacher's distribution p: pure functions over categories.
 
-Categories are the kept entries and, last, the tail as one. Arguments are log-probabilities [N, C] in nats; one
-that does not exist (padding, or a tail of no token) is NOTHING in both. Each returns one value a position, [N].
+The categories are the teacher's kept entries and, as the last one, the tail. Arguments are log-probabilities [N, C] in
+nats. A category that does not exist (padding, or a tail without tokens) is LOG_ZERO in both. The result is one value
+for each position, [N].
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-LOG_ZERO = -1e30  # the log of no mass: finite, so that 0 * log 0 is 0 and gradients stay numbers
-MIN_LOG_P = -100.0  # where the student is the one who averages, a teacher's zero would cost infinity
+LOG_ZERO = -1e30  # the log of probability 0: finite, so that 0 * log 0 is 0 and gradients stay finite
+MIN_LOG_P = -100.0  # where the mean is taken under the student, a teacher's probability of 0 would cost infinity
 
 
 def forward_kl(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
-    """KL(p || q) = sum p (log p - log q): the only one that is linear in p, so right in the mean for drawn targets."""
+    """KL(p || q) = sum p (log p - log q).
+
+    Its gradient is linear in p, so it is unbiased where p was sampled from the teacher.
+    """
     return (log_p_NC.exp() * (log_p_NC - log_q_NC)).sum(dim=1)
 
 
 def reverse_kl(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
-    """KL(q || p) = sum q (log q - log p), with log p at least LEAST_LOG_P."""
+    """KL(q || p) = sum q (log q - log p), with log p clamped to MIN_LOG_P or more."""
     exists_NC = log_q_NC > LOG_ZERO / 2
     difference_NC = log_q_NC - torch.where(exists_NC, log_p_NC.clamp(min=MIN_LOG_P), log_q_NC)
     return (log_q_NC.exp() * difference_NC).sum(dim=1)
@@ -33,7 +37,7 @@ def jsd(log_p_NC: Tensor, log_q_NC: Tensor, *, beta: float) -> Tensor:
     """Generalized Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
     Agarwal et al. 2023 (arXiv 2306.13649), section 2. Divided by beta it tends to KL(p || q) as beta -> 0, divided by
-    1 - beta to KL(q || p) as beta -> 1; beta = 0 and 1 mean those two, as they do elsewhere.
+    1 - beta to KL(q || p) as beta -> 1. beta = 0 and beta = 1 select these two limits, as in other libraries.
     """
     if beta == 0.0:
         return forward_kl(log_p_NC, log_q_NC)
@@ -44,35 +48,36 @@ def jsd(log_p_NC: Tensor, log_q_NC: Tensor, *, beta: float) -> Tensor:
 
 
 def total_variation(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
-    """Half the sum of |p - q|: at most 1."""
+    """1/2 sum |p - q|, between 0 and 1."""
     return 0.5 * (log_p_NC.exp() - log_q_NC.exp()).abs().sum(dim=1)
 
 
 def renormalised(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
-    """KL over the kept entries alone, the teacher's made to sum to 1 there, the student's not; as others have it."""
+    """KL over the kept entries alone: p is renormalised to sum to 1 there, q is not. Other libraries do the same."""
     kept_NK = log_p_NC[:, :-1] - torch.logsumexp(log_p_NC[:, :-1], dim=1, keepdim=True)
     return forward_kl(kept_NK, log_q_NC[:, :-1])
 
 
 def truncated(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
-    """The kept entries' part of KL(p || q), without the tail: may be negative, and is not clamped."""
+    """The kept entries' part of KL(p || q), without the tail: it may be negative, and is not clamped."""
     return forward_kl(log_p_NC[:, :-1], log_q_NC[:, :-1])
 
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
-
-
-def divergence_by_name(name: str, *, beta: float) -> Divergence:
-    """A divergence by the name that it has among the options."""
-    return partial(jsd, beta=beta) if name == "jsd" else DIVERGENCES[name]
-
-
-DIVERGENCES: dict[str, Divergence] = {
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
+    "jsd": jsd,
     "total_variation": total_variation,
     "renormalised": renormalised,
     "truncated": truncated,
 }
+"""Every divergence, by the name of the option loss.kd.divergence."""
+NEEDS_BETA = ("jsd",)
 NEEDS_TAIL = ("reverse_kl", "jsd", "total_variation")
-"""Not linear in p, so wrong in the mean for drawn targets, and wrong where the tail was lost."""
+"""Not linear in p: biased where p was sampled from the teacher, and wrong where the tail was not recorded."""
+
+
+def divergence_by_name(name: str, *, beta: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """A divergence (log p [N, C], log q [N, C]) -> [N], by its name; `beta` is bound where it has one."""
+    divergence = DIVERGENCES[name]
+    return partial(divergence, beta=beta) if name in NEEDS_BETA else divergence

@@ -1,4 +1,4 @@
-"""Which positions a teacher is believed on: pure functions of what was captured, known before any forward."""
+"""Gates select the positions at which the teacher is used: pure functions of the cache, known before any forward."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from pipeline.core.types import Batch, InputError, TopK
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """What a position has to fulfil for the teacher to be heard on it."""
+    """The conditions that a position must meet for the teacher to be used there."""
 
     min_confidence: float = 0.0
-    """Least probability of the teacher's most likely token, at T = 1."""
+    """Minimum probability of the teacher's most likely token, at T = 1."""
     max_entropy: float = float("inf")
-    """Most entropy of the teacher's full distribution, nats."""
+    """Maximum entropy of the teacher's full distribution, in nats."""
     drop_wrong: bool = False
-    """Where the true target is known: only if it is the teacher's most likely token."""
+    """Where the true target is known, the position passes only if the target is the teacher's most likely token."""
 
     @property
     def is_open(self) -> bool:
-        """It lets everything through."""
+        """Whether every position passes."""
         return self == Gate()
 
 
 def gate_mask(batch: Batch, gate: Gate) -> Tensor:
-    """bool [M]: of the positions with a captured distribution, those on which the teacher is heard."""
+    """bool [M]: which of the positions with a captured distribution pass the gate.
+
+    InputError if the gate needs the entropy and the cache does not have it.
+    """
     assert batch.teacher is not None
-    passed_M = confidence(batch.teacher) >= gate.min_confidence
+    passed_M = top_probability(batch.teacher) >= gate.min_confidence
     if gate.max_entropy < float("inf"):
         assert batch.entropy_M is not None
         if batch.entropy_M.isnan().any():
             raise InputError(
-                "loss.kd.gate: expected the teacher's entropy at every position, found a cache that does not know it "
+                "loss.kd.gate: expected the teacher's entropy at every position, found a cache without it "
                 "(an imported one); use min_confidence, or capture with this project"
             )
         passed_M &= batch.entropy_M <= gate.max_entropy
@@ -44,7 +47,7 @@ def gate_mask(batch: Batch, gate: Gate) -> Tensor:
     return passed_M
 
 
-def confidence(top: TopK) -> Tensor:
+def top_probability(top: TopK) -> Tensor:
     """float32 [M]: probability of the teacher's most likely token at T = 1."""
     return log_probabilities(top, temperature=1.0)[0].amax(dim=1).exp()
 
@@ -55,22 +58,25 @@ def top_token(top: TopK) -> Tensor:
 
 
 def teacher_is_right(batch: Batch) -> Tensor:
-    """bool [M]: the teacher's most likely token is the known target."""
+    """bool [M]: whether the teacher's most likely token is the true target."""
     assert batch.teacher is not None
     return top_token(batch.teacher) == batch.target_ids_N[batch.weak_N]
 
 
 def is_known(batch: Batch) -> Tensor:
-    """bool [N]: the position's true target is known."""
+    """bool [N]: whether the true target of the position is known."""
     return batch.target_ids_N >= 0
 
 
 def threshold(values_N: Tensor, keep_fraction: float, *, largest: bool) -> float:
-    """The value that this fraction of positions reaches from above (`largest`) or from below."""
+    """The value that `keep_fraction` of the positions reach: those with the largest values, or with the smallest.
+
+    InputError if a value is unknown (NaN).
+    """
     if values_N.isnan().any():
         raise InputError(
-            "loss.kd.gate: expected a known value at every position to choose the surest by, found a cache that does "
-            "not know the teacher's entropy (an imported one); use gate.by=confidence, or capture with this project"
+            "loss.kd.gate.by: expected the teacher's entropy at every position, found a cache without it (an imported "
+            "one); use gate.by=confidence, or capture with this project"
         )
-    ordered_N = values_N.sort(descending=largest).values  # torch.quantile takes 16 million values at most
+    ordered_N = values_N.sort(descending=largest).values  # torch.quantile accepts at most 16 million values
     return float(ordered_N[max(round(keep_fraction * len(ordered_N)), 1) - 1])

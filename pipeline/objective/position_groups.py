@@ -1,4 +1,4 @@
-"""Which positions which terms read, and the tokens that they name there."""
+"""Groups of positions that the same terms read, and the tokens whose logits they read there."""
 
 from __future__ import annotations
 
@@ -12,110 +12,147 @@ from torch import Tensor
 from pipeline.core.types import Batch, TopK
 from pipeline.objective.class_prior import harden
 from pipeline.objective.divergences import LOG_ZERO
-from pipeline.objective.terms import TERMS, SelectedLogits, TermOptions, term_positions, weak_labels
+from pipeline.objective.terms import HARD_LABELS, TERMS, SelectedLogits, TermOptions, term_positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PositionGroup:
-    """Positions that the same terms read."""
+    """Positions that the same terms read; N of them, with J selected tokens at each."""
 
     rows_N: Tensor
-    """int64: which of the batch's supervised positions."""
-    names: tuple[str, ...]
+    """int64: indices of the positions among the batch's supervised positions."""
+    term_names: tuple[str, ...]
     """The terms that read them."""
-    extras: tuple[str, ...]
-    """The tokens they name besides the kept entries."""
+    extra_tokens: tuple[str, ...]
+    """The names of the selected tokens besides the kept entries (see `Term.tokens`)."""
     ids_NJ: Tensor
-    """int64: those, then the kept entries."""
-    padding_NJ: Tensor
-    repeats_NJ: Tensor
+    """int64: token ids, one column for each extra token, then the kept entries."""
+    is_padding_NJ: Tensor
+    """bool: the teacher kept fewer entries at this position."""
+    is_skipped_NJ: Tensor
+    """bool: see `skipped_columns`."""
     top: TopK | None
+    """The teacher's distributions at the positions; None if no term reads them."""
 
-    def with_own(self, logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[float]) -> PositionGroup:
-        """The same, knowing the student's likeliest token (among the classes, if there are) if it is an extra."""
-        if "own" not in self.extras:
+    def with_student_top(
+        self, logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[float]
+    ) -> PositionGroup:
+        """The same group with the ids of "student_top" filled in, if a term reads them.
+
+        The student's most likely token is taken among the class tokens, or from the full vocabulary without classes.
+        """
+        if "student_top" not in self.extra_tokens:
             return self
-        ids_NJ, column = self.ids_NJ.clone(), self.extras.index("own")
-        own_N = harden(logits_NV, class_ids, thresholds) if class_ids else logits_NV.detach().argmax(dim=1)
-        ids_NJ[:, column] = own_N
-        repeats_NJ = repeated(ids_NJ, self.padding_NJ, len(self.extras))
-        return dataclasses.replace(self, ids_NJ=ids_NJ, repeats_NJ=repeats_NJ)
+        ids_NJ = self.ids_NJ.clone()
+        ids_NJ[:, self.extra_tokens.index("student_top")] = (
+            harden(logits_NV, class_ids, thresholds) if class_ids else logits_NV.detach().argmax(dim=1)
+        )
+        is_skipped_NJ = skipped_columns(ids_NJ, self.is_padding_NJ, len(self.extra_tokens))
+        return dataclasses.replace(self, ids_NJ=ids_NJ, is_skipped_NJ=is_skipped_NJ)
 
-    def part(self, rows: slice) -> PositionGroup:
-        """Some of its positions."""
-        top = None if self.top is None else self.top.select(rows)
-        cut = {name: getattr(self, name)[rows] for name in ("rows_N", "ids_NJ", "padding_NJ", "repeats_NJ")}
-        return PositionGroup(names=self.names, extras=self.extras, top=top, **cut)
+    def select(self, rows: slice) -> PositionGroup:
+        """The group with some of its positions."""
+        return PositionGroup(
+            rows_N=self.rows_N[rows],
+            term_names=self.term_names,
+            extra_tokens=self.extra_tokens,
+            ids_NJ=self.ids_NJ[rows],
+            is_padding_NJ=self.is_padding_NJ[rows],
+            is_skipped_NJ=self.is_skipped_NJ[rows],
+            top=None if self.top is None else self.top.select(rows),
+        )
 
 
 def group_positions(batch: Batch, terms: dict[str, TermOptions]) -> list[PositionGroup]:
-    """The positions that any term reads, by the terms that read them; the others never reach the head."""
+    """One group for each set of terms that read the same positions; a position that no term reads is in no group."""
+    # Each term is one bit of a position's code. With the terms lm, kd, hard (bits 0, 1, 2): a position that lm and hard
+    # read has the code 0b101 = 5, and code 5 >> 2 & 1 = 1 shows that hard reads it. Code 0: no term reads it.
     codes_N = torch.zeros_like(batch.target_ids_N)
     for bit, (name, options) in enumerate(terms.items()):
         codes_N += term_positions(batch, name, options).long() << bit
     groups = []
     for code in [int(code) for code in codes_N.unique() if code > 0]:
-        names = tuple(name for bit, name in enumerate(terms) if code >> bit & 1)
-        groups.append(_group(batch, terms, names, (codes_N == code).nonzero().squeeze(1)))
+        term_names = tuple(name for bit, name in enumerate(terms) if code >> bit & 1)
+        groups.append(_group(batch, terms, term_names, (codes_N == code).nonzero().squeeze(1)))
     return groups
 
 
-def _group(batch: Batch, terms: dict[str, TermOptions], names: tuple[str, ...], rows_N: Tensor) -> PositionGroup:
-    wanted = {token for name in names for token in TERMS[name].reads}
-    tokens, top = {}, None
-    if "target" in wanted:
-        tokens["target"] = batch.target_ids_N[rows_N]
-    if "weak" in wanted:
-        tokens["weak"] = weak_labels(batch, terms["hard"].take)[rows_N]
-    if "own" in wanted:
-        tokens["own"] = torch.zeros_like(rows_N)  # known once there are logits
-    if "kept" in wanted:
+def _group(batch: Batch, terms: dict[str, TermOptions], term_names: tuple[str, ...], rows_N: Tensor) -> PositionGroup:
+    tokens = {token for name in term_names for token in TERMS[name].tokens}
+    extra_ids: dict[str, Tensor] = {}
+    if "target" in tokens:
+        extra_ids["target"] = batch.target_ids_N[rows_N]
+    if "teacher_label" in tokens:
+        extra_ids["teacher_label"] = HARD_LABELS[terms["hard"].take](batch)[rows_N]
+    if "student_top" in tokens:
+        extra_ids["student_top"] = torch.zeros_like(rows_N)  # filled in by `with_student_top`, once there are logits
+    top = None
+    if "kept" in tokens:
         assert batch.teacher is not None
-        top = batch.teacher.select((batch.weak_N.cumsum(0) - 1)[rows_N])
-    return make_group(rows_N, names, tokens, top)
+        # the teacher has a row only where weak_N is true: weak_N 0 1 0 1 1 -> rows -1 0 0 1 2, read where it is true
+        teacher_rows_N = batch.weak_N.cumsum(0) - 1
+        top = batch.teacher.select(teacher_rows_N[rows_N])
+    return make_group(rows_N, term_names, extra_ids, top)
 
 
-def make_group(rows_N: Tensor, names: tuple[str, ...], tokens: dict[str, Tensor], top: TopK | None) -> PositionGroup:
-    """Positions, the terms that read them, and the tokens that these name: extras by name, [N] each, and the kept."""
-    columns = [ids_N[:, None] for ids_N in tokens.values()]
+def make_group(
+    rows_N: Tensor, term_names: tuple[str, ...], extra_ids: dict[str, Tensor], top: TopK | None
+) -> PositionGroup:
+    """A group from its positions, the terms that read them, the ids [N] of each extra token and the kept entries."""
+    columns = [ids_N[:, None] for ids_N in extra_ids.values()]
     padding = [torch.zeros_like(column, dtype=torch.bool) for column in columns]
     if top is not None:
         is_padding_NK = top.relative_logits_NK == -torch.inf
-        # a token without any mass counts as one of the tail
+        # an entry without probability (-inf) is padding: its token then belongs to the tail
         columns.append(torch.where(is_padding_NK, top.ids_NK[:, :1], top.ids_NK).long())
         padding.append(is_padding_NK)
-    ids_NJ, padding_NJ = torch.cat(columns, dim=1), torch.cat(padding, dim=1)
-    named = {"ids_NJ": ids_NJ, "padding_NJ": padding_NJ, "repeats_NJ": repeated(ids_NJ, padding_NJ, len(tokens))}
-    return PositionGroup(rows_N=rows_N, names=names, extras=tuple(tokens), top=top, **named)
+    ids_NJ, is_padding_NJ = torch.cat(columns, dim=1), torch.cat(padding, dim=1)
+    return PositionGroup(
+        rows_N=rows_N,
+        term_names=term_names,
+        extra_tokens=tuple(extra_ids),
+        ids_NJ=ids_NJ,
+        is_padding_NJ=is_padding_NJ,
+        is_skipped_NJ=skipped_columns(ids_NJ, is_padding_NJ, len(extra_ids)),
+        top=top,
+    )
 
 
-def repeated(ids_NJ: Tensor, padding_NJ: Tensor, num_extras: int) -> Tensor:
-    """bool [N, J]: padding, and extras that are among the kept entries or the extras before them."""
-    repeats_NJ = padding_NJ.clone()
-    for column in range(num_extras):
-        others_NJ = (ids_NJ == ids_NJ[:, column : column + 1]) & ~padding_NJ
-        others_NJ[:, column:num_extras] = False
-        repeats_NJ[:, column] = others_NJ.any(dim=1)
-    return repeats_NJ
+def skipped_columns(ids_NJ: Tensor, is_padding_NJ: Tensor, num_extra: int) -> Tensor:
+    """bool [N, J]: columns that must not be counted, because they are padding or another column has the same token.
+
+    The first `num_extra` columns are extra tokens. One is skipped if its id is among the kept entries or the extra
+    tokens before it: ids 7 7 | 9 7 are skipped as 1 1 | 0 0, and ids 7 7 | 9 8 as 0 1 | 0 0.
+    """
+    is_skipped_NJ = is_padding_NJ.clone()
+    for column in range(num_extra):
+        is_same_NJ = (ids_NJ == ids_NJ[:, column : column + 1]) & ~is_padding_NJ
+        is_same_NJ[:, column:num_extra] = False  # itself and the extra tokens after it
+        is_skipped_NJ[:, column] = is_same_NJ.any(dim=1)
+    return is_skipped_NJ
 
 
 def select_logits(
     logits_NV: Tensor, group: PositionGroup, temperatures: Sequence[float], *, overlap: bool = False
 ) -> SelectedLogits:
-    """What the terms read of whole logits, differentiable by autograd: slow and simple."""
+    """What the terms read, from full logits; slow and simple, and autograd differentiates it."""
     rest_NV = logits_NV.scatter(1, group.ids_NJ, LOG_ZERO)
-    spread = {T: torch.softmax(rest_NV / T, dim=1) for T in temperatures} if overlap else {}
+    softmaxes = {T: torch.softmax(rest_NV / T, dim=1) for T in temperatures} if overlap else {}
+    overlaps = {}
+    for S, softmax_S_NV in softmaxes.items():
+        for T, softmax_T_NV in softmaxes.items():
+            overlaps[S, T] = (softmax_S_NV * softmax_T_NV).sum(dim=1)
     return SelectedLogits(
         logits_NJ=logits_NV.gather(1, group.ids_NJ),
         log_rest={T: torch.logsumexp(rest_NV / T, dim=1) for T in temperatures},
-        repeats_NJ=group.repeats_NJ,
-        extras=group.extras,
+        is_skipped_NJ=group.is_skipped_NJ,
+        extra_tokens=group.extra_tokens,
         largest_rest_N=rest_NV.amax(dim=1),
-        overlap={(S, T): (spread[S] * spread[T]).sum(dim=1) for S in spread for T in spread},
+        overlap=overlaps,
     )
 
 
 def kd_of_logits(logits_NV: Tensor, top: TopK, options: TermOptions) -> Tensor:
-    """The kd term of whole logits, summed over the positions: for whom the head is not at hand."""
+    """The kd term summed over positions, from full logits: for callers that have logits but no model head."""
     group = make_group(torch.arange(len(logits_NV)), ("kd",), {}, top)
     return TERMS["kd"].value(select_logits(logits_NV.float(), group, (options.temperature,)), top, options).sum()

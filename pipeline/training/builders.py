@@ -21,7 +21,7 @@ from pipeline.core.types import Captured, InputError, TokenSequence
 from pipeline.data.curriculum import Curriculum, by_entropy
 from pipeline.data.mixture import Mixture
 from pipeline.data.sampler import SHUFFLE_BLOCKS, BatchSampler, CacheStream, exact_fraction, fraction_of_sequences
-from pipeline.objective.gates import Gate, confidence, threshold
+from pipeline.objective.gates import Gate, threshold, top_probability
 from pipeline.objective.terms import TERMS, TermOptions
 from pipeline.training import schedules as ramps
 
@@ -161,7 +161,7 @@ def open_gate(kd: KdConfig, readers: Sequence[ShardReader]) -> Gate:
     blocks = range(0, len(reader.blocks), step)
     rows = [reader.row(block, row)[1] for block in blocks for row in range(reader.blocks[block])]
     if kd.gate.by is GateBy.confidence:
-        least = threshold(torch.cat([confidence(c.top) for c in rows]), kd.gate.keep_fraction, largest=True)
+        least = threshold(torch.cat([top_probability(c.top) for c in rows]), kd.gate.keep_fraction, largest=True)
         gate = dataclasses.replace(gate, min_confidence=max(gate.min_confidence, least))
     else:
         most = threshold(torch.cat([c.entropy_N for c in rows]).float(), kd.gate.keep_fraction, largest=False)

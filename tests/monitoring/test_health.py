@@ -1,14 +1,12 @@
-"""Figures of a run's health, what ends or warns a run, evaluation while it trains, trackers of its metrics."""
+"""Health figures of a run, what ends a run or logs a warning, evaluation on dev while training, trackers."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
-import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.options import save_config
 from pipeline.config.schema import EarlyStoppingConfig, ExportConfig, ExportedStep, Tracker
-from pipeline.config.validate_train import check_train
+from pipeline.config.validate_train import TRACKER_PACKAGES, check_train
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError, TrainState
 from pipeline.monitoring import health
 from pipeline.monitoring.health import GradientMonitor, ModelSize, model_flops, model_size, throughput
-from pipeline.monitoring.trackers import OPEN, Trackers
-from pipeline.training import dev_evaluation as looks
-from support.commands import ROOT, composed, script, start, steps_done, train_arguments, wait_for
+from pipeline.monitoring.trackers import TRACKERS, Trackers
+from pipeline.training import dev_evaluation
+from support.commands import (
+    composed,
+    prepare_run,
+    run_ranks,
+    script,
+    start,
+    steps_done,
+    train_arguments,
+    wait_for,
+)
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -36,16 +42,16 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------ FLOPs and rates
 
 
-def test_model_flops_are_those_of_a_count_by_hand() -> None:
+def test_model_flops_equal_a_count_by_hand() -> None:
     size = ModelSize(body=1000, head=500, attention=3 * 8)  # three layers, all heads of eight numbers together
     assert model_flops(size, tokens=100, supervised=100, window=10) == 6 * 1500 * 100 + 12 * 3 * 8 * 10 * 100
     assert model_flops(size, tokens=100, supervised=0, window=10) == 6 * 1000 * 100 + 12 * 3 * 8 * 10 * 100
 
 
-def test_model_flops_are_those_that_torch_counts(student: Path) -> None:
+def test_model_flops_equal_those_that_torch_counts(student: Path) -> None:
     """A forward and a backward of a real model under torch's own counter: 2 N and 4 L H Q T a token, times three.
 
-    The first layer needs no gradient of its input in torch, but in both its matrices' products are the same two.
+    In torch too the first layer has the products of a forward and of its weights' gradients; only its input needs none.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,7 +63,7 @@ def test_model_flops_are_those_that_torch_counts(student: Path) -> None:
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_a_tied_head_is_a_head_and_an_untied_embedding_is_only_looked_up(student: Path) -> None:
+def test_the_size_of_a_model_counts_the_head_and_leaves_out_the_input_embeddings(student: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(student)
     size = model_size(model)
     assert size.head == model.lm_head.weight.numel()
@@ -72,7 +78,7 @@ def test_rates_and_no_mfu_without_a_known_peak() -> None:
     assert health.peak_flops(torch.device("cpu"), "bfloat16") is None
 
 
-# ------------------------------------------------------------------------------------ what ends a run, what warns
+# ------------------------------------------------------------------------------------ gradient norms
 
 
 def step_of(step: int, norm: float, skipped: int = 0) -> dict[str, Any]:
@@ -80,70 +86,75 @@ def step_of(step: int, norm: float, skipped: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0])
-def test_a_gradient_that_is_no_number_ends_the_run(norm: float) -> None:
-    watch = GradientMonitor(max_skipped_steps=5, warn_grad_norm=10.0)
+def test_a_gradient_norm_that_is_not_finite_ends_the_run(norm: float) -> None:
+    monitor = GradientMonitor(max_skipped_steps=5, warn_grad_norm=10.0)
     with pytest.raises(FloatingPointError, match=r"step 1: expected a finite gradient norm, found .*; lower the"):
-        watch.look(step_of(1, norm))
+        monitor.check(step_of(1, norm))
 
 
 def test_steps_skipped_in_a_row_end_the_run_and_others_do_not() -> None:
-    watch = GradientMonitor(max_skipped_steps=3, warn_grad_norm=10.0)
+    monitor = GradientMonitor(max_skipped_steps=3, warn_grad_norm=10.0)
     for step, skipped in enumerate([1, 2, 2, 3, 4, 4], start=1):  # twice two in a row
-        watch.look(step_of(step, -1.0 if skipped in (1, 3) else 1.0, skipped))
-    watch.look(step_of(7, -1.0, 5))
-    watch.look(step_of(8, -1.0, 6))
+        monitor.check(step_of(step, -1.0 if skipped in (1, 3) else 1.0, skipped))
+    monitor.check(step_of(7, -1.0, 5))
+    monitor.check(step_of(8, -1.0, 6))
     with pytest.raises(FloatingPointError, match="step 9: expected fewer than 3 optimizer steps in a row"):
-        watch.look(step_of(9, -1.0, 7))
+        monitor.check(step_of(9, -1.0, 7))
 
 
-def test_steps_that_were_skipped_before_a_resume_are_not_skipped_again() -> None:
-    watch = GradientMonitor(max_skipped_steps=1, warn_grad_norm=10.0, skipped_steps=4)
-    assert watch.look(step_of(5, 1.0, 4)) == {"exploding_steps": 0}
+def test_steps_skipped_before_a_resume_are_not_counted_again() -> None:
+    monitor = GradientMonitor(max_skipped_steps=1, warn_grad_norm=10.0, skipped_steps=4)
+    assert monitor.check(step_of(5, 1.0, 4)) == {"exploding_steps": 0}
 
 
-def test_an_exploding_gradient_is_said_once_counted_always_and_remembered(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exploding_gradient_is_warned_of_once_counted_always_and_kept_over_a_resume(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     logging.getLogger("pipeline").propagate = True
     rows: list[dict[str, Any]] = []
-    norms = [1.0, 50.0] + [1.0] * 10 + [9.9, 10.1, 500.0, 1.0]  # the second comes before there is a median
+    norms = (
+        [1.0, 50.0] + [1.0] * 10 + [9.9, 10.1, 500.0, 1.0]
+    )  # the second comes before there are enough norms for a median
     with caplog.at_level(logging.WARNING):
-        watch = GradientMonitor(max_skipped_steps=5, warn_grad_norm=10.0)
+        monitor = GradientMonitor(max_skipped_steps=5, warn_grad_norm=10.0)
         for step, norm in enumerate(norms, start=1):
-            rows.append(step_of(step, norm) | watch.look(step_of(step, norm)))
+            rows.append(step_of(step, norm) | monitor.check(step_of(step, norm)))
     assert [row["exploding_steps"] for row in rows] == [0] * 13 + [1, 2, 2]
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1
-    assert said[0].startswith("step 14: expected a gradient norm of at most 10 times its recent median 1, found 10.1;")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("step 14: expected a gradient norm of at most 10 times its recent median 1, found 10.1;")
     resumed = GradientMonitor(max_skipped_steps=5, warn_grad_norm=10.0, rows=rows)
-    assert resumed.look(step_of(17, 30.0)) == {"exploding_steps": 3}
+    assert resumed.check(step_of(17, 30.0)) == {"exploding_steps": 3}
 
 
 # ------------------------------------------------------------------------------------ dev during training
 
 
-def test_the_best_is_remembered_and_patience_ends() -> None:
+def test_the_best_score_is_kept_and_patience_ends() -> None:
     options, state = EarlyStoppingConfig(patience=2, min_delta=0.1), TrainState()
-    seen = []
+    after_each_step = []
     for step, score in enumerate([0.5, 0.55, 0.7, 0.75, 0.79], start=1):
-        state = looks.with_score(dataclasses.replace(state, step=step), score, min_delta=options.min_delta)
-        seen.append((state.best_score, state.best_step, state.evaluations_since_best, looks.is_over(options, state)))
-    assert seen == [
+        state = dev_evaluation.with_score(dataclasses.replace(state, step=step), score, min_delta=options.min_delta)
+        after_each_step.append(
+            (state.best_score, state.best_step, state.evaluations_since_best, dev_evaluation.is_over(options, state))
+        )
+    assert after_each_step == [
         (0.5, 1, 0, False),
         (0.5, 1, 1, False),
         (0.7, 3, 0, False),
         (0.7, 3, 1, False),
         (0.7, 3, 2, True),
     ]
-    never = EarlyStoppingConfig(patience=0)
-    assert not looks.is_over(never, dataclasses.replace(state, evaluations_since_best=99))
+    without = EarlyStoppingConfig(patience=0)
+    assert not dev_evaluation.is_over(without, dataclasses.replace(state, evaluations_since_best=99))
 
 
-def test_a_score_that_is_no_number_is_never_the_best() -> None:
-    state = looks.with_score(TrainState(step=1, best_score=-3.0), float("nan"), min_delta=0.0)
+def test_a_score_that_is_not_finite_is_never_the_best() -> None:
+    state = dev_evaluation.with_score(TrainState(step=1, best_score=-3.0), float("nan"), min_delta=0.0)
     assert (state.best_score, state.evaluations_since_best) == (-3.0, 1)
-    first = looks.with_score(TrainState(step=1), float("nan"), min_delta=0.0)
-    again = looks.with_score(dataclasses.replace(first, step=2), float("nan"), min_delta=0.0)
-    assert (again.best_step, again.evaluations_since_best) == (1, 1)
-    assert looks.with_score(dataclasses.replace(again, step=3), -9.0, min_delta=0.0).best_step == 3
+    first = dev_evaluation.with_score(TrainState(step=1), float("nan"), min_delta=0.0)
+    second = dev_evaluation.with_score(dataclasses.replace(first, step=2), float("nan"), min_delta=0.0)
+    assert (second.best_step, second.evaluations_since_best) == (1, 1)
+    assert dev_evaluation.with_score(dataclasses.replace(second, step=3), -9.0, min_delta=0.0).best_step == 3
 
 
 EARLY: dict[str, Any] = {
@@ -159,7 +170,7 @@ def early(student: Path, data: Path, cache: Path, **more: Any) -> list[str]:
     return arguments + [f"{name}={value}" for name, value in EARLY.items()]
 
 
-def test_early_stop_with_its_mirror_and_a_resume_that_stops_at_the_same_step(
+def test_early_stopping_with_tensorboard_and_a_resume_that_stops_at_the_same_step(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorboard")
@@ -170,18 +181,18 @@ def test_early_stop_with_its_mirror_and_a_resume_that_stops_at_the_same_step(
     assert [row["evaluations_since_best"] for row in rows if "best_step" in row] == [0, 1, 2]
     assert (result["best_step"], result["stopped_early_at"], result["decided_by"]) == (3, 9, "dev_accuracy")
     assert result["steps"] == len(rows) == 9
-    # what was exported is what the last look saw
+    # the exported model is the one that the last evaluation on dev scored
     assert result["dev"]["accuracy"] == rows[-1]["dev_accuracy"]
     assert result["dev"]["nll"] == pytest.approx(rows[-1]["dev_nll"], rel=1e-5)
     for row in rows:
-        whole = row["seconds"] + row["data_wait_seconds"]
-        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / whole)
-        assert row["data_wait_fraction"] == pytest.approx(row["data_wait_seconds"] / whole)
+        seconds = row["seconds"] + row["data_wait_seconds"]
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / seconds)
+        assert row["data_wait_fraction"] == pytest.approx(row["data_wait_seconds"] / seconds)
         assert 50e6 < row["peak_memory_bytes"] < 50e9
         assert row["exploding_steps"] == 0
         assert ("mfu" in row) == torch.cuda.is_available()
         assert row["model_flops"] > 0
-    assert mirrored(run) == numbers(rows)
+    assert in_tensorboard(run) == numbers(rows)
 
     arguments = early(student, data, cache, steps=5000, seed=3, checkpoint__every_steps=2)
     process = start(arguments, tmp_path)
@@ -190,24 +201,24 @@ def test_early_stop_with_its_mirror_and_a_resume_that_stops_at_the_same_step(
     process.wait()
     script("train", *arguments, cwd=tmp_path)
     (resumed,) = (tmp_path / "runs").iterdir()
-    again = rows_of(resumed)
-    told = ("step", "loss", "dev_accuracy", "dev_nll", "best_step", "evaluations_since_best", "stopped_early")
-    assert [[row.get(name) for name in told] for row in again] == [[row.get(name) for name in told] for row in rows]
-    assert mirrored(resumed) == numbers(again)
+    resumed_rows = rows_of(resumed)
+    for name in ("step", "loss", "dev_accuracy", "dev_nll", "best_step", "evaluations_since_best", "stopped_early"):
+        assert [row.get(name) for row in resumed_rows] == [row.get(name) for row in rows], name
+    assert in_tensorboard(resumed) == numbers(resumed_rows)
 
 
 def numbers(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
     """Every number of metrics.jsonl by name and step, as a float32 holds it."""
-    found: dict[str, dict[int, float]] = {}
+    by_name: dict[str, dict[int, float]] = {}
     for row in rows:
         for name, value in row.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
-                found.setdefault(name, {})[row["step"]] = torch.tensor(value, dtype=torch.float32).item()
-    return found
+                by_name.setdefault(name, {})[row["step"]] = torch.tensor(value, dtype=torch.float32).item()
+    return by_name
 
 
-def mirrored(run: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard reads in its event files."""
+def in_tensorboard(run: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard reads from its event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
@@ -215,35 +226,34 @@ def mirrored(run: Path) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
-def test_dev_under_every_zero_stage_is_that_of_one_rank(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
-    folders = {}
+def test_dev_scores_under_every_zero_stage_equal_those_of_one_rank(
+    student: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    folders = []
     for stage in range(4):
-        folders[stage] = tmp_path / f"zero{stage}"
-        folders[stage].mkdir()
-        arguments = train_arguments(student, data, str(cache), steps=4, micro_batch=1, evaluate_every_steps=2)
-        arguments.append(f"deepspeed.zero_stage={stage}")
-        save_config(composed("train", *arguments), folders[stage] / "config.yaml")
-    for num_ranks, some in ((1, [folders[0]]), (2, list(folders.values())[1:])):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        command += [str(ROOT / "tests" / "support" / "zero_worker.py"), *map(str, some)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-5000:]
+        changes = {"steps": 4, "micro_batch": 1, "evaluate_every_steps": 2, "deepspeed__zero_stage": stage}
+        folders.append(prepare_run(tmp_path / f"zero{stage}", train_arguments(student, data, str(cache), **changes)))
+    run_ranks(1, folders[:1])
+    run_ranks(2, folders[1:])
     expected = [row for row in rows_of(folders[0]) if "dev_nll" in row]
     assert [row["step"] for row in expected] == [2, 4]
     assert expected[0]["dev_nll"] != expected[1]["dev_nll"]
     for stage in (1, 2, 3):
-        found = [row for row in rows_of(folders[stage]) if "dev_nll" in row]
-        for one, other in zip(found, expected, strict=True):
-            assert one["dev_nll"] == pytest.approx(other["dev_nll"], rel=1e-4), stage
-            assert one["dev_accuracy"] == other["dev_accuracy"], stage
+        rows = [row for row in rows_of(folders[stage]) if "dev_nll" in row]
+        for row, expected_row in zip(rows, expected, strict=True):
+            assert row["dev_nll"] == pytest.approx(expected_row["dev_nll"], rel=1e-4), stage
+            assert row["dev_accuracy"] == expected_row["dev_accuracy"], stage
         assert sum(row["tokens"] for row in rows_of(folders[stage])) == sum(r["tokens"] for r in rows_of(folders[0]))
 
 
-# ------------------------------------------------------------------------------------ refusals and broken trackers
+# ------------------------------------------------------------------------------------ rejected options, trackers
 
 
-def test_what_cannot_be_meant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tracker_of_the_options_exists_and_has_a_package() -> None:
+    assert list(TRACKERS) == list(TRACKER_PACKAGES) == list(Tracker)
+
+
+def test_contradictory_options_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     base = composed("train", "experiment=combined")
     patient = EarlyStoppingConfig(patience=3)
     cases: list[tuple[dict[str, Any], str]] = [
@@ -264,22 +274,26 @@ def test_what_cannot_be_meant_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
             check_train(dataclasses.replace(base, **changes))
 
 
-def test_a_mirror_that_fails_is_said_once_and_the_rest_goes_on(
+def test_a_tracker_that_fails_is_logged_once_and_the_others_continue(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[tuple[int, dict[str, float]]] = []
+    written: list[tuple[int, dict[str, float]]] = []
 
     def failing(step: int, numbers: dict[str, float]) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setitem(OPEN, Tracker.wandb, lambda *_: (failing, lambda: None))
-    monkeypatch.setitem(OPEN, Tracker.mlflow, lambda *_: (lambda step, values: taken.append((step, values)), list))
+    monkeypatch.setitem(TRACKERS, Tracker.wandb, lambda *_: (failing, lambda: None))
+    monkeypatch.setitem(
+        TRACKERS, Tracker.mlflow, lambda *_: (lambda step, values: written.append((step, values)), list)
+    )
     logging.getLogger("pipeline").propagate = True
     with caplog.at_level(logging.WARNING):
         trackers = Trackers([Tracker.wandb, Tracker.mlflow], RunPaths(folder=tmp_path), name="x", step=0)
         for step in (1, 2):
             trackers.write({"step": step, "loss": 0.5, "kd": None, "parts": [1.0], "stopped_early": True})
         trackers.close()
-    assert taken == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("tracker wandb: expected it to take figures, found ConnectionError: no route to host;")
+    assert written == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
+        "tracker wandb: expected it to accept the metrics, found ConnectionError: no route to host;"
+    )

@@ -1,4 +1,4 @@
-"""The one pass through the head against whole logits and autograd: over every kind of head, dtype and size of chunk."""
+"""The fused head against full logits and autograd: every kind of head, dtype and size of chunk."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from pipeline.core.types import Batch, InputError
 from pipeline.models.forward import hidden_states, logit_rules
-from pipeline.objective import fused_head as head
+from pipeline.objective import fused_head
 from pipeline.objective.fused_head import combined_loss, sum_names
 from pipeline.objective.terms import StepInputs, TermOptions
 from support.twin import make_batch
@@ -45,7 +46,7 @@ def capped() -> nn.Module:
 
 def scaled() -> nn.Module:
     model = llama(tie_word_embeddings=True)
-    model.config.logit_scale = 0.25  # as Cohere has it; Granite divides
+    model.config.logit_scale = 0.25  # Cohere multiplies by it; Granite divides
     return model
 
 
@@ -70,7 +71,7 @@ HEADS = {
     "LoRA off the head": lambda: lora(target_modules=["q_proj", "v_proj"]),
     "LoRA on the head": lambda: lora(target_modules=["q_proj", "lm_head"]),
     "LoRA on the head, dropout": lambda: lora(target_modules=["lm_head"], lora_dropout=0.5),
-    "head trained whole": lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "head trained in full": lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "frozen head": lambda: frozen(llama(tie_word_embeddings=False)),
 }
 
@@ -103,12 +104,12 @@ def batch_of(**settings: Any) -> Batch:
 
 @pytest.mark.parametrize("chunk", [4, 7, 64])
 @pytest.mark.parametrize("name", HEADS)
-def test_every_head_in_chunks_as_through_whole_logits(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_head_in_chunks_equals_full_logits(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = HEADS[name](), batch_of()
     loss, sums, grads = gradients(model, batch, fused=False, diagnose=True)
-    monkeypatch.setattr(head, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(head, "LEAST_CHUNK", chunk)
-    monkeypatch.setattr(head, "BLOCK", 3)
+    monkeypatch.setattr(fused_head, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(fused_head, "MIN_CHUNK_POSITIONS", chunk)
+    monkeypatch.setattr(fused_head, "CPU_BLOCK_POSITIONS", 3)
     found_loss, found_sums, found_grads = gradients(model, batch, fused=True, diagnose=True)
     assert found_loss == pytest.approx(float(loss), rel=1e-5)
     assert torch.allclose(found_sums, sums, rtol=1e-4, atol=1e-4)
@@ -130,13 +131,13 @@ def test_padding_rows_of_the_head_get_no_gradient() -> None:
 def test_bfloat16_within_its_rounding(name: str) -> None:
     """The head's gradients in bf16, against those of the same numbers in fp32: off by about one rounding, 2^-8.
 
-    Without `confidence`, whose target is the largest logit: of two that are almost alike rounding may choose the other.
+    Without `confidence`, whose target is the largest logit: rounding may choose another one that is almost equal.
     """
     batch, terms = batch_of(), {name: TERMS[name] for name in ("lm", "kd", "hard")}
     model = HEADS[name]().to(torch.bfloat16)
     hidden_NH = torch.randn(31, HIDDEN, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
 
-    def found(model: nn.Module, hidden_NH: Tensor, *, fused: bool) -> dict[str, Tensor]:
+    def grads_of(model: nn.Module, hidden_NH: Tensor, *, fused: bool) -> dict[str, Tensor]:
         hidden_NH = hidden_NH.clone().requires_grad_()
         model.zero_grad()
         loss, _ = combined_loss(
@@ -148,43 +149,53 @@ def test_bfloat16_within_its_rounding(name: str) -> None:
         }
         return {name: grad.clone() for name, grad in grads.items() if grad is not None}
 
-    ours = found(model, hidden_NH, fused=True)
+    ours = grads_of(model, hidden_NH, fused=True)
     assert all(grad.dtype == torch.bfloat16 for grad in ours.values())
-    exact = found(model.float(), hidden_NH.float(), fused=False)
+    exact = grads_of(model.float(), hidden_NH.float(), fused=False)
     errors = {key: float((ours[key].float() - exact[key]).norm() / exact[key].norm()) for key in exact}
     assert max(errors.values()) < 2**-6, errors
     assert errors["hidden"] < 2**-7, errors
 
 
-def test_where_nothing_is_supervised_nothing_reaches_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = llama(tie_word_embeddings=False), []
-    monkeypatch.setattr(head, "_block", lambda z_NV, *rest: seen.append(len(z_NV)) or real(z_NV, *rest))
-    batch = make_batch(num_gold=4, num_corpus=30, vocabulary=VOCABULARY)
-    terms = {"lm": TermOptions(on=("gold",))}
-    combined_loss(
-        model, torch.randn(34, HIDDEN), batch, terms, StepInputs(coefficients={"lm": 1.0}), vocabulary_size=VOCABULARY
-    )
-    assert sum(seen) == 4
+@pytest.mark.parametrize("fused", [True, False])
+def test_positions_that_no_term_reads_never_reach_the_head(fused: bool) -> None:
+    """Hidden states of NaN there change nothing, and the head's products cost as much as without these positions."""
+    model, flops = llama(tie_word_embeddings=False), []
+    for num_corpus in (30, 0):
+        batch = make_batch(num_gold=4, num_corpus=num_corpus, vocabulary=VOCABULARY)
+        hidden_NH = torch.randn(4 + num_corpus, HIDDEN).masked_fill(~batch.gold_N[:, None], torch.nan).requires_grad_()
+        terms, step = {"lm": TermOptions(on=("gold",))}, StepInputs(coefficients={"lm": 1.0})
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            loss, sums = combined_loss(model, hidden_NH, batch, terms, step, vocabulary_size=VOCABULARY, fused=fused)
+            loss.backward()
+        flops.append(counter.get_total_flops())
+        assert torch.isfinite(loss)
+        assert torch.isfinite(sums).all()
+        assert torch.isfinite(model.lm_head.weight.grad).all()
+        assert hidden_NH.grad is not None
+        assert (hidden_NH.grad[~batch.gold_N] == 0).all()
+        assert (hidden_NH.grad[batch.gold_N] != 0).any(dim=1).all()
+    assert flops[0] == flops[1] > 0
 
 
-real = head._block
-
-
-def test_heads_that_are_not_linear_are_refused_with_the_way_out() -> None:
-    class Odd(nn.Module):
+def test_heads_that_are_not_linear_are_rejected_and_work_through_full_logits() -> None:
+    class NotLinear(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.odd = nn.Sequential(nn.Linear(HIDDEN, ROWS), nn.Tanh())
+            self.head = nn.Sequential(nn.Linear(HIDDEN, ROWS), nn.Tanh())
             self.config = SimpleNamespace()
 
         def get_output_embeddings(self) -> nn.Module:
-            return self.odd
+            return self.head
 
     hidden_NH, batch = torch.randn(31, HIDDEN), batch_of()
     with pytest.raises(InputError, match=re.escape("expected a linear layer, found Sequential; use loss.head=full")):
-        combined_loss(Odd(), hidden_NH, batch, TERMS, StepInputs(coefficients=FACTORS), vocabulary_size=VOCABULARY)
+        combined_loss(
+            NotLinear(), hidden_NH, batch, TERMS, StepInputs(coefficients=FACTORS), vocabulary_size=VOCABULARY
+        )
     loss, sums = combined_loss(
-        Odd(), hidden_NH, batch, TERMS, StepInputs(coefficients=FACTORS), vocabulary_size=VOCABULARY, fused=False
+        NotLinear(), hidden_NH, batch, TERMS, StepInputs(coefficients=FACTORS), vocabulary_size=VOCABULARY, fused=False
     )
     assert torch.isfinite(loss)
     assert len(sums) == len(sum_names(TERMS))
@@ -193,7 +204,7 @@ def test_heads_that_are_not_linear_are_refused_with_the_way_out() -> None:
         combined_loss(dora, hidden_NH, batch, TERMS, StepInputs(coefficients=FACTORS), vocabulary_size=VOCABULARY)
 
 
-def test_scales_of_real_architectures_are_read_off_their_configuration() -> None:
+def test_scales_of_real_architectures_are_read_from_their_configuration() -> None:
     granite, cohere = PretrainedConfig(logits_scaling=8.0), PretrainedConfig(logit_scale=0.0625)
     assert head_rules(granite) == (0.125, None)
     assert head_rules(cohere) == (0.0625, None)

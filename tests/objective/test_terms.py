@@ -1,7 +1,8 @@
-"""Every term against a slow fp64 twin, through the fused head and through whole logits; counts; extreme inputs."""
+"""Every term against a slow fp64 twin, through the fused head and through full logits; counts; extreme inputs."""
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pipeline.config.schema import Divergence, HardLabels, LossConfig
 from pipeline.core.topk import hybrid, label_smoothed, sampled, top_k_and_entropy
 from pipeline.core.types import Batch, InputError
 from pipeline.objective.class_prior import harden, updated_thresholds
@@ -18,15 +20,25 @@ from pipeline.objective.divergences import DIVERGENCES, NEEDS_TAIL, forward_kl, 
 from pipeline.objective.fused_head import combined_loss, sum_names
 from pipeline.objective.gates import Gate
 from pipeline.objective.position_groups import kd_of_logits
-from pipeline.objective.terms import TERMS, StepInputs, TermOptions, count_positions, term_positions
+from pipeline.objective.terms import HARD_LABELS, TERMS, StepInputs, TermOptions, count_positions, term_positions
 from support.twin import make_batch, twin
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 ALL = ("gold", "corpus")
-NAMED = (*DIVERGENCES, "jsd")
 
 
-class OwnLogits(nn.Module):
+def test_options_name_exactly_the_terms_divergences_and_hard_labels_that_exist() -> None:
+    loss = LossConfig()
+    names = [field.name for field in dataclasses.fields(loss)]
+    assert list(TERMS) == [name for name in names if hasattr(getattr(loss, name), "weight")]
+    assert list(DIVERGENCES) == [choice.name for choice in Divergence]
+    assert list(HARD_LABELS) == [choice.name for choice in HardLabels]
+    defaults = TermOptions(on=())
+    assert defaults.take in HARD_LABELS
+    assert defaults.divergence in DIVERGENCES
+
+
+class IdentityHead(nn.Module):
     """A model whose hidden states are its logits: the head is the identity."""
 
     def __init__(self, vocabulary: int) -> None:
@@ -51,7 +63,7 @@ def ours(
     """(loss, gradient on the logits, sums)."""
     leaf = logits_NV.float().detach().clone().requires_grad_()
     vocabulary = logits_NV.shape[1]
-    model = OwnLogits(vocabulary)
+    model = IdentityHead(vocabulary)
     loss, sums = combined_loss(
         model, leaf, batch, terms, StepInputs(coefficients=factors, **more), vocabulary_size=vocabulary, fused=fused
     )
@@ -64,8 +76,10 @@ def exact(
     logits_NV: Tensor, batch: Batch, terms: dict[str, TermOptions], factors: dict[str, float]
 ) -> tuple[Tensor, Tensor]:
     leaf = logits_NV.double().detach().requires_grad_()
-    reads = {name: term_positions(batch, name, options).nonzero().flatten().tolist() for name, options in terms.items()}
-    value = twin(leaf, batch, reads, terms, factors)
+    positions = {
+        name: term_positions(batch, name, options).nonzero().flatten().tolist() for name, options in terms.items()
+    }
+    value = twin(leaf, batch, positions, terms, factors)
     value.backward()
     assert leaf.grad is not None
     return value.detach(), leaf.grad
@@ -80,7 +94,7 @@ def close(ours: Tensor, exact: Tensor, *, relative: float = 1e-5) -> bool:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("divergence", NAMED)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @settings(deadline=None, max_examples=12)
 @given(
     num=st.integers(1, 6),
@@ -122,7 +136,7 @@ def test_every_divergence_at_every_temperature_against_the_twin(
     vocabulary=st.integers(2, 25),
     known=st.sampled_from([0.0, 0.5, 1.0]),
     gold_is_captured=st.booleans(),
-    chosen=st.sets(st.sampled_from(list(TERMS)), min_size=1),
+    names=st.sets(st.sampled_from(list(TERMS)), min_size=1),
     on=st.sampled_from([ALL, ("gold",), ("corpus",)]),
     temperature=st.sampled_from([1.0, 2.0]),
     take=st.sampled_from(["generated", "likeliest"]),
@@ -136,7 +150,7 @@ def test_any_mix_of_terms_masks_and_gates_against_the_twin(
     vocabulary: int,
     known: float,
     gold_is_captured: bool,
-    chosen: set[str],
+    names: set[str],
     on: tuple[str, ...],
     temperature: float,
     take: str,
@@ -147,7 +161,7 @@ def test_any_mix_of_terms_masks_and_gates_against_the_twin(
     batch = make_batch(**sizes, known=known, gold_is_captured=gold_is_captured, scale=2.0)
     terms = {
         name: TermOptions(on=on, temperature=temperature if name == "kd" else 1.0, take=take, gate=gate)
-        for name in sorted(chosen)
+        for name in sorted(names)
     }
     factors = {name: 0.3 + i for i, name in enumerate(terms)}
     logits_NV = torch.randn(num_gold + num_corpus, vocabulary, generator=torch.Generator().manual_seed(seed + 1)) * 2
@@ -162,14 +176,16 @@ def test_any_mix_of_terms_masks_and_gates_against_the_twin(
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("kind", ["sampled", "hybrid"])
-@pytest.mark.parametrize("divergence", [name for name in NAMED if name not in NEEDS_TAIL])
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name not in NEEDS_TAIL])
 def test_drawn_targets_against_the_twin(kind: str, divergence: str, fused: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     teacher_NV = torch.randn(6, 25, generator=generator)
     uniforms_ND = torch.rand(6, 9, dtype=torch.float64, generator=generator)
-    drawn = {"sampled": lambda: sampled(teacher_NV, uniforms_ND=uniforms_ND)}
-    drawn["hybrid"] = lambda: hybrid(teacher_NV, k=4, uniforms_ND=uniforms_ND)
-    batch = make_batch(num_gold=0, num_corpus=6, vocabulary=25, top=drawn[kind]())
+    if kind == "sampled":
+        top = sampled(teacher_NV, uniforms_ND=uniforms_ND)
+    else:
+        top = hybrid(teacher_NV, k=4, uniforms_ND=uniforms_ND)
+    batch = make_batch(num_gold=0, num_corpus=6, vocabulary=25, top=top)
     options = {"kd": TermOptions(on=("corpus",), divergence=divergence)}
     logits_NV = torch.randn(6, 25, generator=generator)
     value, grad, _ = ours(logits_NV, batch, options, {"kd": 1.0}, fused=fused)
@@ -214,8 +230,8 @@ def test_k_equal_to_the_vocabulary_is_dense_kl() -> None:
         assert value == pytest.approx(dense.item(), **tolerance)
 
 
-@pytest.mark.parametrize("divergence", [name for name in NAMED if name not in ("renormalised", "truncated")])
-def test_a_perfect_copy_costs_nothing_and_pulls_nowhere(divergence: str) -> None:
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name not in ("renormalised", "truncated")])
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(divergence: str) -> None:
     logits_NV = torch.randn(4, 40, generator=torch.Generator().manual_seed(1))
     logits_NV = (logits_NV - logits_NV.max(1, keepdim=True).values).half().float()
     batch = make_batch(
@@ -229,7 +245,7 @@ def test_a_perfect_copy_costs_nothing_and_pulls_nowhere(divergence: str) -> None
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_the_closed_form_gradient_of_the_design(temperature: float) -> None:
+def test_gradient_equals_the_closed_form(temperature: float) -> None:
     """On K: (q - p)/T; on the tail: q (P - Q)/(1 - Q)/T."""
     batch = make_batch(num_gold=0, num_corpus=5, vocabulary=20, k=6, temperatures=TEMPERATURES)
     assert batch.teacher is not None
@@ -247,14 +263,14 @@ def test_the_closed_form_gradient_of_the_design(temperature: float) -> None:
     assert close(grad, expected)
 
 
-@pytest.mark.parametrize("squared", [True, False])
-def test_temperature_squared_multiplies_what_is_differentiated(squared: bool) -> None:
+@pytest.mark.parametrize(("squared", "factor"), [(True, 4.0), (False, 1.0)])
+def test_temperature_squared_multiplies_the_value_and_its_gradient(squared: bool, factor: float) -> None:
+    """Against the twin without the factor: a term that ignored the option would fail one of the two cases."""
     batch, logits_NV = make_batch(num_gold=0, num_corpus=6), torch.randn(6, 30)
-    plain = {"kd": TermOptions(on=("corpus",), temperature=2.0, temperature_squared=False)}
-    asked = {"kd": TermOptions(on=("corpus",), temperature=2.0, temperature_squared=squared)}
-    value, grad, _ = ours(logits_NV, batch, asked, {"kd": 1.0}, fused=True)
-    expected, expected_grad, _ = ours(logits_NV, batch, plain, {"kd": 1.0}, fused=True)
-    factor = 4.0 if squared else 1.0
+    options = TermOptions(on=("corpus",), temperature=2.0, temperature_squared=squared)
+    value, grad, _ = ours(logits_NV, batch, {"kd": options}, {"kd": 1.0}, fused=True)
+    not_squared = dataclasses.replace(options, temperature_squared=False)
+    expected, expected_grad = exact(logits_NV, batch, {"kd": not_squared}, {"kd": 1.0})
     assert close(value, factor * expected)
     assert close(grad, factor * expected_grad)
 
@@ -272,8 +288,8 @@ def test_jsd_tends_to_both_divergences_at_its_ends() -> None:
 
 def test_truncated_may_be_negative_and_is_not_clamped() -> None:
     top = top_k_and_entropy(torch.tensor([[3.0, 2.0, 2.9, 2.8]]), k=1, temperatures=(1.0,))[0]
-    sure = torch.tensor([[9.0, 0.0, 0.0, 0.0]])
-    assert kd_of_logits(sure, top, TermOptions(on=(), divergence="truncated")) < -0.1
+    student_NV = torch.tensor([[9.0, 0.0, 0.0, 0.0]])
+    assert kd_of_logits(student_NV, top, TermOptions(on=(), divergence="truncated")) < -0.1
 
 
 EXTREMES = {
@@ -291,7 +307,7 @@ EXTREMES = {
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize("k", [1, 2, 5])
-@pytest.mark.parametrize("divergence", NAMED)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_extremes_are_finite_and_never_negative(name: str, k: int, divergence: str, fused: bool) -> None:
     teacher_NV, student_NV = EXTREMES[name]
     top = top_k_and_entropy(teacher_NV, k=k, temperatures=TEMPERATURES)[0]
@@ -309,28 +325,25 @@ def test_extremes_are_finite_and_never_negative(name: str, k: int, divergence: s
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("num_gold", "num_corpus"), [(0, 0), (3, 0), (0, 3)])
-def test_a_batch_without_one_of_the_streams(num_gold: int, num_corpus: int, fused: bool) -> None:
+def test_a_batch_without_gold_or_without_corpus(num_gold: int, num_corpus: int, fused: bool) -> None:
     batch = make_batch(num_gold=num_gold, num_corpus=num_corpus)
     terms = {"lm": TermOptions(on=("gold",)), "kd": TermOptions(on=("corpus",), temperature=2.0)}
-    hidden_NH, model = torch.randn(num_gold + num_corpus, 30, requires_grad=True), OwnLogits(30)
+    hidden_NH, model = torch.randn(num_gold + num_corpus, 30, requires_grad=True), IdentityHead(30)
     assert count_positions(batch, terms).tolist() == [num_gold, num_corpus]
     loss, sums = combined_loss(
         model, hidden_NH, batch, terms, StepInputs(coefficients={"lm": 1.0, "kd": 1.0}), vocabulary_size=30, fused=fused
     )
     loss.backward()
-    # every parameter gets a gradient on every rank, or its collectives would not meet
+    # a rank where a parameter has no gradient would leave its all-reduce out, and the other ranks would wait
     assert model.head.weight.grad is not None
     assert hidden_NH.grad is not None
     assert torch.isfinite(model.head.weight.grad).all()
     assert torch.isfinite(sums).all()
 
 
-def test_the_gradient_is_not_made_anew_for_a_larger_loss() -> None:
-    batch, hidden_NH, model = (
-        make_batch(num_gold=2, num_corpus=2),
-        torch.randn(4, 30, requires_grad=True),
-        OwnLogits(30),
-    )
+def test_the_gradient_scales_with_a_factor_on_the_loss() -> None:
+    batch, model = make_batch(num_gold=2, num_corpus=2), IdentityHead(30)
+    hidden_NH = torch.randn(4, 30, requires_grad=True)
     terms, factors = {"lm": TermOptions(on=("gold",))}, {"lm": 1.0}
     grads = []
     for factor in (1.0, 3.0):
@@ -338,38 +351,40 @@ def test_the_gradient_is_not_made_anew_for_a_larger_loss() -> None:
         loss, _ = combined_loss(model, hidden_NH, batch, terms, StepInputs(coefficients=factors), vocabulary_size=30)
         (factor * loss).backward()
         grads.append((hidden_NH.grad, model.head.weight.grad))
-    for one, other in zip(*grads, strict=True):
-        assert torch.allclose(3.0 * one, other)
+    for grad, grad_of_triple in zip(*grads, strict=True):
+        assert grad.abs().max() > 0
+        assert torch.allclose(3.0 * grad, grad_of_triple)
 
 
 # ----------------------------------------------------------------------------------- the choice setting
 
 
-def test_thresholds_bring_each_class_to_its_prior() -> None:
-    """A student that leans to one class is hardened as often to each as the teacher is for it, within a few steps."""
+@pytest.mark.parametrize("fused", [True, False])
+def test_thresholds_bring_each_class_to_its_prior(fused: bool) -> None:
+    """A student that prefers one class predicts each as often as the teacher does, after a few updates."""
     generator = torch.Generator().manual_seed(0)
     student_NV, teacher_NV = torch.randn(400, 30, generator=generator), torch.randn(400, 30, generator=generator)
-    student_NV[:, 4] += 3.0  # leans to class 4
-    student_NV[:, 9] += 9.0  # no class at all, though likelier
+    student_NV[:, 4] += 3.0  # prefers class 4
+    student_NV[:, 9] += 9.0  # larger still, but not a class
     teacher_NV[:, [2, 4, 7]] += torch.tensor([5.0, 4.0, 4.5])
     top = top_k_and_entropy(teacher_NV, k=8, temperatures=(1.0,))[0]
     batch = make_batch(num_gold=0, num_corpus=400, top=top)
-    terms, thresholds = {"confidence": TermOptions(on=("corpus",), class_ids=(2, 4, 7))}, (0.0, 0.0, 0.0)
-    for fused in (True, False):
-        for step in range(60):
-            _, _, sums = ours(student_NV, batch, terms, {"confidence": 1.0}, fused=fused, thresholds=thresholds)
-            own = [sums[f"own_{token}"] / 400 for token in (2, 4, 7)]
-            theirs = [sums[f"teachers_{token}"] / 400 for token in (2, 4, 7)]
-            assert sum(own) == pytest.approx(1.0)
-            assert sum(theirs) == pytest.approx(1.0, abs=1e-4)
-            if step == 0 and fused:
-                assert own[1] > theirs[1] + 0.3
-            thresholds = updated_thresholds(thresholds, own=own, teacher=theirs)
-        assert own == pytest.approx(theirs, abs=0.02)
-    value, grad, _ = ours(student_NV, batch, terms, {"confidence": 1.0}, fused=True, thresholds=thresholds)
-    own_N = harden(student_NV, (2, 4, 7), thresholds)
+    terms = {"confidence": TermOptions(on=("corpus",), class_ids=(2, 4, 7))}
+    thresholds: tuple[float, ...] = (0.0, 0.0, 0.0)
+    for step in range(20):
+        _, _, sums = ours(student_NV, batch, terms, {"confidence": 1.0}, fused=fused, thresholds=thresholds)
+        own = [sums[f"student_class_{token}"] / 400 for token in (2, 4, 7)]
+        teacher = [sums[f"teacher_class_{token}"] / 400 for token in (2, 4, 7)]
+        assert sum(own) == pytest.approx(1.0)
+        assert sum(teacher) == pytest.approx(1.0, abs=1e-4)
+        if step == 0:
+            assert own[1] > teacher[1] + 0.3
+        thresholds = updated_thresholds(thresholds, own=own, teacher=teacher)
+    assert own == pytest.approx(teacher, abs=0.02)
+    value, grad, _ = ours(student_NV, batch, terms, {"confidence": 1.0}, fused=fused, thresholds=thresholds)
     leaf = student_NV.double().clone().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(leaf, own_N, reduction="sum")
+    predicted_N = harden(student_NV, (2, 4, 7), thresholds)
+    expected = torch.nn.functional.cross_entropy(leaf, predicted_N, reduction="sum")
     expected.backward()
     assert leaf.grad is not None
     assert close(value, expected.detach())
@@ -379,7 +394,7 @@ def test_thresholds_bring_each_class_to_its_prior() -> None:
 # --------------------------------------------------------------------------------- gates and controls
 
 
-def test_gates_are_what_they_say() -> None:
+def test_each_condition_of_a_gate_selects_its_positions() -> None:
     teacher_MV = torch.tensor([[9.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 5.0, 0.0]])
     top = top_k_and_entropy(teacher_MV, k=2, temperatures=(1.0,))[0]
     batch = make_batch(num_gold=0, num_corpus=3, vocabulary=3, top=top)
@@ -403,7 +418,7 @@ def with_fields(batch: Batch, **fields: Any) -> Batch:
 
 
 @pytest.mark.parametrize("vocabulary", [5, 49_152])
-def test_smoothing_keeps_the_first_choice_and_the_entropy(vocabulary: int) -> None:
+def test_smoothing_keeps_the_most_likely_token_and_the_entropy(vocabulary: int) -> None:
     teacher_NV = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
     entropy_N = torch.special.entr(torch.softmax(teacher_NV.double(), 1)).sum(1)
     top = top_k_and_entropy(teacher_NV, k=4, temperatures=TEMPERATURES)[0]
@@ -423,7 +438,7 @@ def test_smoothing_keeps_the_first_choice_and_the_entropy(vocabulary: int) -> No
 # --------------------------------------------------------------------------------------- diagnostics
 
 
-def test_cosines_and_norms_are_those_of_the_dense_gradients() -> None:
+def test_diagnostics_equal_those_of_the_dense_gradients() -> None:
     for temperature in (1.0, 2.0):
         batch = make_batch(num_gold=0, num_corpus=40, known=1.0, scale=3.0, seed=4)
         assert batch.teacher is not None

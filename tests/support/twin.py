@@ -1,4 +1,4 @@
-"""A slow twin of the objective: dense fp64 probabilities, one position after another, by the formulas of the books."""
+"""A slow twin of the loss: dense fp64 probabilities, one position after another, by the textbook formulas."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pipeline.objective.terms import TermOptions
 
 
 def teacher_at(top: TopK, n: int, temperature: float) -> tuple[dict[int, float], float]:
-    """{token: p} of one position's kept entries, and the tail's p."""
+    """The teacher at one position: {token: p} of its kept entries, and the p of the tail."""
     tail = math.exp(float(top.log_tail_NC[n, top.temperatures.index(temperature)]))
     pairs = zip(top.ids_NK[n].tolist(), top.relative_logits_NK[n].double().tolist(), strict=True)
-    sizes = {token: math.exp(z / temperature) for token, z in pairs if z > -math.inf}
-    total = sum(sizes.values()) + tail
-    return {token: size / total for token, size in sizes.items()}, tail / total
+    exps = {token: math.exp(z / temperature) for token, z in pairs if z > -math.inf}
+    total = sum(exps.values()) + tail
+    return {token: value / total for token, value in exps.items()}, tail / total
 
 
 def divergence_at(z_V: Tensor, kept: dict[int, float], tail: float, options: TermOptions) -> Tensor:
-    """One position's divergence; fp64, differentiable."""
+    """The divergence at one position, fp64; autograd differentiates it."""
     q_V = torch.softmax(z_V / options.temperature, 0)
     rest_V = torch.tensor([token not in kept for token in range(len(z_V))])
     q = [*(q_V[token] for token in kept), q_V[rest_V].sum()]
@@ -32,18 +32,16 @@ def divergence_at(z_V: Tensor, kept: dict[int, float], tail: float, options: Ter
     if options.divergence == "renormalised":
         p = [value / sum(kept.values()) for value in p]
     value = torch.zeros((), dtype=torch.float64)
-    for one, other in zip(p, q, strict=True):
+    for p_i, q_i in zip(p, q, strict=True):
         if options.divergence == "total_variation":
-            value = value + 0.5 * (one - other).abs()
+            value = value + 0.5 * (p_i - q_i).abs()
         elif options.divergence == "jsd" and 0 < options.beta < 1:
-            mixed = options.beta * one + (1 - options.beta) * other
-            value = (
-                value + options.beta * x_log_y(one, one / mixed) + (1 - options.beta) * x_log_y(other, other / mixed)
-            )
+            m_i = options.beta * p_i + (1 - options.beta) * q_i
+            value = value + options.beta * x_log_y(p_i, p_i / m_i) + (1 - options.beta) * x_log_y(q_i, q_i / m_i)
         elif options.divergence == "reverse_kl" or (options.divergence == "jsd" and options.beta == 1):
-            value = value + x_log_y(other, other / one.clamp(min=math.exp(-100)))
+            value = value + x_log_y(q_i, q_i / p_i.clamp(min=math.exp(-100)))
         else:
-            value = value + x_log_y(one, one / other)
+            value = value + x_log_y(p_i, p_i / q_i)
     return value * (options.temperature**2 if options.temperature_squared else 1.0)
 
 
@@ -53,7 +51,7 @@ def x_log_y(x: Tensor, y: Tensor) -> Tensor:
 
 
 def value_at(name: str, z_V: Tensor, batch: Batch, n: int, options: TermOptions) -> Tensor:
-    """One position's value of a term."""
+    """The value of a term at one position."""
     log_q_V = torch.log_softmax(z_V, 0)
     if name == "lm":
         return -log_q_V[batch.target_ids_N[n]]
@@ -70,14 +68,14 @@ def value_at(name: str, z_V: Tensor, batch: Batch, n: int, options: TermOptions)
 def twin(
     logits_NV: Tensor,
     batch: Batch,
-    reads: dict[str, list[int]],
+    positions: dict[str, list[int]],
     terms: dict[str, TermOptions],
     factors: dict[str, float],
 ) -> Tensor:
-    """The loss: sum over terms of factor * sum over the positions that it reads."""
+    """The loss: the sum over terms of factor * (the sum over the term's positions)."""
     total = logits_NV.sum() * 0.0
     for name, options in terms.items():
-        for n in reads[name]:
+        for n in positions[name]:
             total = total + factors[name] * value_at(name, logits_NV[n], batch, n, options)
     return total
 
@@ -95,7 +93,7 @@ def make_batch(
     seed: int = 0,
     top: TopK | None = None,
 ) -> Batch:
-    """A micro-batch of supervised positions; a fraction `known` of the corpus has a known target."""
+    """A random micro-batch of supervised positions; a fraction `known` of those of the corpus has a known target."""
     generator = torch.Generator().manual_seed(seed)
     total = num_gold + num_corpus
     gold_N = torch.randperm(total, generator=generator) < num_gold
@@ -106,7 +104,7 @@ def make_batch(
     teacher_MV = torch.randn(num_weak, vocabulary, generator=generator) * scale
     if top is None and num_weak:
         top = top_k_and_entropy(teacher_MV, k=min(k, vocabulary), temperatures=temperatures)[0]
-    said_N = torch.where(weak_N, torch.randint(0, vocabulary, (total,), generator=generator), UNKNOWN_TARGET)
+    generated_N = torch.where(weak_N, torch.randint(0, vocabulary, (total,), generator=generator), UNKNOWN_TARGET)
     return Batch(
         input_ids_BS=torch.zeros(1, max(total, 1), dtype=torch.int64),
         position_ids_BS=torch.zeros(1, max(total, 1), dtype=torch.int64),
@@ -114,7 +112,7 @@ def make_batch(
         target_ids_N=torch.where(is_known_N, targets_N, UNKNOWN_TARGET),
         gold_N=gold_N,
         weak_N=weak_N,
-        weak_ids_N=said_N,
+        weak_ids_N=generated_N,
         teacher=top,
         entropy_M=torch.special.entr(torch.softmax(teacher_MV, 1)).sum(1) if num_weak else None,
         keys_B=torch.zeros(1, dtype=torch.int64),
