@@ -229,7 +229,7 @@ def test_a_tokens_top_entries_as_text(cache: Path, teacher: Path, tmp_path: Path
     assert "pipeline" not in block
     block = block.replace("caches/demo/demo-*", str(cache)).replace("data/demo/smollm2-135m", str(teacher))
     block = block.replace(", 64\n", ", 8\n")
-    assert len(block.strip().splitlines()) == 5
+    assert len(block.split("\n")) <= 8  # short enough to be typed
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 2
     assert ", 0.0), (" in done.stdout
