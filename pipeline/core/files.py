@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,3 +154,8 @@ def one_path(pattern: str, what: str) -> Path:
         listed = "nothing" if not found else ", ".join(found)
         raise InputError(f"{what}: expected {pattern!r} to match one path, found {listed}; check or narrow it")
     return Path(found[0])
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a model's path is a name on the Hugging Face hub (OWNER/NAME), and not a folder that exists or a glob."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).is_dir()

@@ -26,13 +26,12 @@ from pipeline.evaluation.requests import (
 )
 from pipeline.models import loading as models
 from pipeline.models.compatibility import max_positions
-from pipeline.models.forward import Model, hidden_states, logits
-from pipeline.models.generation import batches_of_like_length, generate
+from pipeline.models.forward import HEAD_POSITIONS, Model, hidden_states, logits
+from pipeline.models.generation import batches_by_length, generate
 from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 
 SHORTEST_WINDOW = 128  # tokens; a wider window would only add attention between segments that is masked away
-HEAD_POSITIONS = 512  # positions in one pass through the head: bounds the [N, V] matrix
 
 
 def run(config: EvaluateConfig) -> Scores:
@@ -171,14 +170,14 @@ def _answers(
         # at ZeRO 3 a rank that ends earlier, by a tie that it breaks otherwise, would leave the others waiting
         return likeliest_B if ranks is None else ranks.broadcast(likeliest_B)
 
-    for rows in batches_of_like_length(lengths, batch_tokens=batch_tokens, max_new_tokens=exam.max_new_tokens):
+    for rows in batches_by_length(lengths, batch_tokens=batch_tokens, max_new_tokens=exam.max_new_tokens):
         asked = [questions[row] for row in rows]
         words = generate(
             model,
             [torch.tensor(question.ids) for question in asked],
             choose,
-            room=[exam.max_new_tokens] * len(asked),
-            ends=[question.ends for question in asked],
+            max_new_tokens=[exam.max_new_tokens] * len(asked),
+            end_ids=[question.ends for question in asked],
             vocabulary_size=vocabulary_size(exam.tokenizer),
         )
         for question, ids in zip(asked, words, strict=True):

@@ -18,7 +18,7 @@ from pipeline.evaluation.predictions import teacher_choices, teacher_score
 from pipeline.evaluation.requests import check_generation_requests, open_evaluation_set
 from pipeline.models import loading as models
 from pipeline.models.compatibility import check_window, max_positions
-from pipeline.models.tokenizer import check_same_tokenizer, open_tokenizer, text_settings, tokenizer_hash
+from pipeline.models.tokenizer import chat_template_and_end_token, check_same_tokenizer, open_tokenizer, tokenizer_hash
 from pipeline.objective.divergences import NEEDS_TAIL
 from pipeline.training.builders import class_ids
 
@@ -33,7 +33,7 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
     class_ids(config.loss.confidence.choices, tokenizer)
     identity: dict[str, Any] = {
         "options": identity_options(config),
-        "student": [models.weights_hash(folder), tokenizer_hash(tokenizer), text_settings(tokenizer)],
+        "student": [models.weights_hash(folder), tokenizer_hash(tokenizer), chat_template_and_end_token(tokenizer)],
     }
     if config.cache is not None and config.gold_fraction < 1:
         identity["cache"] = check_cache(config, config.cache, "cache", folder, tokenizer)
