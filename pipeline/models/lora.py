@@ -56,9 +56,8 @@ def merge_adapter(config: StudentConfig, weights: dict[str, Tensor], folder: Pat
     lora_config = _lora_config(student, config.adapter)
     fully_trained = _fully_trained_modules(student, config.adapter)
     lora_config.modules_to_save, lora_config.revision = fully_trained or None, config.revision
-    with (
-        warnings.catch_warnings()
-    ):  # about fully trained tied matrices; they are correct because they are written twice
+    with warnings.catch_warnings():
+        # about fully trained tied matrices; they are correct because they are written twice
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         adapted = peft.get_peft_model(student, lora_config, autocast_adapter_dtype=False)
     base_folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
@@ -106,8 +105,8 @@ def _lora_config(student: Model, options: AdapterConfig) -> Any:
         if head.weight is embeddings.weight:
             raise InputError(
                 "student.adapter.targets: expected layers without the head, because its matrix is also the embeddings, "
-                f"which would change with it, found {targets}; leave the head out, or set train_embeddings=true and "
-                "train_head=true"
+                f"which would change with it, found {targets}; leave the head out (train_embeddings=true with "
+                "train_head=true trains its full weight)"
             )
         if options.train_head:
             raise InputError(

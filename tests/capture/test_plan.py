@@ -125,7 +125,7 @@ def test_a_damaged_plan_is_rejected(teacher: Path, tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"expected the tokenized corpus, found it damaged .*; delete"):
+    with pytest.raises(InputError, match=r"expected the tokenized text, found it damaged .*; delete"):
         list(open_sequence_file(sequence_file(planned.sequences, 0)))
 
 

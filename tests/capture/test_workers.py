@@ -1,4 +1,4 @@
-"""Workers that are killed, frozen or out of disk space: afterwards each shard has the bytes of an undisturbed capture."""
+"""Workers killed, frozen or out of disk space: afterwards each shard has the bytes of an undisturbed capture."""
 
 from __future__ import annotations
 
