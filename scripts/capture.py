@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Stage one: run the teacher over the corpus once and keep its top-k logits as Parquet shards.
+"""Stage one: run the teacher over the corpus once and write its top-k logits as Parquet shards.
 
     python scripts/capture.py                                  the demo's teacher and corpus
     python scripts/capture.py teacher.path=MODEL corpus.files=[DATA.jsonl] name=mine k=64
 
-Prints the cache folder; the same command again goes on where it stopped, or does nothing.
+Prints the cache folder. The same command again resumes a stopped capture; on a finished cache it does nothing.
 """
 
 from pipeline.config.cli import hydra_main
@@ -12,7 +12,7 @@ from pipeline.config.schema import CaptureConfig
 
 
 def main(config: CaptureConfig) -> None:
-    from pipeline.capture.driver import run  # here, so that a wrong option is refused before torch has loaded
+    from pipeline.capture.driver import run  # here, so that a wrong option is rejected before torch is imported
 
     print(run(config))
 

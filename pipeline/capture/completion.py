@@ -1,4 +1,4 @@
-"""The teacher completes prompts; its distribution at each generated token is recorded while it generates."""
+"""The teacher completes prompts; its distribution at each generated token is captured during generation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.models.generation import generate
 def completed_batches(teacher: Model, prompts: Sequence[TokenSequence], manifest: Manifest) -> Iterator[PendingBatch]:
     """Complete prompts of similar length together, and pack prompts and completions into sequences.
 
-    The batches follow from the prompts alone, so that a repeated shard generates the same.
+    The batches depend on the prompts and the manifest alone, so that a shard captured again has the same completions.
     """
     options = manifest.made_of.get("complete", {})
     by_length = sorted(prompts, key=lambda prompt: (len(prompt.input_ids_S), prompt.record_ids))
@@ -35,15 +35,16 @@ def completed_batches(teacher: Model, prompts: Sequence[TokenSequence], manifest
 def _complete(
     teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest
 ) -> tuple[list[list[int]], list[Captured]]:
-    """The generated ids of each prompt, the end token included, and the distributions that they were taken from.
+    """The generated ids of each prompt, including the end token, and the captured distributions of each step.
 
-    `steps[t]` has a row for every prompt of the batch; rows beyond the end of a prompt's completion mean nothing.
+    `steps[t]` has one row for each prompt; rows after the end of a prompt's completion are not used.
     """
     options, device = manifest.made_of["complete"], next(teacher.parameters()).device
-    room = [min(options["max_new_tokens"], manifest.window - len(prompt.input_ids_S)) for prompt in batch]
-    longest = max(room)
-    captured_draws = [uniform_draws(p.key, longest, draws=manifest.draws, seed=manifest.draw_seed) for p in batch]
-    draws_BTD = torch.stack(captured_draws)
+    max_new_tokens = [min(options["max_new_tokens"], manifest.window - len(prompt.input_ids_S)) for prompt in batch]
+    longest = max(max_new_tokens)
+    draws_BTD = torch.stack(
+        [uniform_draws(p.key, longest, draws=manifest.draws, seed=manifest.draw_seed) for p in batch]
+    )
     sampling_BT1 = torch.stack([uniform_draws(p.key, longest, draws=1, seed=~options["seed"]) for p in batch])
     unknown_B = torch.full((len(batch),), UNKNOWN_TARGET, device=device)
     steps: list[Captured] = []
@@ -52,13 +53,19 @@ def _complete(
         steps.append(capture_positions(logits_BV, unknown_B, draws_BTD[:, t], manifest))
         return _next_token(logits_BV, options, sampling_BT1[:, t])
 
-    ends = [{manifest.made_of["end_token_id"]}] * len(batch)
-    prompts = [prompt.input_ids_S for prompt in batch]
-    completions = generate(teacher, prompts, choose, room=room, ends=ends, vocabulary_size=manifest.vocabulary_size)
+    completions = generate(
+        teacher,
+        [prompt.input_ids_S for prompt in batch],
+        choose,
+        max_new_tokens=max_new_tokens,
+        end_ids=[{manifest.made_of["end_token_id"]}] * len(batch),
+        vocabulary_size=manifest.vocabulary_size,
+    )
     return completions, steps
 
 
 def _next_token(logits_BV: Tensor, options: dict[str, object], uniforms_B1: Tensor) -> Tensor:
+    """The next token of each prompt [B]: the most likely one, or one sampled at the temperature of the options."""
     if options["how"] == "greedy":
         return logits_BV.argmax(dim=1)
     assert isinstance(options["temperature"], float)
@@ -72,15 +79,15 @@ def _pack_completions(
     manifest: Manifest,
     started: object,
 ) -> PendingBatch:
-    """Prompts with their completions as sequences: every generated token is supervised, its true target is unknown."""
+    """Sequences of prompts with completions. Each generated token is supervised; its true target is unknown."""
     segments = [with_completion(prompt, ids) for prompt, ids in zip(batch, completions, strict=True)]
     sequences = list(pack(segments, window=manifest.window))
     row_of = {prompt.record_ids[0]: row for row, prompt in enumerate(batch)}
-    # the rows of the batch, in the order in which packing placed their records
+    # the batch's rows, in the order in which packing placed their records
     packed_rows = [row_of[record_id] for sequence in sequences for record_id in sequence.record_ids]
     weak_ids_N = torch.tensor([token for row in packed_rows for token in completions[row]])
-    # joined, the steps hold step t of row b at t * B + b: with B = 3, step 2 of row 1 is at 7
-    wanted = [t * len(batch) + row for row in packed_rows for t in range(len(completions[row]))]
+    # concatenated, the steps hold step t of row b at index t * B + b: with B = 3, step 2 of row 1 is at 2 * 3 + 1 = 7
+    indices = [t * len(batch) + row for row in packed_rows for t in range(len(completions[row]))]
     captured = Captured.cat(steps)
-    captured = captured.select(torch.tensor(wanted, device=captured.entropy_N.device))
+    captured = captured.select(torch.tensor(indices, device=captured.entropy_N.device))
     return start_copy(sequences, dataclasses.replace(captured, weak_ids_N=weak_ids_N), started)

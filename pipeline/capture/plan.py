@@ -1,13 +1,15 @@
-"""The plan of a capture: one pass over the corpus, which leaves it tokenized and packed, shard by shard.
+"""The plan of a capture: one pass over the corpus, which is tokenized, packed and written as one file per shard.
 
-Every record is read, parsed and tokenized once, here; what cannot be used stops here, before a teacher loads. The
-sequences wait in a local folder (a few bytes a token, a few hundredths of what the cache will take) until they are
-captured; the plan itself is remembered, so that the same command knows its cache without reading the corpus again.
+Each record is read, parsed and tokenized once, here, so a record that cannot be used stops the capture before the
+teacher is loaded. The sequences stay in a local folder until they are captured; they take a few bytes per token, a few
+percent of the finished cache. The manifest stays there too, so the same command finds its cache without reading the
+corpus again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
 import shutil
@@ -24,7 +26,7 @@ from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease
 from pipeline.cache.schema import SCHEMA_VERSION
 from pipeline.cache.sequence_files import sequence_file, write_sequence_file
-from pipeline.capture.plan_lookup import PlanFolder, state_of
+from pipeline.capture.plan_lookup import PlanFolder, file_states
 from pipeline.config.schema import CaptureConfig, CompletionMode, Kind
 from pipeline.core.files import sync_files
 from pipeline.core.object_store import write_json
@@ -35,90 +37,95 @@ from pipeline.data.tokenize import read_sequences, text_hash
 from pipeline.models import loading as models
 from pipeline.models.compatibility import check_window
 from pipeline.models.paths import model_folder
-from pipeline.models.tokenizer import load_tokenizer, text_settings, tokenizer_hash, vocabulary_size
+from pipeline.models.tokenizer import chat_template_and_end_token, load_tokenizer, tokenizer_hash, vocabulary_size
 
-CORPUS_A_PROCESS_BYTES = 4 << 20  # starting a process takes longer than tokenizing this much
+CORPUS_BYTES_PER_PROCESS = 4 << 20  # starting a process takes longer than tokenizing this much
 
 
-def make_plan(config: CaptureConfig, request: PlanFolder, *, with_sequences: bool = True) -> Manifest:
-    """Plan a capture, or wait for a process that is planning the same; the result is remembered.
+def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool = True) -> Manifest:
+    """Plan a capture, or wait for another process that is planning the same one; returns the manifest.
 
-    Without `with_sequences` a plan is enough whose sequences are captured and gone.
+    The plan is kept in its folder. With `with_sequences=False` an existing manifest is enough: its sequences may have
+    been captured and deleted. InputError for options that do not fit the teacher, and for records that cannot be used.
     """
     teacher = models.resolve_dtype(config.teacher)
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
-    tokenizer = tokenizer_of(folder, teacher.trust_remote_code)
+    tokenizer = cached_tokenizer(folder, teacher.trust_remote_code)
     check_window(folder, config.window)
     if config.k > vocabulary_size(tokenizer):
         raise InputError(
-            f"k: expected at most {vocabulary_size(tokenizer)} (the vocabulary of {folder}), found {config.k}"
+            f"k: expected at most {vocabulary_size(tokenizer)} (the vocabulary of {folder}), found {config.k}; choose "
+            "a smaller k"
         )
     if config.corpus.end_token and tokenizer.eos_token_id is None:
         raise InputError("corpus: expected a tokenizer with an end token, found none; set corpus.end_token=false")
     try:
-        request.folder.mkdir(parents=True, exist_ok=True)
+        plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"{request.folder}: expected a folder to write into, found {error.strerror}; choose another with plans_dir="
+            f"{plan.folder}: expected a folder to write into, found {error.strerror}; choose another with plans_dir="
         ) from error
     while True:
-        with hold_lease(request.folder / "claim", lease_seconds=config.lease_seconds) as held:
-            manifest = request.load()
-            if manifest is not None and (request.sequences.exists() or not with_sequences):
+        with hold_lease(plan.folder / "claim", lease_seconds=config.lease_seconds) as held:
+            manifest = plan.load()
+            if manifest is not None and (plan.sequences.exists() or not with_sequences):
                 return manifest
             if held:
-                return _make(dataclasses.replace(config, teacher=teacher), folder, tokenizer, request)
-        log.info("%s: another process is planning this capture; waiting", request.folder)
+                return _write_plan(dataclasses.replace(config, teacher=teacher), folder, tokenizer, plan)
+        log.info("%s: another process is planning this capture; waiting", plan.folder)
         time.sleep(min(1.0, config.lease_seconds / 4))
 
 
-def _make(config: CaptureConfig, folder: Path, tokenizer: Any, request: PlanFolder) -> Manifest:
-    text = corpus_of(config)
-    before = state_of([*text.files, folder])
-    for left in request.folder.glob(".*.tmp"):  # of planners that were killed
-        if time.time() - left.stat().st_mtime > config.lease_seconds:
-            shutil.rmtree(left, ignore_errors=True)
-    spool = request.folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    spool.mkdir()
+def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanFolder) -> Manifest:
+    """Tokenize the corpus into the plan's folder and write the manifest last; `folder` is the teacher's."""
+    text = open_corpus(config)
+    states_before = file_states([*text.files, folder])
+    for leftover in plan.folder.glob(".*.tmp"):  # of processes that were killed while planning
+        if time.time() - leftover.stat().st_mtime > config.lease_seconds:
+            shutil.rmtree(leftover, ignore_errors=True)
+    unfinished = plan.folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    unfinished.mkdir()
     try:
-        with ThreadPoolExecutor(2) as beside:
-            corpus_sha256 = beside.submit(text_hash, text)
-            weights_sha256 = beside.submit(models.weights_hash, folder)
-            num_records = tokenize(config, text, folder, spool)
+        with ThreadPoolExecutor(2) as hashing:  # while this thread tokenizes
+            corpus_sha256 = hashing.submit(text_hash, text)
+            weights_sha256 = hashing.submit(models.weights_hash, folder)
+            num_records = tokenize_corpus(config, text, folder, unfinished)
             tokenizer_sha256 = tokenizer_hash(tokenizer)
         hashes = {"corpus": corpus_sha256.result(), "teacher_weights": weights_sha256.result()}
         manifest = make_manifest(config, tokenizer, num_records, {**hashes, "tokenizer": tokenizer_sha256})
-        if state_of([*text.files, folder]) != before:
-            raise InputError("corpus: expected files that stay as they are, found one changed while it was read; retry")
-        sync_files(spool)
-        shutil.rmtree(request.sequences, ignore_errors=True)
-        spool.rename(request.sequences)
+        if file_states([*text.files, folder]) != states_before:
+            raise InputError(
+                "corpus: expected files that do not change, found one changed while it was read; run again"
+            )
+        sync_files(unfinished)
+        shutil.rmtree(plan.sequences, ignore_errors=True)
+        unfinished.rename(plan.sequences)
     except OSError as error:
         raise InputError(
-            f"{spool}: expected to write the tokenized corpus, found {error.strerror or error}; make room, or choose "
-            "another folder with plans_dir="
+            f"{unfinished}: expected to write the tokenized corpus, found {error.strerror or error}; free disk space, "
+            "or choose another folder with plans_dir="
         ) from error
     finally:
-        shutil.rmtree(spool, ignore_errors=True)
-    write_json(manifests.manifest_path(request.folder), dataclasses.asdict(manifest))
+        shutil.rmtree(unfinished, ignore_errors=True)
+    write_json(manifests.manifest_path(plan.folder), dataclasses.asdict(manifest))
     return manifest
 
 
-def corpus_of(config: CaptureConfig) -> Text:
-    """The corpus as it is to be read."""
+def open_corpus(config: CaptureConfig) -> Text:
+    """The corpus files and how to read them: with `complete`, prompts without a completion are allowed."""
     completes = config.complete.how is not CompletionMode.none
     return dataclasses.replace(open_text(config.corpus, "corpus"), completes=completes)
 
 
 def make_manifest(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dict[str, str]) -> Manifest:
-    """The promise of a cache: all that changes its content (`hashes` of what it is read from), and its shards' size."""
+    """The manifest of a cache. `hashes` are the sha256 of its inputs; with the options they make the fingerprint."""
     complete = config.complete
     made_of = {
         **hashes,
         "schema_version": SCHEMA_VERSION,
         "teacher_num_layers": config.teacher.num_layers,
         "teacher_dtype": config.teacher.dtype.name,
-        **text_settings(tokenizer),
+        **chat_template_and_end_token(tokenizer),
         "columns": dataclasses.asdict(config.corpus.columns),
         "targets": config.corpus.targets.name,
         "malformed": config.corpus.malformed.name,
@@ -145,48 +152,52 @@ def make_manifest(config: CaptureConfig, tokenizer: Any, num_records: int, hashe
         vocabulary_size=vocabulary_size(tokenizer),
         window=config.window,
         num_records=num_records,
-        num_shards=-(-num_records // config.records_per_shard),
+        num_shards=math.ceil(num_records / config.records_per_shard),
         records_per_shard=config.records_per_shard,
     )
 
 
-# --------------------------------------------------------------------------------------------- the pass
+# ----------------------------------------------------------------------------- one pass over the corpus
 
 
-def tokenize(config: CaptureConfig, text: Text, folder: Path, spool: Path) -> int:
-    """Tokenize and pack every record into a file a shard; returns the number of records.
+def tokenize_corpus(config: CaptureConfig, text: Text, teacher_folder: Path, sequences: Path) -> int:
+    """Tokenize and pack each record, and write one file per shard into `sequences`; returns the number of records.
 
-    One process reads, the others tokenize whole shards; at most a few shards are in memory at once.
+    This process reads the corpus; others tokenize one shard each. At most a few shards are in memory at once.
     """
     started, num_records, num_rows, num_skipped = time.monotonic(), 0, 0, 0
-    size = sum(file.stat().st_size for file in text.files)
-    processes = min(len(os.sched_getaffinity(0)), -(-size // CORPUS_A_PROCESS_BYTES))
-    executor: Executor = (
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) if processes > 1 else ThreadPoolExecutor(1)
-    )
+    corpus_bytes = sum(file.stat().st_size for file in text.files)
+    num_processes = min(len(os.sched_getaffinity(0)), math.ceil(corpus_bytes / CORPUS_BYTES_PER_PROCESS))
+    executor: Executor = ThreadPoolExecutor(1)
+    if num_processes > 1:
+        executor = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
     with executor:
-        waiting: deque[Future[tuple[int, int]]] = deque()
+        shards: deque[Future[tuple[int, int]]] = deque()
 
-        def gather(at_most: int) -> None:
+        def wait_until_pending(max_pending: int) -> None:
+            """Wait for the oldest shards until at most `max_pending` are left, and add up their counts."""
             nonlocal num_rows, num_skipped
-            while len(waiting) > at_most:
-                rows, skipped = waiting.popleft().result()
+            while len(shards) > max_pending:
+                rows, skipped = shards.popleft().result()
                 num_rows, num_skipped = num_rows + rows, num_skipped + skipped
 
         try:
-            for index, group in enumerate(read_chunks(text.files, size=config.records_per_shard)):
-                num_records += sum(len(piece.numbers) for piece in group)
+            for index, chunks in enumerate(read_chunks(text.files, size=config.records_per_shard)):
+                num_records += sum(len(chunk.numbers) for chunk in chunks)
                 first_id = index * config.records_per_shard
-                arguments = (group, text, folder, config.teacher.trust_remote_code, config.window, first_id)
-                waiting.append(executor.submit(write_sequences, sequence_file(spool, index), *arguments))
-                gather(2 * processes)
-            gather(0)
+                arguments = (chunks, text, teacher_folder, config.teacher.trust_remote_code, config.window, first_id)
+                shards.append(executor.submit(write_sequences, sequence_file(sequences, index), *arguments))
+                wait_until_pending(2 * num_processes)
+            wait_until_pending(0)
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise
     if num_rows == 0:
         files = ", ".join(map(str, text.files))
-        raise InputError(f"corpus: expected usable records, found none in {files} ({num_skipped} malformed)")
+        raise InputError(
+            f"corpus: expected usable records, found none in {files} ({num_skipped} malformed); check the files and "
+            "corpus.columns"
+        )
     if num_skipped:
         log.warning("corpus: %d malformed records skipped", num_skipped)
     log.info("planned %d records, %d sequences in %.1f s", num_records, num_rows, time.monotonic() - started)
@@ -194,17 +205,23 @@ def tokenize(config: CaptureConfig, text: Text, folder: Path, spool: Path) -> in
 
 
 @lru_cache(maxsize=1)
-def tokenizer_of(folder: Path, trust_remote_code: bool) -> Any:
-    """A folder's tokenizer, loaded once a process."""
+def cached_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model folder, loaded once per process."""
     return load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def write_sequences(
-    path: Path, group: Sequence[RawChunk], text: Text, folder: Path, trust_remote_code: bool, window: int, first_id: int
+    path: Path,
+    chunks: Sequence[RawChunk],
+    text: Text,
+    teacher_folder: Path,
+    trust_remote_code: bool,
+    window: int,
+    first_id: int,
 ) -> tuple[int, int]:
-    """The records of a shard, tokenized and packed, into one file; returns its rows and the records skipped."""
-    tokenizer = tokenizer_of(folder, trust_remote_code)
+    """Tokenize and pack the records of a shard into one file; returns the numbers of its rows and skipped records."""
+    tokenizer = cached_tokenizer(teacher_folder, trust_remote_code)
     malformed = MalformedRecords(skip=text.skip_malformed)
-    packed = read_sequences(raw_records(group), text, tokenizer, malformed, window=window, first_id=first_id)
+    packed = read_sequences(raw_records(chunks), text, tokenizer, malformed, window=window, first_id=first_id)
     num_rows = write_sequence_file(path, packed, num_skipped=lambda: malformed.count)
     return num_rows, malformed.count

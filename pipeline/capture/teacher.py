@@ -1,4 +1,4 @@
-"""The teacher's forward: packed sequences -> what stage one stores about them."""
+"""The teacher's forward: packed sequences -> the captured columns of a shard."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from torch import Tensor
 from pipeline.core.topk import hybrid, sampled, top_k_and_entropy, uniform_draws
 from pipeline.core.types import UNKNOWN_TARGET, Captured, Manifest, TokenSequence, map_tensors
 from pipeline.data.packing import collate_inputs
-from pipeline.models.forward import Model, hidden_states, logits
-
-HEAD_POSITIONS = 512  # positions in one pass through the head: bounds the [N, V] matrix
+from pipeline.models.forward import HEAD_POSITIONS, Model, hidden_states, logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PendingBatch:
-    """A batch whose columns are still being copied from the device; `finish_copy` waits for them."""
+    """A captured batch that may still be in the copy from device to host memory; `finish_copy` waits for it."""
 
     sequences: Sequence[TokenSequence]
     captured: Captured
     """All positions of the batch."""
     started: Any
-    """Host seconds, or a CUDA event, at the beginning and at the end of the forward."""
+    """The beginning of the forward: `timestamp`."""
     ended: Any
+    """The end of the forward: `timestamp`."""
+    copied: Any = None
+    """CUDA event at the end of the copy; None on a CPU, where nothing is copied."""
 
 
 @torch.inference_mode()
 def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest) -> PendingBatch:
-    """One forward, and all that is stored of it. Only supervised positions reach the head."""
+    """Run the teacher over a batch and capture its supervised positions; only these pass through the head."""
     device = next(teacher.parameters()).device
     started = timestamp(device)
     input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
@@ -44,21 +45,22 @@ def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Mani
     draws_ND = torch.cat(
         [uniform_draws(s.key, len(s.target_ids_N), draws=manifest.draws, seed=manifest.draw_seed) for s in batch]
     )
-    parts = [
-        capture_positions(logits(teacher, hidden, manifest.vocabulary_size), targets, drawn, manifest)
-        for hidden, targets, drawn in zip(
-            *(part.split(HEAD_POSITIONS) for part in (hidden_NH, targets_N.to(device), draws_ND)), strict=True
-        )
-    ]
+    hidden_parts = hidden_NH.split(HEAD_POSITIONS)
+    target_parts = targets_N.to(device).split(HEAD_POSITIONS)
+    draw_parts = draws_ND.split(HEAD_POSITIONS)
+    parts = []
+    for part_NH, part_targets_N, part_draws_ND in zip(hidden_parts, target_parts, draw_parts, strict=True):
+        logits_NV = logits(teacher, part_NH, manifest.vocabulary_size)
+        parts.append(capture_positions(logits_NV, part_targets_N, part_draws_ND, manifest))
     captured = Captured.cat(parts)
-    if "complete" in manifest.made_of:  # these targets are the corpus's own, not the teacher's completion
+    if "complete" in manifest.made_of:  # these targets come from the corpus: the teacher did not generate them
         weak_ids_N = torch.full_like(targets_N, UNKNOWN_TARGET)
         captured = dataclasses.replace(captured, weak_ids_N=weak_ids_N)
     return start_copy(batch, captured, started)
 
 
 def capture_positions(logits_NV: Tensor, targets_N: Tensor, uniforms_ND: Tensor, manifest: Manifest) -> Captured:
-    """What is kept of some positions: distribution, log-probability of the known target, entropy."""
+    """The captured columns of N positions: top-k, log-probability of the target (NaN if it is unknown), entropy."""
     k, temperatures = (manifest.k, manifest.temperatures) if manifest.kind == "topk" else (1, (1.0,))
     top, log_z_N, entropy_N = top_k_and_entropy(logits_NV, k=k, temperatures=temperatures)
     largest_N = logits_NV.gather(1, top.ids_NK[:, :1])[:, 0].float()
@@ -75,15 +77,16 @@ def capture_positions(logits_NV: Tensor, targets_N: Tensor, uniforms_ND: Tensor,
 
 
 def start_copy(batch: Sequence[TokenSequence], captured: Captured, started: Any) -> PendingBatch:
-    """Start copying a batch to host memory: on a GPU on a side stream into pinned buffers, beside the next forward."""
+    """Start the copy of a batch to host memory; a GPU copies on a second stream, during the next forward."""
     device = captured.entropy_N.device
     ended = timestamp(device)
     if device.type == "cuda":
-        stream = _side_stream(device)
+        stream = _copy_stream(device)
         stream.wait_event(ended)
         with torch.cuda.stream(stream):
             captured = map_tensors(captured, partial(_copy_to_pinned, stream=stream))
-            ended = (ended, stream.record_event())
+            copied = stream.record_event()
+        return PendingBatch(sequences=batch, captured=captured, started=started, ended=ended, copied=copied)
     return PendingBatch(sequences=batch, captured=captured, started=started, ended=ended)
 
 
@@ -97,19 +100,18 @@ def _copy_to_pinned(column: Tensor, *, stream: torch.cuda.Stream) -> Tensor:
 
 
 def finish_copy(pending: PendingBatch) -> tuple[list[Captured], float]:
-    """Wait until a batch is in host memory: what is stored about each sequence, and the forward's seconds."""
-    if isinstance(pending.ended, tuple):
-        forward_ended, copied = pending.ended
-        copied.synchronize()
-        seconds = pending.started.elapsed_time(forward_ended) / 1000
-    else:
+    """Wait until a batch is in host memory; returns each sequence's captured columns, and the forward's seconds."""
+    if pending.copied is None:
         seconds = pending.ended - pending.started
+    else:
+        pending.copied.synchronize()
+        seconds = pending.started.elapsed_time(pending.ended) / 1000
     counts = [len(sequence.target_positions_N) for sequence in pending.sequences]
     return pending.captured.split(counts), seconds
 
 
 def timestamp(device: torch.device) -> Any:
-    """A point in time on a device's own clock."""
+    """The present time on a device's clock: seconds on a CPU, a recorded CUDA event on a GPU."""
     if device.type != "cuda":
         return time.monotonic()
     event = torch.cuda.Event(enable_timing=True)
@@ -118,5 +120,5 @@ def timestamp(device: torch.device) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

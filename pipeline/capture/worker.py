@@ -1,4 +1,4 @@
-"""One worker of stage one: takes shards that nobody has, lets the teacher speak, commits them."""
+"""One worker of stage one: it captures and commits those shards that no other worker is capturing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pipeline.models import loading as models
 from pipeline.models.forward import Model
 from pipeline.models.prepack import prepack
 
-BATCHES_IN_FLIGHT = 3  # between the teacher and the disk: a slow disk holds the teacher back, memory stays bounded
+MAX_PENDING_BATCHES = 3  # captured and not yet written: the teacher waits for a slow disk, so memory stays bounded
 
 
 def run_worker(
@@ -40,14 +40,14 @@ def run_worker(
     worker: int = 0,
     teacher: Model | None = None,
 ) -> None:
-    """Capture the shards that nobody else does until all are committed; the teacher loads when it is needed."""
+    """Capture the shards that no other worker holds until all are committed; the teacher is loaded for the first."""
     keep_allocator_memory()
     manifest = manifests.load_manifest(cache)
     lease_seconds = config.lease_seconds
     missing = manifests.missing_shards(cache, shards)
     progress = Progress(
         f"capture {worker}" if config.num_workers > 1 else "capture",
-        total=sum(rows_left(sequences, index) for index in missing),
+        total=sum(num_waiting_sequences(sequences, index) for index in missing),
         unit=" sequences",
         log_every_seconds=config.log_every_seconds,
     )
@@ -56,31 +56,25 @@ def run_worker(
             with hold_lease(manifests.lease_path(cache, index), lease_seconds=lease_seconds) as held:
                 if not held or manifests.shard_info(cache, index) or manifests.adopt_orphan(cache, index):
                     continue
-                # as planned, which may have been on a machine with another idea of `auto`
+                # the plan's dtype: this machine could resolve `auto` to another one
                 options = dataclasses.replace(config.teacher, dtype=Dtype[manifest.made_of["teacher_dtype"]])
                 teacher = teacher or prepack(models.open_model(options, compute_device(worker)))
                 try:
-                    capture_shard(
-                        teacher,
-                        open_sequence_file(sequence_file(sequences, index)),
-                        cache,
-                        manifest,
-                        index,
-                        config,
-                        progress,
-                    )
+                    shard = open_sequence_file(sequence_file(sequences, index))
+                    capture_shard(teacher, shard, cache, manifest, index, config, progress)
                 except (InputError, FileNotFoundError):
-                    # frozen past the lease: others finished the shard, and cleared its plan away
+                    # this worker stopped for longer than its lease, and another one committed the shard and deleted
+                    # its sequences
                     if manifests.shard_info(cache, index) is None:
                         raise
         missing = manifests.missing_shards(cache, missing)
-        if missing:  # others are at work on them: be there if they die
+        if missing:  # other workers hold them: wait, and take over if their leases expire
             time.sleep(min(1.0, lease_seconds / 4))
     progress.close()
 
 
-def rows_left(sequences: Path, index: int) -> int:
-    """The sequences that wait for a shard; none if others have made the cache whole this moment and cleared away."""
+def num_waiting_sequences(sequences: Path, index: int) -> int:
+    """The sequences of a shard that are not captured yet; 0 if another process has just finished the cache."""
     try:
         return open_sequence_file(sequence_file(sequences, index)).num_rows
     except FileNotFoundError:
@@ -96,15 +90,16 @@ def capture_shard(
     config: CaptureConfig,
     progress: Progress,
 ) -> None:
-    """One shard, from its planned sequences to its commit; written by a thread while the teacher goes on."""
+    """Capture the sequences of one shard and commit it; a thread writes while the teacher runs on."""
     started, tokens, forward_seconds = time.monotonic(), 0, 0.0
     with shard_writer(cache, manifest, index) as writer, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
-        waiting: deque[Future[tuple[int, int, float]]] = deque()
+        writes: deque[Future[tuple[int, int, float]]] = deque()
 
-        def gather(at_most: int) -> None:
+        def wait_until_pending(max_pending: int) -> None:
+            """Wait for the oldest writes until at most `max_pending` are left, and log their progress."""
             nonlocal tokens, forward_seconds
-            while len(waiting) > at_most:
-                num_sequences, num_tokens, seconds = waiting.popleft().result()
+            while len(writes) > max_pending:
+                num_sequences, num_tokens, seconds = writes.popleft().result()
                 tokens, forward_seconds = tokens + num_tokens, forward_seconds + seconds
                 elapsed = time.monotonic() - started
                 progress.advance(
@@ -113,37 +108,38 @@ def capture_shard(
                     outside_forward=max(1.0 - forward_seconds / elapsed, 0.0),
                 )
 
-        for flight in teacher_batches(teacher, shard, manifest, config):
-            waiting.append(pool.submit(write, writer, flight))
-            gather(BATCHES_IN_FLIGHT - 1)
-        gather(0)
+        for pending in teacher_batches(teacher, shard, manifest, config):
+            writes.append(pool.submit(write_batch, writer, pending))
+            wait_until_pending(MAX_PENDING_BATCHES - 1)
+        wait_until_pending(0)
         writer.commit(num_skipped=shard.num_skipped)
 
 
 def teacher_batches(
     teacher: Model, shard: SequenceFile, manifest: Manifest, config: CaptureConfig
 ) -> Iterator[PendingBatch]:
-    """The teacher's forwards over a shard: what has targets in batches as it lies, then prompts to be completed."""
+    """Run the teacher over a shard: first sequences with targets, in the shard's order, then prompts to complete."""
     prompts = []
-    speaking = iter(shard)
-    while some := list(itertools.islice(speaking, config.batch_sequences)):
-        prompts += [sequence for sequence in some if not len(sequence.target_positions_N)]
-        if batch := [sequence for sequence in some if len(sequence.target_positions_N)]:
-            yield capture_batch(teacher, batch, manifest)
+    rows = iter(shard)
+    while sequences := list(itertools.islice(rows, config.batch_sequences)):
+        with_targets = [sequence for sequence in sequences if len(sequence.target_positions_N)]
+        prompts += [sequence for sequence in sequences if not len(sequence.target_positions_N)]
+        if with_targets:
+            yield capture_batch(teacher, with_targets, manifest)
     yield from completed_batches(teacher, prompts, manifest)
 
 
-def write(writer: ShardWriter, flight: PendingBatch) -> tuple[int, int, float]:
-    """Wait for a batch to be in memory and write it; returns its sequences, its tokens and its forward's seconds."""
-    captured, forward_seconds = finish_copy(flight)
-    for sequence, one in zip(flight.sequences, captured, strict=True):
-        writer.write(sequence, one)
-    return len(captured), sum(len(sequence.input_ids_S) for sequence in flight.sequences), forward_seconds
+def write_batch(writer: ShardWriter, pending: PendingBatch) -> tuple[int, int, float]:
+    """Wait until a batch is in host memory and write it; returns its sequences, tokens and forward seconds."""
+    captured, forward_seconds = finish_copy(pending)
+    for sequence, captured_sequence in zip(pending.sequences, captured, strict=True):
+        writer.write(sequence, captured_sequence)
+    return len(captured), sum(len(sequence.input_ids_S) for sequence in pending.sequences), forward_seconds
 
 
 def worker_process(config: CaptureConfig, cache: Location, sequences: Path, shards: Sequence[int], worker: int) -> None:
-    """What a worker process runs: its share of the cores, one line where it cannot go on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    """Run a worker as a process of its own, on its part of the cores; an InputError is logged as one line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     start_logging()
     set_num_threads(max(len(os.sched_getaffinity(0)) // config.num_workers, 1))
     try:

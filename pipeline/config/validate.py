@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from pipeline.config.schema import (
     ModelConfig,
     Targets,
 )
-from pipeline.core.files import is_url
+from pipeline.core.files import is_hub_name, is_url
 from pipeline.core.types import InputError
 
 
@@ -79,9 +78,9 @@ def check_files(config: Any, prefix: str = "") -> None:
             check_files(value, f"{prefix}{item.name}.")
         elif item.metadata["content"] and value is not None:
             for pattern in [value] if isinstance(value, str) else value:
-                is_hub_name = isinstance(config, ModelConfig) and re.fullmatch(r"[\w.-]+/[\w.-]+", pattern)
+                is_hub_model = isinstance(config, ModelConfig) and is_hub_name(pattern)
                 is_address = item.metadata["address"] and is_url(pattern)
-                if not (is_hub_name or is_address or glob.glob(pattern, recursive=True)):
+                if not (is_hub_model or is_address or glob.glob(pattern, recursive=True)):
                     raise InputError(
                         f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; check the path"
                     )

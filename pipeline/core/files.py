@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -157,6 +158,11 @@ def file_hash(path: Path) -> str:
 def is_url(location: str) -> bool:
     """Whether a location is a URL rather than a local path."""
     return "://" in location
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a model's path is a name on the Hugging Face hub (OWNER/NAME), and not a folder that exists or a glob."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).is_dir()
 
 
 def one_path(pattern: str, option: str) -> Path:

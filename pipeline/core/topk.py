@@ -1,8 +1,9 @@
 """Dense logits -> TopK by one of three kinds, and TopK -> log-probabilities.
 
-In all three the kept entries and the tail are the target distribution, so a loss has one way to read them.
-`topk` is exact on its head and biased nowhere but inside the tail, whose mass is exact. `sampled` and `hybrid`
-are unbiased estimates of the whole distribution at T = 1, and know no tail: what was not drawn counts as 0.
+In all three kinds the kept entries and the tail together are the target distribution, so a loss reads all of them
+alike. `topk` is exact for the kept entries and for the mass of the tail; only how this mass is spread inside the tail
+is lost. `sampled` and `hybrid` are unbiased estimates of the full distribution at T = 1. They have no tail: a token
+that was not drawn has probability 0.
 """
 
 from __future__ import annotations
@@ -13,75 +14,86 @@ from torch import Tensor
 from pipeline.core.seeds import seed_from_bytes
 from pipeline.core.types import InputError, TopK
 
-ROWS_IN_CACHE = 32  # positions handled at once on a CPU: their fp32 logits then stay in its cache
-BLOCKS = 32  # entries of a block whose largest stands for it while the largest k are looked for
+ROWS_IN_CACHE = 32  # positions processed at once on a CPU: their fp32 logits then stay in its cache
+BLOCK_SIZE = 32  # entries of a block: the search for the k largest first looks only at each block's maximum
 
 
 def top_k_and_entropy(logits_NV: Tensor, *, k: int, temperatures: tuple[float, ...]) -> tuple[TopK, Tensor, Tensor]:
-    """`top_k`, and of the whole distribution at T = 1: log sum exp(l - max l) and the entropy, both [N], fp32 nats."""
+    """The k largest logits with the tail of each temperature; log z and entropy of the full distribution at T = 1.
+
+    log z = log sum exp(l - max l). Both are [N], fp32, nats. InputError if k is not within the vocabulary.
+    """
     size = logits_NV.shape[1]
     if not 1 <= k <= size:
         raise InputError(f"k: expected 1 to {size} (the vocabulary), found {k}; choose a smaller capture.k")
     rows = ROWS_IN_CACHE if logits_NV.device.type == "cpu" else max(len(logits_NV), 1)
-    parts = [_read_off(rows_NV, k, temperatures) for rows_NV in logits_NV.split(rows)]
-    ids_NK, relative_NK, log_tail_NC, log_z_N, entropy_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    parts = [_top_k_and_entropy(rows_NV, k, temperatures) for rows_NV in logits_NV.split(rows)]
+    ids_NK, relative_NK, log_tail_NC, log_z_N, entropy_N = (torch.cat(column) for column in zip(*parts, strict=True))
     top = TopK(ids_NK=ids_NK, relative_logits_NK=relative_NK.half(), log_tail_NC=log_tail_NC, temperatures=temperatures)
     return top, log_z_N, entropy_N
 
 
-def _read_off(logits_NV: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """ids, logits relative to the largest, log tails, log z and entropy of some positions.
+def _top_k_and_entropy(logits_NV: Tensor, k: int, temperatures: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """Of N positions: ids [N, K], logits minus the largest [N, K], log tails [N, C], log z [N], entropy [N].
 
-    softmax is the one kernel that takes exp and sum in a single fast pass on every device; the tail's log-sum-exp is
-    read off it as t - log softmax(tail)[t] where t, its largest logit, is the k+1st of all. With P the tail's mass and
-    <l> its mean logit: entropy = log z - sum_K p (l - max) - P (<l> - max).
+    softmax computes exp and sum in one fast pass on every device, so the tail's log-sum-exp comes from its result:
+    log sum exp(tail) = t - log softmax(tail)[t], where t, the tail's largest logit, is the (k+1)st largest of all.
+    entropy = log z - sum_K p (l - max) - P (m - max), with P the tail's mass and m its mean logit.
     """
     work_NV = logits_NV.to(torch.float32, copy=True)
-    found_NK, found_ids_NK = largest_k(work_NV, min(k + 1, logits_NV.shape[1]))
-    ids_NK, relative_NK = found_ids_NK[:, :k], found_NK[:, :k] - found_NK[:, :1]
-    tail_max_N, tail_max_ids_N1 = found_NK[:, -1], found_ids_NK[:, -1:]
+    largest_NK, largest_ids_NK = largest_k(work_NV, min(k + 1, logits_NV.shape[1]))  # here K is k + 1
+    ids_NK, relative_NK = largest_ids_NK[:, :k], largest_NK[:, :k] - largest_NK[:, :1]
+    tail_max_N, tail_max_ids_N1 = largest_NK[:, -1], largest_ids_NK[:, -1:]
     lowest = torch.finfo(torch.float32).min  # not -inf: 0 * -inf would be NaN
-    has_tail_N = (tail_max_N > lowest) & (found_NK.shape[1] > k)
-    work_NV.clamp_(min=lowest).scatter_(1, ids_NK, lowest)
+    has_tail_N = (tail_max_N > lowest) & (largest_NK.shape[1] > k)
+    work_NV.clamp_(min=lowest).scatter_(1, ids_NK, lowest)  # now the tail's logits alone
 
     def log_tail(p_NV: Tensor, T: float) -> Tensor:
-        log_sum_N = (tail_max_N - found_NK[:, 0]) / T - p_NV.gather(1, tail_max_ids_N1)[:, 0].log()
+        log_sum_N = (tail_max_N - largest_NK[:, 0]) / T - p_NV.gather(1, tail_max_ids_N1)[:, 0].log()
         return torch.where(has_tail_N, log_sum_N, -torch.inf)
 
     tails = {T: log_tail(torch.softmax(work_NV / T, dim=1), T) for T in temperatures if T != 1.0}
-    p_NV = torch.softmax(work_NV, dim=1)  # of the tail alone
+    p_NV = torch.softmax(work_NV, dim=1)
     tails[1.0] = log_tail(p_NV, 1.0)
     log_z_N = torch.logaddexp(torch.logsumexp(relative_NK, dim=1), tails[1.0])
     head_N = ((relative_NK - log_z_N[:, None]).exp() * relative_NK.clamp(min=lowest)).sum(dim=1)
-    tail_mean_N = torch.where(has_tail_N, p_NV.mul_(work_NV).sum(dim=1) - found_NK[:, 0], 0.0)
+    tail_mean_N = torch.where(has_tail_N, p_NV.mul_(work_NV).sum(dim=1) - largest_NK[:, 0], 0.0)
     entropy_N = log_z_N - head_N - (tails[1.0] - log_z_N).exp() * tail_mean_N
     return ids_NK, relative_NK, torch.stack([tails[T] for T in temperatures], dim=1), log_z_N, entropy_N
 
 
 def largest_k(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values and their ids, by falling value.
+    """The k largest values and their ids, both [N, K], by falling value.
 
-    The k largest lie in the k blocks with the largest maxima, so only those blocks are searched. Block j holds
-    the ids j, j + W, j + 2W, ...: its maximum is then one vectorized pass.
+    The k largest lie in the k blocks with the largest maxima, so only those blocks are searched. With W blocks, block j
+    holds the ids j, j + W, j + 2W, ...: one vectorized pass then finds all maxima. The last V mod BLOCK_SIZE ids are in
+    no block and are always searched.
     """
     size = logits_NV.shape[1]
-    width = size // BLOCKS
-    if width < 2 * k:
+    num_blocks = size // BLOCK_SIZE
+    if num_blocks < 2 * k:
         return logits_NV.topk(k, dim=1)
-    blocks_NBW = logits_NV[:, : BLOCKS * width].unflatten(1, (BLOCKS, width))
-    best_NK = blocks_NBW.amax(dim=1).topk(k, dim=1, sorted=False).indices
-    candidates_NBK = blocks_NBW.gather(2, best_NK[:, None].expand(-1, BLOCKS, -1))
-    rest_NR = logits_NV[:, BLOCKS * width :]
+    # in these names, B is an entry's row in its block and W the block. An example for the steps below: V = 10,
+    # BLOCK_SIZE = 3, k = 1. The 3 blocks are the columns of [[0, 1, 2], [3, 4, 5], [6, 7, 8]]; id 9 is the rest
+    blocked_NBW = logits_NV[:, : BLOCK_SIZE * num_blocks].unflatten(1, (BLOCK_SIZE, num_blocks))
+    best_blocks_NK = blocked_NBW.amax(dim=1).topk(k, dim=1, sorted=False).indices  # for instance block 2: ids 2, 5, 8
+    candidates_NBK = blocked_NBW.gather(2, best_blocks_NK[:, None].expand(-1, BLOCK_SIZE, -1))
+    rest_NR = logits_NV[:, BLOCK_SIZE * num_blocks :]
+    # places 0 to BLOCK_SIZE * k - 1 are candidates, row by row; the others are the rest: here ids 2, 5, 8, then 9
     values_NK, places_NK = torch.cat([candidates_NBK.flatten(1), rest_NR], dim=1).topk(k, dim=1)
-    in_blocks_NK = places_NK.clamp(max=BLOCKS * k - 1)
-    ids_NK = in_blocks_NK // k * width + best_NK.gather(1, in_blocks_NK % k)
-    return values_NK, torch.where(places_NK < BLOCKS * k, ids_NK, places_NK - BLOCKS * k + BLOCKS * width)
+    num_candidates = BLOCK_SIZE * k
+    # a candidate's id is row * W + block: place 1 is row 1 // k = 1 of block best[1 % k] = 2, so id 1 * 3 + 2 = 5
+    candidate_places_NK = places_NK.clamp(max=num_candidates - 1)
+    candidate_ids_NK = candidate_places_NK // k * num_blocks + best_blocks_NK.gather(1, candidate_places_NK % k)
+    # the rest begins at id BLOCK_SIZE * W: place 3 is id 3 - 3 + 9 = 9
+    rest_ids_NK = places_NK - num_candidates + BLOCK_SIZE * num_blocks
+    return values_NK, torch.where(places_NK < num_candidates, candidate_ids_NK, rest_ids_NK)
 
 
 def sampled(logits_NV: Tensor, *, uniforms_ND: Tensor) -> TopK:
     """D draws with replacement from softmax(logits): weights count / D, unbiased (Anshumann et al. 2025, 2503.16870).
 
-    `uniforms_ND` in [0, 1) decide the draws, by inversion of the cumulative distribution in fp64.
+    `uniforms_ND` in [0, 1) determine the draws, by inversion of the cumulative distribution in fp64.
     """
     p_NV = torch.softmax(logits_NV.double(), dim=1)
     ids_ND, counts_ND = _draw(p_NV, uniforms_ND)
@@ -89,9 +101,9 @@ def sampled(logits_NV: Tensor, *, uniforms_ND: Tensor) -> TopK:
 
 
 def hybrid(logits_NV: Tensor, *, k: int, uniforms_ND: Tensor) -> TopK:
-    """The k largest exactly, the remaining mass r spread over D draws from the rest, each worth r * count / D.
+    """The k largest probabilities exactly, and D draws from the other tokens: weights r * count / D.
 
-    Unbiased, sums to one, exact on the head.
+    r is the mass outside the k largest. Unbiased, sums to one, exact for the k largest.
     """
     p_NV = torch.softmax(logits_NV.double(), dim=1)
     head_NK, ids_NK = p_NV.topk(k, dim=1)
@@ -103,60 +115,65 @@ def hybrid(logits_NV: Tensor, *, k: int, uniforms_ND: Tensor) -> TopK:
 
 
 def _draw(mass_NV: Tensor, uniforms_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Different ids drawn [N, D] and how often each was [N, D]; 0 times where there are fewer than D."""
-    cumulative_NV = mass_NV.cumsum(dim=1)
-    # side="right": an id without mass is never drawn
-    wanted_ND = uniforms_ND.to(cumulative_NV) * cumulative_NV[:, -1:]
-    drawn_ND = torch.searchsorted(cumulative_NV, wanted_ND, right=True).clamp(max=mass_NV.shape[1] - 1)
-    drawn_ND = drawn_ND.sort(dim=1).values
+    """The distinct ids among D draws [N, D] and how often each was drawn [N, D].
+
+    Where fewer than D ids are distinct, the columns left over hold id 0 with count 0.
+    """
+    # an example of one position: mass [0.5, 0, 0.3, 0.2] and uniforms [0.9, 0.1, 0.4]
+    cumulative_NV = mass_NV.cumsum(dim=1)  # [0.5, 0.5, 0.8, 1.0]
+    thresholds_ND = uniforms_ND.to(cumulative_NV) * cumulative_NV[:, -1:]
+    # right=True: an id without mass is never drawn
+    drawn_ND = torch.searchsorted(cumulative_NV, thresholds_ND, right=True).clamp(max=mass_NV.shape[1] - 1)  # [3, 0, 0]
+    drawn_ND = drawn_ND.sort(dim=1).values  # [0, 0, 3]
     is_new_ND = torch.ones_like(drawn_ND, dtype=torch.bool)
-    is_new_ND[:, 1:] = drawn_ND[:, 1:] != drawn_ND[:, :-1]
-    slot_ND = is_new_ND.cumsum(dim=1) - 1
-    counts_ND = torch.zeros_like(drawn_ND).scatter_add(1, slot_ND, torch.ones_like(drawn_ND))
-    return torch.zeros_like(drawn_ND).scatter(1, slot_ND, drawn_ND), counts_ND
+    is_new_ND[:, 1:] = drawn_ND[:, 1:] != drawn_ND[:, :-1]  # [True, False, True]
+    columns_ND = is_new_ND.cumsum(dim=1) - 1  # each draw's column in the result: [0, 0, 1]
+    counts_ND = torch.zeros_like(drawn_ND).scatter_add(1, columns_ND, torch.ones_like(drawn_ND))  # [2, 1, 0]
+    ids_ND = torch.zeros_like(drawn_ND).scatter(1, columns_ND, drawn_ND)  # [0, 3, 0]
+    return ids_ND, counts_ND
 
 
 def _from_weights(ids_NK: Tensor, weights_NK: Tensor) -> TopK:
-    """Entries by falling weight; those of no weight become padding: -inf, with the first entry's id."""
+    """TopK of probabilities without a tail: entries by falling weight, relative logit log(weight / largest weight).
+
+    Entries of weight 0 become padding, and columns that are padding at every position are cut off.
+    """
     weights_NK, order_NK = weights_NK.sort(dim=1, descending=True, stable=True)
-    ids_NK = ids_NK.gather(1, order_NK)
     relative_NK = (weights_NK.log() - weights_NK[:, :1].log()).half()
-    width = int((relative_NK > -torch.inf).sum(dim=1).max())
-    return TopK(
-        ids_NK=torch.where(relative_NK > -torch.inf, ids_NK, ids_NK[:, :1])[:, :width],
-        relative_logits_NK=relative_NK[:, :width],
-        log_tail_NC=torch.full((len(ids_NK), 1), -torch.inf, device=ids_NK.device),
-        temperatures=(1.0,),
-    )
+    ids_NK, relative_NK = _cut_padding(ids_NK.gather(1, order_NK), relative_NK)
+    log_tail_N1 = torch.full((len(ids_NK), 1), -torch.inf, device=ids_NK.device)
+    return TopK(ids_NK=ids_NK, relative_logits_NK=relative_NK, log_tail_NC=log_tail_N1, temperatures=(1.0,))
+
+
+def _cut_padding(ids_NK: Tensor, relative_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Give padding (-inf) the first entry's id, and keep as many columns as the position with the most entries has."""
+    is_kept_NK = relative_NK > -torch.inf
+    width = int(is_kept_NK.sum(dim=1).max())
+    return torch.where(is_kept_NK, ids_NK, ids_NK[:, :1])[:, :width], relative_NK[:, :width]
 
 
 def uniform_draws(key: bytes, count: int, *, draws: int, seed: int) -> Tensor:
-    """fp64 [N, D] in [0, 1): a function of (seed, sequence key, position), so that a redone shard draws the same."""
+    """fp64 [N, D] in [0, 1): a function of (seed, sequence key, position), so a shard captured again is the same."""
     generator = torch.Generator().manual_seed(seed_from_bytes(seed.to_bytes(8, "little", signed=True) + key))
     return torch.rand(count, draws, generator=generator, dtype=torch.float64)
 
 
 def from_log_probabilities(ids_NK: Tensor, log_p_NK: Tensor, *, has_tail: bool) -> TopK:
-    """Entries that somebody else kept, in any order and -inf where there is none: at least one a position, T = 1.
+    """TopK at T = 1 of log-probabilities in any order, -inf where there is none; each position has at least one entry.
 
-    With `has_tail` the mass outside is 1 - sum p, in fp64, and 0 where the entries sum to more; else it is 0.
+    With `has_tail` the tail's mass is 1 - sum p, computed in fp64, and 0 where the entries sum to more than 1. Without,
+    it is 0.
     """
     log_p_NK, order_NK = log_p_NK.double().sort(dim=1, descending=True, stable=True)
-    ids_NK = ids_NK.gather(1, order_NK)
     largest_N1 = log_p_NK[:, :1]
     log_rest_N1 = torch.log1p(-log_p_NK.exp().sum(dim=1, keepdim=True).clamp(max=1.0))
-    relative_NK = (log_p_NK - largest_N1).half()
-    width = int((relative_NK > -torch.inf).sum(dim=1).max())
-    return TopK(
-        ids_NK=torch.where(relative_NK > -torch.inf, ids_NK, ids_NK[:, :1])[:, :width],
-        relative_logits_NK=relative_NK[:, :width],
-        log_tail_NC=(log_rest_N1 - largest_N1 if has_tail else torch.full_like(largest_N1, -torch.inf)).float(),
-        temperatures=(1.0,),
-    )
+    log_tail_N1 = log_rest_N1 - largest_N1 if has_tail else torch.full_like(largest_N1, -torch.inf)
+    ids_NK, relative_NK = _cut_padding(ids_NK.gather(1, order_NK), (log_p_NK - largest_N1).half())
+    return TopK(ids_NK=ids_NK, relative_logits_NK=relative_NK, log_tail_NC=log_tail_N1.float(), temperatures=(1.0,))
 
 
 def temperature_index(top_temperatures: tuple[float, ...], temperature: float) -> int:
-    """Column of `log_tail_NC` for a temperature; refuses one that was not captured, whose tail nobody knows."""
+    """The column of `log_tail_NC` for a temperature; InputError if it was not captured, since its tail is unknown."""
     if temperature not in top_temperatures:
         raise InputError(
             f"temperature: expected one of the captured {list(top_temperatures)}, found {temperature}; "
@@ -166,9 +183,9 @@ def temperature_index(top_temperatures: tuple[float, ...], temperature: float) -
 
 
 def log_probabilities(top: TopK, *, temperature: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the kept entries [N, K] and of the tail as a whole [N], in nats.
+    """Log-probabilities of the kept entries [N, K] and of the tail [N], in nats.
 
-    They sum to one exactly, rounding of the stored logits included, because z is made of what is stored.
+    Their probabilities sum to one even though the stored logits are rounded, because z is computed from these logits.
     """
     scaled_NK = top.relative_logits_NK.to(dtype) / temperature
     log_tail_N = top.log_tail_NC[:, temperature_index(top.temperatures, temperature)].to(dtype)
@@ -177,27 +194,28 @@ def log_probabilities(top: TopK, *, temperature: float, dtype: torch.dtype = tor
 
 
 def label_smoothed(top: TopK, entropy_N: Tensor, *, vocabulary_size: int) -> TopK:
-    """Label smoothing of equal entropy in the teacher's place: its likeliest token, and all others alike.
+    """Replace the teacher's distribution by label smoothing of its most likely token, with the same entropy.
 
-    p = (1 - e) onehot + e / V with e such that H(p) is the teacher's; how much of distillation is that is the question
-    of Yuan et al. 2020 (arXiv 1909.11723). A control: what the teacher knows beyond its first choice is gone.
+    p = (1 - e) onehot + e / V, with e such that H(p) is the teacher's entropy. A control: it removes all that the
+    teacher knows beyond its first choice, to measure how much of distillation is label smoothing (Yuan et al. 2020,
+    arXiv 1909.11723). InputError if an entropy is not finite.
     """
     if not entropy_N.isfinite().all():
         raise InputError(
-            "loss.kd.control=smoothed: expected the teacher's entropy at every position, found a cache that does not "
-            "know it (an imported one); capture with this project"
+            "loss.kd.control=smoothed: expected the teacher's entropy at every position, found a cache without it (an "
+            "imported one); capture with this project"
         )
     V, low_N = vocabulary_size, torch.zeros(len(entropy_N), dtype=torch.float64)
     high_N = torch.ones_like(low_N)
-    for _ in range(60):
+    for _ in range(60):  # bisection: the entropy grows with e
         e_N = (low_N + high_N) / 2
         first_N, other_N = 1 - e_N + e_N / V, e_N / V
-        too_sure_N = torch.special.entr(first_N) + (V - 1) * torch.special.entr(other_N) < entropy_N
-        low_N, high_N = torch.where(too_sure_N, e_N, low_N), torch.where(too_sure_N, high_N, e_N)
+        is_too_low_N = torch.special.entr(first_N) + (V - 1) * torch.special.entr(other_N) < entropy_N
+        low_N, high_N = torch.where(is_too_low_N, e_N, low_N), torch.where(is_too_low_N, high_N, e_N)
     relative_N1 = (other_N / first_N).log().clamp(min=-700.0)[:, None]
     is_kept_NK = top.relative_logits_NK > -torch.inf
-    likeliest_N1 = top.relative_logits_NK.argmax(dim=1, keepdim=True)
-    relative_NK = torch.where(is_kept_NK, relative_N1, -torch.inf).scatter(1, likeliest_N1, 0.0)
+    most_likely_N1 = top.relative_logits_NK.argmax(dim=1, keepdim=True)
+    relative_NK = torch.where(is_kept_NK, relative_N1, -torch.inf).scatter(1, most_likely_N1, 0.0)
     num_rest_N1 = (V - is_kept_NK.sum(dim=1, keepdim=True)).double()
     return TopK(
         ids_NK=top.ids_NK,
@@ -208,18 +226,18 @@ def label_smoothed(top: TopK, entropy_N: Tensor, *, vocabulary_size: int) -> Top
 
 
 def narrow(top: TopK, *, k: int) -> TopK:
-    """The same distribution seen with fewer kept entries: the dropped ones fold into the tail, exactly."""
-    held = top.ids_NK.shape[1]
-    if not 1 <= k <= held:
-        raise InputError(f"k: expected 1 to the captured {held}, found {k}; choose a smaller k or capture again")
+    """The same distribution with only its k largest entries; the mass of the others is added to the tail, exactly."""
+    num_kept = top.ids_NK.shape[1]
+    if not 1 <= k <= num_kept:
+        raise InputError(f"k: expected 1 to the captured {num_kept}, found {k}; choose a smaller k or capture again")
     dropped_NK = top.relative_logits_NK[:, k:].float()
-    columns = [
+    log_tails = [
         torch.logaddexp(top.log_tail_NC[:, c], torch.logsumexp(dropped_NK / T, dim=1))
         for c, T in enumerate(top.temperatures)
     ]
     return TopK(
         ids_NK=top.ids_NK[:, :k],
         relative_logits_NK=top.relative_logits_NK[:, :k],
-        log_tail_NC=torch.stack(columns, dim=1) if k < held else top.log_tail_NC,
+        log_tail_NC=torch.stack(log_tails, dim=1) if k < num_kept else top.log_tail_NC,
         temperatures=top.temperatures,
     )

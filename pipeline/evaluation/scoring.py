@@ -24,13 +24,12 @@ from pipeline.evaluation.requests import (
     read_evaluation_set,
 )
 from pipeline.models import loading as models
-from pipeline.models.forward import Model, hidden_states, logits
-from pipeline.models.generation import batches_of_like_length, generate
+from pipeline.models.forward import HEAD_POSITIONS, Model, hidden_states, logits
+from pipeline.models.generation import batches_by_length, generate
 from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 
 SHORTEST_WINDOW = 128  # tokens; a wider window would only add attention between segments that is masked away
-HEAD_POSITIONS = 512  # positions in one pass through the head: bounds the [N, V] matrix
 
 
 def run(config: EvaluateConfig) -> Scores:
@@ -176,14 +175,14 @@ def _generate_answers(
         return top_B if ranks is None else ranks.broadcast(top_B)
 
     lengths = [len(request.ids) for request in requests]
-    for rows in batches_of_like_length(lengths, batch_tokens=batch_tokens, max_new_tokens=held_out.max_new_tokens):
+    for rows in batches_by_length(lengths, batch_tokens=batch_tokens, max_new_tokens=held_out.max_new_tokens):
         batch = [requests[row] for row in rows]
         generated = generate(
             model,
             [torch.tensor(request.ids) for request in batch],
             choose,
-            room=[held_out.max_new_tokens] * len(batch),
-            ends=[request.end_ids for request in batch],
+            max_new_tokens=[held_out.max_new_tokens] * len(batch),
+            end_ids=[request.end_ids for request in batch],
             vocabulary_size=vocabulary_size(held_out.tokenizer),
         )
         for request, ids in zip(batch, generated, strict=True):

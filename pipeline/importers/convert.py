@@ -24,7 +24,7 @@ from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
 from pipeline.data.packing import sequence_key
 from pipeline.importers.decode import ForeignRow, decode_row
 from pipeline.importers.sources import ForeignSource, Row, open_source, read_rows
-from pipeline.models.tokenizer import load_tokenizer, text_settings, tokenizer_hash, vocabulary_size
+from pipeline.models.tokenizer import chat_template_and_end_token, load_tokenizer, tokenizer_hash, vocabulary_size
 
 ALIGNMENT_POSITIONS = 1000  # positions at which the two alignments are compared
 ALIGNMENT_NATS = 1.0  # the other alignment may be better by this much by chance
@@ -109,7 +109,7 @@ def identity(config: ImportConfig, source: ForeignSource) -> dict[str, Any]:
         "alignment": source.alignment,
         "columns": dict(source.columns),
         "tokenizer": tokenizer_hash(source.tokenizer),
-        **text_settings(source.tokenizer),
+        **chat_template_and_end_token(source.tokenizer),
         "records_per_shard": config.records_per_shard,
     }
 

@@ -1,1 +1,1 @@
-"""transformers behind one door: paths, tokenizers, loading, forward, generation, LoRA."""
+"""All use of transformers and peft: tokenizers, loading models, forward, generation, LoRA."""

@@ -1,4 +1,4 @@
-"""From hidden states to logits: what a model does there, whole or taken apart."""
+"""A model's forward in two parts, input ids to hidden states and hidden states to logits, and its head as a value."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from pipeline.core.types import InputError
 
 Model = Any  # a transformers causal language model
 
+HEAD_POSITIONS = 512  # positions that pass through the head at once: bounds the memory of the [N, V] logits
+
 
 def logits(model: Model, hidden_NH: Tensor, vocabulary_size: int) -> Tensor:
-    """Logits [N, V] over the real vocabulary: the head, then the scale or soft cap that the model declares."""
+    """Logits [N, V] over the tokenizer's vocabulary: the head, then the scale and soft cap of the model's config."""
     logits_NV = model.get_output_embeddings()(hidden_NH)[:, :vocabulary_size]
     scale, softcap = logit_rules(model)
     if scale != 1.0:
@@ -25,7 +27,7 @@ def logits(model: Model, hidden_NH: Tensor, vocabulary_size: int) -> Tensor:
 
 
 def logit_rules(model: Model) -> tuple[float, float | None]:
-    """What a model multiplies the head's output by, and where it caps it softly: cap * tanh(logit / cap)."""
+    """The factor by which a model multiplies the head's output, and its soft cap: cap * tanh(logit / cap)."""
     config = model.config
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     if scaling := getattr(config, "logits_scaling", None):  # Granite
@@ -35,7 +37,7 @@ def logit_rules(model: Model) -> tuple[float, float | None]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LinearHead:
-    """A head as sums of products: logits = cap(scale * (bias + sum of features @ weight^T))."""
+    """A head as a sum of matrix products: logits = cap(scale * (bias + sum of features @ weight^T))."""
 
     maps: list[tuple[Tensor, Tensor]]
     """(features [N, F], weight [V or more, F]); rows beyond the vocabulary are padding."""
@@ -45,24 +47,24 @@ class LinearHead:
 
 
 def linear_head(model: Model, hidden_NH: Tensor) -> LinearHead:
-    """The head taken apart, for whom its logits should not be one matrix: a linear layer, LoRA beside it or not.
+    """The parts of a linear head with or without LoRA, for a loss that never holds all logits in one matrix.
 
-    LoRA adds one product of few features: logits += (s * dropout(h) A^T) B^T (Hu et al. 2021, arXiv 2106.09685).
+    LoRA adds one product with `rank` features: logits += (s * dropout(h) A^T) B^T (Hu et al. 2021, arXiv 2106.09685).
+    InputError for any other head.
     """
     layer = model.get_output_embeddings()
-    if hasattr(layer, "modules_to_save"):  # peft's copy of a layer that is trained whole
+    if hasattr(layer, "modules_to_save"):  # peft's copy of a layer whose full weight is trained
         (name,) = layer.active_adapters
         layer = layer.modules_to_save[name]
-    maps, adapters = [], []
+    maps = []
     if hasattr(layer, "lora_A"):
         adapters = [] if layer.merged or layer.disable_adapters else list(layer.active_adapters)
         for name in adapters:
-            a, b = layer.lora_A[name], layer.lora_B[name]
-            is_plain = name not in getattr(layer, "lora_variant", {}) and b.bias is None
-            if not is_plain:
+            lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
+            if name in getattr(layer, "lora_variant", {}) or lora_b.bias is not None:
                 raise InputError(f"head: expected plain LoRA, found a variant in {name}; use loss.head=full")
-            dropped_NH = layer.lora_dropout[name](hidden_NH).to(a.weight.dtype)
-            maps.append((a(dropped_NH) * layer.scaling[name], b.weight))
+            dropped_NH = layer.lora_dropout[name](hidden_NH).to(lora_a.weight.dtype)
+            maps.append((lora_a(dropped_NH) * layer.scaling[name], lora_b.weight))
         layer = layer.base_layer
     if type(layer) is not torch.nn.Linear:
         raise InputError(f"head: expected a linear layer, found {type(layer).__name__}; use loss.head=full")
@@ -72,9 +74,10 @@ def linear_head(model: Model, hidden_NH: Tensor) -> LinearHead:
 
 
 def hidden_states(model: Model, input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
-    """Last hidden states [B, S, H] of packed segments that cannot see each other.
+    """Last hidden states [B, S, H] of packed segments that cannot attend to each other.
 
-    Positions that restart, no attention mask and no cache: transformers then masks across segments.
+    The position ids restart in each segment. With them, no attention mask and no cache, transformers masks attention
+    across segments.
     """
     decoder = model.get_decoder()
     return decoder(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False).last_hidden_state

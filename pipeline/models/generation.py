@@ -1,4 +1,4 @@
-"""A model says what follows prompts of different lengths: it reads them, then a token at a time, with a KV cache."""
+"""Batched generation for prompts of different lengths, with a KV cache."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from torch import Tensor
 
 from pipeline.models.forward import Model, logits
 
-MAX_BATCH = 512  # completed together: bounds the [B, V] matrix of their next tokens
+MAX_BATCH = 512  # prompts completed together: bounds the memory of their [B, V] logits
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecodingState:
-    """Texts that a model has read, one a row, and where it stands in them."""
+    """What is needed to continue B texts of different lengths, padded at the left, by one more token each."""
 
     hidden_BH: Tensor
-    """Last hidden state of each: it speaks about the next token."""
+    """The last hidden state of each text: it predicts the next token."""
     cache: Any
-    """Keys and values of what was read."""
+    """transformers' KV cache of the tokens so far."""
     mask_BS: Tensor
-    """1 where a token was read, 0 on the padding at the left."""
+    """The attention mask: 1 on tokens, 0 on the padding at the left."""
     lengths_B: Tensor
+    """Tokens of each text, without padding."""
 
 
 def prefill(model: Model, prompts: Sequence[Tensor]) -> DecodingState:
-    """Read texts of different lengths, padded at the left, and keep what is needed to read on."""
+    """Run the model over prompts of different lengths, padded at the left, and fill the KV cache."""
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     longest = int(lengths_B.max())
     input_ids_BS = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -36,29 +37,29 @@ def prefill(model: Model, prompts: Sequence[Tensor]) -> DecodingState:
         input_ids_BS[b, longest - len(prompt) :] = prompt
     mask_BS = (torch.arange(longest, device=model.device) >= longest - lengths_B[:, None]).long()
     position_ids_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
-    read = model.get_decoder()(
+    output = model.get_decoder()(
         input_ids=input_ids_BS.to(model.device), attention_mask=mask_BS, position_ids=position_ids_BS, use_cache=True
     )
     return DecodingState(
-        hidden_BH=read.last_hidden_state[:, -1], cache=read.past_key_values, mask_BS=mask_BS, lengths_B=lengths_B
+        hidden_BH=output.last_hidden_state[:, -1], cache=output.past_key_values, mask_BS=mask_BS, lengths_B=lengths_B
     )
 
 
-def decode_step(model: Model, reading: DecodingState, next_B: Tensor) -> DecodingState:
-    """Read one more token of each text."""
-    mask_BS = torch.cat([reading.mask_BS, torch.ones_like(reading.mask_BS[:, :1])], dim=1)
-    read = model.get_decoder()(
-        input_ids=next_B[:, None],
+def decode_step(model: Model, state: DecodingState, next_ids_B: Tensor) -> DecodingState:
+    """Append one token to each text."""
+    mask_BS = torch.cat([state.mask_BS, torch.ones_like(state.mask_BS[:, :1])], dim=1)
+    output = model.get_decoder()(
+        input_ids=next_ids_B[:, None],
         attention_mask=mask_BS,
-        position_ids=reading.lengths_B[:, None],
-        past_key_values=reading.cache,
+        position_ids=state.lengths_B[:, None],
+        past_key_values=state.cache,
         use_cache=True,
     )
     return DecodingState(
-        hidden_BH=read.last_hidden_state[:, -1],
-        cache=read.past_key_values,
+        hidden_BH=output.last_hidden_state[:, -1],
+        cache=output.past_key_values,
         mask_BS=mask_BS,
-        lengths_B=reading.lengths_B + 1,
+        lengths_B=state.lengths_B + 1,
     )
 
 
@@ -67,32 +68,34 @@ def generate(
     prompts: Sequence[Tensor],
     choose: Callable[[int, Tensor], Tensor],
     *,
-    room: Sequence[int],
-    ends: Sequence[Container[int]],
+    max_new_tokens: Sequence[int],
+    end_ids: Sequence[Container[int]],
     vocabulary_size: int,
 ) -> list[list[int]]:
-    """What a model says after each prompt: up to one of its `ends`, which is said too, or as long as there is `room`.
+    """Complete prompts together: the generated ids of each.
 
-    `choose(t, logits_BV)` names the token at step t of each, also of those that are at their end already.
+    A completion ends with the first token of the prompt's `end_ids`, which is included, or after its `max_new_tokens`.
+    `choose(t, logits_BV)` returns the B tokens of step t. Completions that have ended stay in the batch until all have:
+    `choose` is called with their logits too, and their further tokens are dropped.
     """
-    said: list[list[int]] = [[] for _ in prompts]
-    speaking = set(range(len(prompts)))
+    generated_ids: list[list[int]] = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
     state = prefill(model, prompts)
-    for t in range(max(room)):
-        next_B = choose(t, logits(model, state.hidden_BH, vocabulary_size))
-        for b, token in enumerate(next_B.tolist()):
-            if b in speaking:
-                said[b].append(token)
-                if token in ends[b] or len(said[b]) == room[b]:
-                    speaking.remove(b)
-        if not speaking:
+    for t in range(max(max_new_tokens)):
+        next_ids_B = choose(t, logits(model, state.hidden_BH, vocabulary_size))
+        for b, token in enumerate(next_ids_B.tolist()):
+            if b in unfinished:
+                generated_ids[b].append(token)
+                if token in end_ids[b] or len(generated_ids[b]) == max_new_tokens[b]:
+                    unfinished.remove(b)
+        if not unfinished:
             break
-        state = decode_step(model, state, next_B)
-    return said
+        state = decode_step(model, state, next_ids_B)
+    return generated_ids
 
 
-def batches_of_like_length(lengths: Sequence[int], *, batch_tokens: int, max_new_tokens: int) -> Iterator[list[int]]:
-    """Texts to be completed together: the longest first, so many that their KV caches hold `batch_tokens` at most."""
+def batches_by_length(lengths: Sequence[int], *, batch_tokens: int, max_new_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts to complete together: the longest first, at most `batch_tokens` tokens in the KV cache."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         size = min(max(batch_tokens // (lengths[order[0]] + max_new_tokens), 1), MAX_BATCH)

@@ -1,4 +1,4 @@
-"""Teacher, student and tokenizer: load, compare, run to hidden states and logits, save for others."""
+"""Models: choose the dtype, load and check, list their linear layers, hash their weights, save."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def resolve_dtype(config: C) -> C:
-    """The same options with `auto` made definite: what is recorded, hashed and run.
+    """The same options with `dtype=auto` replaced by the dtype for this machine: what is recorded, hashed and run.
 
-    Without instructions for it, a CPU multiplies bfloat16 at an eighth of float32's speed (measured on AVX2).
+    A CPU without bfloat16 instructions multiplies bfloat16 at an eighth of float32's speed (measured on AVX2).
     """
     if config.dtype is Dtype.auto:
         is_fast = has_fast_matmul(torch.bfloat16, compute_device())
         return dataclasses.replace(config, dtype=Dtype.bfloat16 if is_fast else Dtype.float32)
     dtype = config.dtype.name
     if not has_fast_matmul(getattr(torch, dtype), compute_device()):
-        log.warning("%s: this machine has no fast %s; dtype=float32 would be many times faster", config.path, dtype)
+        log.warning("%s: %s is slow on this machine; dtype=float32 would be many times faster", config.path, dtype)
     return config
 
 
 def check_trained_dtype(config: ModelConfig) -> None:
-    """Refuse to train in float16 where DeepSpeed does not."""
+    """InputError for training in float16 on a machine where DeepSpeed does not support it."""
     if config.dtype is Dtype.float16 and not has_fast_matmul(torch.float16, compute_device()):
         raise InputError(
             "student.dtype: expected float32 or bfloat16 on a CPU without float16 instructions, found float16; "
@@ -50,7 +50,7 @@ def check_trained_dtype(config: ModelConfig) -> None:
 
 
 def open_model(config: ModelConfig, device: torch.device, partition: dict[str, Any] | None = None) -> Model:
-    """From options to a value: the model they describe, on a device; in parts over the ranks with `partition`."""
+    """Load the model that options describe; `partition` as in `load_model`."""
     config = resolve_dtype(config)
     return load_model(
         model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code),
@@ -73,16 +73,16 @@ def load_model(
     trust_remote_code: bool = False,
     partition: dict[str, Any] | None = None,
 ) -> Model:
-    """The causal language model of a folder, cut to its first layers if asked; no weight is left random.
+    """Load a causal language model from a folder; with `num_layers` only its first layers.
 
-    Refuses an architecture in which packed segments see each other or whose logits we do not know to make. With
-    `partition`, DeepSpeed's options at ZeRO 3, each rank keeps its part of every weight as it is read, and that check
-    is left to the caller: such a model can run only inside an engine.
+    InputError if a parameter has no weight in the folder, or if `check_architecture` rejects the model. `partition` is
+    DeepSpeed's config at ZeRO 3: each rank then keeps only its part of every weight. Such a model can run only inside
+    an engine, so the caller has to call `check_architecture` there.
     """
-    config = _architecture(folder, num_layers=num_layers, trust_remote_code=trust_remote_code)
-    # while it lives, from_pretrained partitions
+    config = _load_config(folder, num_layers=num_layers, trust_remote_code=trust_remote_code)
+    # from_pretrained partitions the weights as long as this object exists
     partitioning = None if partition is None else transformers.integrations.HfDeepSpeedConfig(partition)
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    model_and_report: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=getattr(torch, dtype),
@@ -91,10 +91,13 @@ def load_model(
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
     )
-    model, loading = loaded
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        wrong = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
-        raise InputError(f"{folder}: expected a weight for every parameter, found none that fits {wrong[:5]}")
+    model, report = model_and_report
+    if report["missing_keys"] or report["mismatched_keys"]:
+        without_weight = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+        raise InputError(
+            f"{folder}: expected a weight for every parameter, found none that fits {without_weight[:5]}; save or "
+            "download the model again"
+        )
     if partitioning is not None:
         return model.eval()
     model = model.to(device).eval()
@@ -102,30 +105,33 @@ def load_model(
     return model
 
 
-def _architecture(folder: Path, *, num_layers: int | None, trust_remote_code: bool) -> Any:
+def _load_config(folder: Path, *, num_layers: int | None, trust_remote_code: bool) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:
-            raise InputError(f"num_layers: expected 1 to {config.num_hidden_layers} ({folder}), found {num_layers}")
+            raise InputError(
+                f"num_layers: expected 1 to {config.num_hidden_layers} ({folder}), found {num_layers}; choose fewer, "
+                "or null for all"
+            )
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:num_layers]
-    config.use_cache = False  # with a cache, packed segments would silently see each other
+    config.use_cache = False  # with a KV cache, packed segments would attend to each other without any error
     return config
 
 
 def meta_model(config: ModelConfig) -> Model:
-    """The model that options describe, without weights: its modules and their names, on no device."""
+    """The model that options describe without its weights, on the meta device: only modules, names and shapes."""
     folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
     trust = config.trust_remote_code
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(
-            _architecture(folder, num_layers=config.num_layers, trust_remote_code=trust), trust_remote_code=trust
+            _load_config(folder, num_layers=config.num_layers, trust_remote_code=trust), trust_remote_code=trust
         )
 
 
 def linear_layers(model: Model) -> list[str]:
-    """The full names of a model's linear layers, GPT-2's transposed ones among them."""
+    """The full names of a model's linear layers, including GPT-2's transposed ones (Conv1D)."""
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
@@ -142,10 +148,10 @@ def weights_hash(folder: Path) -> str:
 
 
 def save_model(model: Model, state: dict[str, Tensor], tokenizer: Any, folder: Path, *, shard_bytes: int) -> None:
-    """Write weights as safetensors with config and tokenizer, so that plain `from_pretrained` loads the folder."""
+    """Write weights as safetensors, the config and the tokenizer, so that `from_pretrained` loads the folder."""
     model.config.use_cache = True
-    # how to generate goes on as it came: many models say a temperature without do_sample, which transformers loads but
-    # refuses to save, at the end of a long run
+    # The generation config is written unchanged by ourselves: in many models it sets a temperature without do_sample.
+    # transformers loads this but refuses to save it, at the end of a long run.
     generation, model.generation_config = model.generation_config, transformers.GenerationConfig()
     model.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes)
     generation.to_json_file(folder / "generation_config.json")

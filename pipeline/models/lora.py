@@ -1,8 +1,8 @@
-"""LoRA through peft: small trained matrices beside frozen weights; merged into them, and alone, when a run ends.
+"""LoRA through peft: trained low-rank matrices next to frozen weights, exported merged into them and as an adapter.
 
-Hu et al. 2021, arXiv 2106.09685: y = W x + s B A dropout(x) with s = alpha / rank, and B = 0 at the start. peft puts
-its layers inside the student, whose class, forward and module names stay, so that nothing else has to know of them. It
-is imported where an adapter is asked for: it is optional, and takes seconds.
+Hu et al. 2021, arXiv 2106.09685: y = W x + s B A dropout(x) with s = alpha / rank, and B = 0 at the start. peft
+replaces layers inside the student. The student's class, forward and module names stay, so no other code depends on
+LoRA. peft is optional and takes seconds to import, so it is imported only where an adapter is used.
 """
 
 from __future__ import annotations
@@ -15,94 +15,104 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import AdapterConfig, StudentConfig
+from pipeline.core.files import is_hub_name
 from pipeline.core.progress import log
 from pipeline.core.runtime import full_numel
 from pipeline.core.types import InputError
 from pipeline.models import loading as models
 from pipeline.models.forward import Model
-from pipeline.models.paths import is_hub_name, model_folder
+from pipeline.models.paths import model_folder
 
 
 def check_adapter(config: StudentConfig) -> None:
-    """Refuse an adapter that does not fit the student, by its modules alone: no weight is read."""
+    """InputError if the adapter's options do not fit the student. Only its modules are built, no weight is read."""
     if config.adapter is not None:
         _insert(models.meta_model(config), config.adapter)
 
 
 def add_adapter(student: Model, options: AdapterConfig, *, seed: int) -> None:
-    """Freeze the student and put the adapter's layers into it; the seed alone decides how they begin, on every rank."""
+    """Freeze the student and insert the adapter's layers, in place; `seed` alone determines their initial weights."""
     torch.manual_seed(seed)
-    layers = _insert(student, options)
-    sizes = [(full_numel(p), p.requires_grad) for p in student.parameters()]
-    trained, kinds = sum(size for size, is_trained in sizes if is_trained), sorted({n.split(".")[-1] for n in layers})
+    adapted = _insert(student, options)
+    kinds = sorted({name.split(".")[-1] for name in adapted})
+    num_total = sum(full_numel(parameter) for parameter in student.parameters())
+    num_trained = sum(full_numel(parameter) for parameter in student.parameters() if parameter.requires_grad)
     log.info(
         "adapter on %d layers (%s): %d of %d parameters are trained",
-        *(len(layers), ", ".join(kinds), trained, sum(size for size, _ in sizes)),
+        *(len(adapted), ", ".join(kinds), num_trained, num_total),
     )
 
 
 def merge_adapter(config: StudentConfig, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Write the adapter alone, as peft reads it; returns the student's weights with the adapter in them.
+    """Write the adapter to `folder` in peft's format; returns the student's weights with the adapter merged in.
 
-    `weights` is the whole state dict of a student with its adapter, none of which is changed. A skeleton takes them as
-    they are, so that naming, writing and merging are peft's own work, whatever the ZeRO stage.
+    `weights` is the complete state dict of a student with its adapter; it is not changed. They are loaded into a model
+    on the meta device, so that peft itself names, writes and merges them, in the same way at every ZeRO stage.
     """
     import peft
 
     assert config.adapter is not None
     student = models.meta_model(config)
-    settings, whole = _settings(student, config.adapter), _trained_whole(student, config.adapter)
-    settings.modules_to_save, settings.revision = whole or None, config.revision
-    with warnings.catch_warnings():  # of tied matrices trained whole, which are right because they are written twice
+    lora_config = _lora_config(student, config.adapter)
+    fully_trained = _fully_trained_modules(student, config.adapter)
+    lora_config.modules_to_save, lora_config.revision = fully_trained or None, config.revision
+    with warnings.catch_warnings():
+        # about fully trained tied matrices; they are correct because they are written twice
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        adapted = peft.get_peft_model(student, settings, autocast_adapter_dtype=False)
-    folder_of_base = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
-    settings.base_model_name_or_path = config.path if is_hub_name(config.path) else str(folder_of_base.resolve())
+        adapted = peft.get_peft_model(student, lora_config, autocast_adapter_dtype=False)
+    base_folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
+    lora_config.base_model_name_or_path = config.path if is_hub_name(config.path) else str(base_folder.resolve())
     state = {}
     for name, weight in weights.items():
         module, _, last = name.rpartition(".")
-        # beside what is trained whole peft keeps the original, which nobody will read
-        for inner in (".original_module", ".modules_to_save.default") if module in whole else ("",):
-            state[f"base_model.model.{module}{inner}.{last}"] = weight
+        # peft keeps the original of a fully trained module too; it has to be loaded, though it is never read
+        places = (".original_module", ".modules_to_save.default") if module in fully_trained else ("",)
+        for place in places:
+            state[f"base_model.model.{module}{place}.{last}"] = weight
     adapted.load_state_dict(state, assign=True)
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink()  # a form that peft leaves to be filled in
+    (folder / "README.md").unlink()  # peft's template, with nothing filled in
     return dict(adapted.merge_and_unload(safe_merge=True).state_dict())
 
 
 def _insert(student: Model, options: AdapterConfig) -> list[str]:
-    """Put peft's layers into the student and say which are trained; the names of those that got one."""
+    """Insert peft's layers into the student and mark what is trained; the names of the layers with an adapter."""
     import peft
 
-    settings, whole = _settings(student, options), _trained_whole(student, options)
-    peft.inject_adapter_in_model(settings, student)
-    for name in whole:
-        # as it stands, where peft would train a copy: a tied matrix stays one
+    lora_config, fully_trained = _lora_config(student, options), _fully_trained_modules(student, options)
+    peft.inject_adapter_in_model(lora_config, student)
+    for name in fully_trained:
+        # trained in place: peft would train a copy, and a tied matrix would become two
         student.get_submodule(name).requires_grad_(True)
     return [name for name, module in student.named_modules() if hasattr(module, "lora_A")]
 
 
-def _settings(student: Model, options: AdapterConfig) -> Any:
-    """peft's options, with targets that are in this student."""
+def _lora_config(student: Model, options: AdapterConfig) -> Any:
+    """peft's LoraConfig; InputError if the targets are not in this student or include a head that cannot have one."""
     import peft
 
-    linear = models.linear_layers(student)
-    for target in options.targets or []:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
-            found = ", ".join(sorted({name.split(".")[-1] for name in linear})) or "none"
+    targets = options.targets or []
+    linear_names = models.linear_layers(student)
+    for target in targets:
+        if not any(_matches(name, target) for name in linear_names):
+            present = ", ".join(sorted({name.split(".")[-1] for name in linear_names})) or "none"
             raise InputError(
                 f"student.adapter.targets: expected the ends of names of linear layers, found {target!r}; "
-                f"{type(student).__name__} has {found}"
+                f"{type(student).__name__} has {present}"
             )
     head, embeddings = student.get_output_embeddings(), student.get_input_embeddings()
-    is_tied = head.weight is embeddings.weight
-    on_head = any(f".{_name_of(student, head)}".endswith(f".{target}") for target in options.targets or [])
-    if on_head and (is_tied or options.train_head):
-        why = "it is the embeddings too, which would change with it" if is_tied else "train_head trains it whole"
-        raise InputError(
-            f"student.adapter.targets: expected layers without the head, because {why}, found {options.targets}; "
-            f"leave the head out{', or train both whole' if is_tied else ' or use train_head=false'}"
-        )
+    if any(_matches(_name_of(student, head), target) for target in targets):
+        if head.weight is embeddings.weight:
+            raise InputError(
+                "student.adapter.targets: expected layers without the head, because its matrix is also the embeddings, "
+                f"which would change with it, found {targets}; leave the head out (train_embeddings=true with "
+                "train_head=true trains its full weight)"
+            )
+        if options.train_head:
+            raise InputError(
+                "student.adapter.targets: expected layers without the head, because train_head trains its full weight, "
+                f"found {targets}; leave the head out, or set train_head=false"
+            )
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=options.rank,
@@ -114,17 +124,27 @@ def _settings(student: Model, options: AdapterConfig) -> Any:
     )
 
 
-def _trained_whole(student: Model, options: AdapterConfig) -> list[str]:
-    """The names of the modules that are trained beside the adapter."""
+def _matches(name: str, target: str) -> bool:
+    """Whether a target is the end of a module's full name: mlp.down_proj is one of model.layers.0.mlp.down_proj."""
+    return f".{name}".endswith(f".{target}")
+
+
+def _fully_trained_modules(student: Model, options: AdapterConfig) -> list[str]:
+    """The names of the modules whose full weight is trained, next to the adapter: embeddings, head, both or none."""
     head, embeddings = student.get_output_embeddings(), student.get_input_embeddings()
     if head.weight is embeddings.weight and options.train_embeddings != options.train_head:
         raise InputError(
-            "student.adapter: expected train_embeddings and train_head alike, because they are one matrix in this "
-            f"{type(student).__name__}, found {options.train_embeddings} and {options.train_head}"
+            "student.adapter: expected train_embeddings and train_head to be equal, because they are one matrix in "
+            f"this {type(student).__name__}, found {options.train_embeddings} and {options.train_head}; set both alike"
         )
-    asked = ((embeddings, options.train_embeddings), (head, options.train_head))
-    return [_name_of(student, module) for module, is_trained in asked if is_trained]
+    names = []
+    if options.train_embeddings:
+        names.append(_name_of(student, embeddings))
+    if options.train_head:
+        names.append(_name_of(student, head))
+    return names
 
 
-def _name_of(student: Model, wanted: torch.nn.Module) -> str:
-    return next(name for name, module in student.named_modules() if module is wanted)
+def _name_of(student: Model, module: torch.nn.Module) -> str:
+    """The full name of a module of the student."""
+    return next(name for name, candidate in student.named_modules() if candidate is module)

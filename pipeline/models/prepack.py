@@ -1,4 +1,4 @@
-"""Weights of a model that only runs forwards, laid out as a CPU multiplies them."""
+"""Faster forwards on a CPU: bfloat16 weights are converted once to the layout in which oneDNN multiplies them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pipeline.models.forward import Model
 
 
 class PrepackedLinear(torch.nn.Module):
-    """A linear layer whose weight lies in oneDNN's own layout; the same bits come out, without a gradient.
+    """A linear layer without gradients whose weight is stored in oneDNN's layout; its outputs are the same bits.
 
-    Otherwise each product lays the whole weight out anew: 5 % of a forward over 1,024 tokens, and two fifths to
-    three quarters of one over a single token (measured on AVX-512 with bfloat16).
+    A plain layer converts its weight in each product: this takes 5 % of a forward over 1,024 tokens, and two fifths to
+    three quarters of a forward over a single token (measured on AVX-512 with bfloat16).
     """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
@@ -27,13 +27,13 @@ class PrepackedLinear(torch.nn.Module):
 
 
 def prepack(model: Model) -> Model:
-    """The model with its bfloat16 linear layers laid out for a CPU, in place; elsewhere there is nothing to do.
+    """Replace, in place, the bfloat16 linear layers of a model on a CPU; on other devices the model stays as it is.
 
-    Nothing is held twice but a head that is tied to the embeddings.
+    The only weight that is then in memory twice is a head that is tied to the embeddings.
     """
     if model.device.type == "cpu" and has_fast_matmul(torch.bfloat16, model.device):
         for name, layer in list(model.named_modules()):
-            # no subclass: what else it does, this one would not
+            # not a subclass: PrepackedLinear would leave out what it does besides the product
             if type(layer) is torch.nn.Linear and layer.weight.dtype == torch.bfloat16:
                 model.set_submodule(name, PrepackedLinear(layer))
     return model

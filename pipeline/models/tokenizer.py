@@ -1,4 +1,4 @@
-"""Tokenizers: loaded, hashed by what turns text into ids, compared between teacher and student."""
+"""Tokenizers: load, hash, compare between teacher and student."""
 
 from __future__ import annotations
 
@@ -15,40 +15,49 @@ from pipeline.models.paths import model_folder
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that lies in a model folder."""
+    """Load the tokenizer of a model folder."""
     return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def open_tokenizer(config: ModelConfig) -> tuple[Path, Any]:
-    """From options to values: the local folder of a model, and its tokenizer."""
+    """The local folder of the model that options describe, and its tokenizer."""
     folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
     return folder, load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """The real vocabulary: the tokenizer's, not the padded number of rows that a head may have."""
+    """The number of tokens of the tokenizer; a model's head may have more rows, as padding."""
     return len(tokenizer)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of what turns text into ids: model, merges, added tokens, normalizer; not truncation or padding."""
+    """sha256 of all that maps text to ids (model, merges, added tokens, normalizer), not of truncation or padding.
+
+    InputError for a tokenizer without tokenizer.json.
+    """
     if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"tokenizer: expected one with a tokenizer.json, found {type(tokenizer).__name__}")
+        raise InputError(
+            f"tokenizer: expected one with a tokenizer.json, found {type(tokenizer).__name__}; convert it to a fast "
+            "tokenizer"
+        )
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)
     state.pop("padding", None)
     return content_hash(state)
 
 
-def text_settings(tokenizer: Any) -> dict[str, Any]:
-    """What else decides how text becomes ids: part of a fingerprint, not of whether two models can share ids."""
+def chat_template_and_end_token(tokenizer: Any) -> dict[str, Any]:
+    """What shapes the ids of a record besides the tokenizer's hash: part of a fingerprint.
+
+    Teacher and student may differ in it: their ids still mean the same tokens.
+    """
     return {"chat_template": tokenizer.chat_template, "end_token_id": tokenizer.eos_token_id}
 
 
 def check_same_tokenizer(teacher_hash: str, student_hash: str, *, cache: str, student: str) -> None:
-    """Refuse a student whose token ids mean something else than the teacher's."""
+    """InputError if the same id means different tokens for teacher and student."""
     if teacher_hash != student_hash:
         raise InputError(
             f"tokenizer: expected {student} to have the teacher's tokenizer {teacher_hash[:12]} ({cache}), "
-            f"found {student_hash[:12]}; use a teacher and a student of one family, or capture with another teacher"
+            f"found {student_hash[:12]}; use a student of the teacher's family, or capture with another teacher"
         )

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pipeline.config.schema import TrainConfig
-from pipeline.core.files import RunPaths, atomic_folder, write_atomically, write_json
+from pipeline.core.files import RunPaths, atomic_folder, is_hub_name, write_atomically, write_json
 from pipeline.core.runtime import compute_device
 from pipeline.evaluation.scoring import score
 from pipeline.models import loading as models
@@ -43,7 +43,7 @@ def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
         "- weak-to-strong",
         "- distillation",
     ]
-    if base.count("/") == 1 and not base.startswith((".", "/")):
+    if is_hub_name(base):
         front.insert(0, f"base_model: {base}")
     else:
         base = base.rstrip("/").rsplit("/", 1)[-1]

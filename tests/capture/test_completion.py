@@ -1,4 +1,4 @@
-"""Prompts that the teacher completes: what is captured is what a plain forward over its own words says."""
+"""Completions: the captured distributions equal those of one forward over the prompt with its completion."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ PROMPTS = [
 ]
 
 
-def completing(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+def completion_options(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """Options of a capture that completes these rows; `changes` are options of `complete`."""
     files = write_lines(folder / "prompts.jsonl", rows)
     options = {"how": CompletionMode.greedy, "max_new_tokens": 9, "batch_records": 4, **changes}
     return {
@@ -44,123 +45,127 @@ def rows_of(cache: Path) -> list[dict[str, Any]]:
     return pl.read_parquet(cache / "shards" / "*.parquet").rows(named=True)
 
 
-def spoken_by_record(cache: Path) -> dict[int, tuple[list[int], list[int], list[float], list[int]]]:
-    """Of each record: the tokens up to its end, the weak ids, the entropies, the first kept id at each target."""
-    found = {}
+def captured_by_record(cache: Path) -> dict[int, tuple[list[int], list[int], list[float], list[int]]]:
+    """Of each record: its tokens, the weak ids, the entropies, and the first kept id at each target."""
+    by_record = {}
     for row in rows_of(cache):
         start = n = 0
         k = len(row["topk_ids"]) // len(row["target_positions"])
         for record_id, length in zip(row["record_ids"], row["segment_lengths"], strict=True):
             count = sum(start <= s < start + length for s in row["target_positions"])
             here = slice(n, n + count)
-            found[record_id] = (
+            by_record[record_id] = (
                 row["input_ids"][start : start + length],
                 row["weak_ids"][here],
                 row["entropy"][here],
                 row["topk_ids"][::k][here],
             )
             start, n = start + length, n + count
-    return found
+    return by_record
 
 
-def test_greedy_is_transformers_own_generation(teacher: Path, tmp_path: Path) -> None:
-    """Batched, padded at the left and cached, against one prompt at a time through plain `generate`."""
-    cache = run(config_of(teacher, tmp_path, tmp_path, **completing(tmp_path, [{"prompt": p} for p in PROMPTS])))
+@pytest.fixture(scope="module")
+def greedy_cache(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A capture of the prompts, completed greedily."""
+    folder = tmp_path_factory.mktemp("greedy")
+    cache = run(config_of(teacher, folder, folder, **completion_options(folder, [{"prompt": p} for p in PROMPTS])))
+    assert isinstance(cache, Path)
+    return cache
+
+
+def test_greedy_is_transformers_own_generation(teacher: Path, greedy_cache: Path) -> None:
+    """Batched, padded at the left and with a KV cache, against transformers' `generate` for one prompt at a time."""
     model = transformers.AutoModelForCausalLM.from_pretrained(teacher).eval()
     tokenizer = load_tokenizer(teacher)
-    spoken = spoken_by_record(cache)
-    assert sorted(spoken) == list(range(len(PROMPTS)))
-    assert findings(cache) == []
+    by_record = captured_by_record(greedy_cache)
+    assert sorted(by_record) == list(range(len(PROMPTS)))
+    assert findings(greedy_cache) == []
     for record_id, prompt in enumerate(PROMPTS):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        forbidden = list(range(len(tokenizer), model.config.vocab_size))  # padding rows of the head say nothing
-        theirs = model.generate(
+        forbidden = list(range(len(tokenizer), model.config.vocab_size))  # padding rows of the head
+        expected_ids = model.generate(
             ids, max_new_tokens=9, do_sample=False, pad_token_id=1, suppress_tokens=forbidden, use_cache=True
         )[0].tolist()
-        tokens, weak_ids, entropies, first_ids = spoken[record_id]
-        assert tokens == theirs
-        assert weak_ids == first_ids == theirs[ids.shape[1] :]
+        tokens, weak_ids, entropies, first_ids = by_record[record_id]
+        assert tokens == expected_ids
+        assert weak_ids == first_ids == expected_ids[ids.shape[1] :]
         with torch.no_grad():
             logits_SV = model(input_ids=torch.tensor([tokens])).logits[0, ids.shape[1] - 1 : -1, : len(tokenizer)]
         expected = torch.distributions.Categorical(logits=logits_SV).entropy()
         assert torch.allclose(torch.tensor(entropies), expected, atol=5e-3)
 
 
-def test_sampling_follows_its_seed_and_a_redone_shard_is_byte_identical(teacher: Path, tmp_path: Path) -> None:
+def test_sampling_depends_on_the_seed_and_a_shard_captured_again_is_the_same_bytes(
+    teacher: Path, tmp_path: Path
+) -> None:
     rows = [{"prompt": p} for p in PROMPTS]
     caches = {}
     for seed in (0, 1):
-        settings = completing(tmp_path, rows, how=CompletionMode.sample, temperature=2.0, seed=seed)
-        caches[seed] = run(config_of(teacher, tmp_path, tmp_path, **settings))
+        options = completion_options(tmp_path, rows, how=CompletionMode.sample, temperature=2.0, seed=seed)
+        caches[seed] = run(config_of(teacher, tmp_path, tmp_path, **options))
         shard = caches[seed] / "shards" / "00001.parquet"
         before = shard.read_bytes()
         for path in shard.parent.glob("00001.*"):
             path.unlink()
-        assert run(config_of(teacher, tmp_path, tmp_path, **settings)) == caches[seed]
+        assert run(config_of(teacher, tmp_path, tmp_path, **options)) == caches[seed]
         assert shard.read_bytes() == before
-    said = [[words for _, words, _, _ in spoken_by_record(cache).values()] for cache in caches.values()]
-    assert said[0] != said[1]
+    weak_ids = {
+        seed: [weak_ids for _, weak_ids, _, _ in captured_by_record(cache).values()] for seed, cache in caches.items()
+    }
+    assert weak_ids[0] != weak_ids[1]
 
 
-def test_an_end_token_ends_and_is_captured(teacher: Path, tmp_path: Path) -> None:
-    """Sampled hot enough, some completion says the end token early; nothing is kept after it."""
+def test_an_end_token_ends_a_completion_and_is_captured(teacher: Path, tmp_path: Path) -> None:
+    """At a high temperature, some completions generate the end token (1) early; nothing is kept after it."""
     rows = [{"prompt": f"{p} {i}"} for p in PROMPTS for i in range(30)]
-    settings = completing(
+    options = completion_options(
         tmp_path, rows, how=CompletionMode.sample, temperature=50.0, max_new_tokens=30, batch_records=90
     )
-    cache = run(config_of(teacher, tmp_path, tmp_path, **{**settings, "records_per_shard": 200}))
-    words = [words for _, words, _, _ in spoken_by_record(cache).values()]
-    ended = [w for w in words if 1 in w]
+    cache = run(config_of(teacher, tmp_path, tmp_path, **{**options, "records_per_shard": 200}))
+    completions = [weak_ids for _, weak_ids, _, _ in captured_by_record(cache).values()]
+    ended = [ids for ids in completions if 1 in ids]
     assert ended
-    assert all(w.index(1) == len(w) - 1 for w in ended)
-    assert all(len(w) == 30 or 1 in w for w in words)
+    assert all(ids.index(1) == len(ids) - 1 for ids in ended)
+    assert all(len(ids) == 30 or 1 in ids for ids in completions)
 
 
-def test_records_with_a_completion_stay_as_they_are(teacher: Path, tmp_path: Path) -> None:
+def test_records_with_a_completion_keep_it(teacher: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "the weak"}, {"prompt": "a shard", "completion": " exists only if it is whole"}]
-    cache = run(config_of(teacher, tmp_path, tmp_path, **completing(tmp_path, rows)))
-    spoken = spoken_by_record(cache)
-    known = {row["record_ids"][0]: row["target_ids"] for row in rows_of(cache)}
-    assert set(spoken[1][1]) == {UNKNOWN_TARGET}
-    assert UNKNOWN_TARGET not in known[1]
-    assert UNKNOWN_TARGET not in spoken[0][1]
-    assert set(known[0]) == {UNKNOWN_TARGET}
+    cache = run(config_of(teacher, tmp_path, tmp_path, **completion_options(tmp_path, rows)))
+    weak_ids = {record_id: weak_ids for record_id, (_, weak_ids, _, _) in captured_by_record(cache).items()}
+    target_ids = {row["record_ids"][0]: row["target_ids"] for row in rows_of(cache)}
+    assert set(weak_ids[1]) == {UNKNOWN_TARGET}
+    assert UNKNOWN_TARGET not in target_ids[1]
+    assert UNKNOWN_TARGET not in weak_ids[0]
+    assert set(target_ids[0]) == {UNKNOWN_TARGET}
 
 
 @pytest.mark.parametrize("kind", [Kind.sampled, Kind.hybrid])
-def test_other_kinds_complete_too(kind: Kind, teacher: Path, tmp_path: Path) -> None:
-    settings = completing(tmp_path, [{"prompt": p} for p in PROMPTS])
-    said = [
-        [
-            words
-            for row in rows_of(run(config_of(teacher, tmp_path, tmp_path, **settings, **more)))
-            for words in row["weak_ids"]
-        ]
-        for more in ({}, {"kind": kind, "k": 3, "draws": 5})
-    ]
-    assert said[0] == said[1]
+def test_other_kinds_have_the_same_completions(kind: Kind, teacher: Path, greedy_cache: Path, tmp_path: Path) -> None:
+    options = completion_options(tmp_path, [{"prompt": p} for p in PROMPTS])
+    cache = run(config_of(teacher, tmp_path, tmp_path, **options, kind=kind, k=3, draws=5))
+    assert isinstance(cache, Path)
+    assert [row["weak_ids"] for row in rows_of(cache)] == [row["weak_ids"] for row in rows_of(greedy_cache)]
 
 
 def test_the_window_bounds_a_completion(teacher: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "x " * 20}, {"prompt": "the"}]
-    cache = run(config_of(teacher, tmp_path, tmp_path, **completing(tmp_path, rows, max_new_tokens=100)))
+    cache = run(config_of(teacher, tmp_path, tmp_path, **completion_options(tmp_path, rows, max_new_tokens=100)))
     assert all(len(row["input_ids"]) <= 48 for row in rows_of(cache))
     with pytest.raises(InputError, match=r"line 1: expected a prompt of 1 to 47 tokens \(the window less one\), found"):
-        run(config_of(teacher, tmp_path, tmp_path, **completing(tmp_path, [{"prompt": "x " * 40}])))
-    settings = completing(tmp_path, rows)
-    settings["corpus"].targets = Targets.all
+        run(config_of(teacher, tmp_path, tmp_path, **completion_options(tmp_path, [{"prompt": "x " * 40}])))
+    options = completion_options(tmp_path, rows)
+    options["corpus"].targets = Targets.all
     with pytest.raises(InputError, match=r"complete.how=greedy: expected corpus.targets=completion"):
-        run(config_of(teacher, tmp_path, tmp_path, **settings))
+        run(config_of(teacher, tmp_path, tmp_path, **options))
 
 
-def test_a_whole_forward_says_what_was_captured_word_by_word(teacher: Path, tmp_path: Path) -> None:
-    """Captured from a batch with a KV cache, replayed over packed sequences."""
-    cache = run(config_of(teacher, tmp_path, tmp_path, **completing(tmp_path, [{"prompt": p} for p in PROMPTS])))
+def test_a_replay_over_packed_sequences_agrees(teacher: Path, greedy_cache: Path) -> None:
+    """Captured one token at a time with a KV cache, replayed in one forward over packed sequences."""
     teacher_options = ModelConfig(path=str(teacher))
-    assert audit.run("replay", AuditConfig(cache=str(cache), teacher=teacher_options, rows=3)) == 0
+    assert audit.run("replay", AuditConfig(cache=str(greedy_cache), teacher=teacher_options, rows=3)) == 0
 
 
-def test_a_student_learns_from_what_was_said(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
-    cache = run(config_of(teacher, tmp_path, tmp_path, **completing(tmp_path, [{"prompt": p} for p in PROMPTS])))
-    script("train", *train_arguments(student, data, str(cache), steps=2), cwd=tmp_path)
+def test_a_student_trains_on_completions(student: Path, data: Path, greedy_cache: Path, tmp_path: Path) -> None:
+    script("train", *train_arguments(student, data, str(greedy_cache), steps=2), cwd=tmp_path)
     assert list(tmp_path.glob("runs/*/result.json"))

@@ -1,8 +1,9 @@
-"""What stage one writes equals a fresh forward; it is durable, readable by others, and never redone."""
+"""Shards equal a fresh forward of the teacher, are plain Parquet, and are captured only once."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from support.commands import capture_arguments, config_of, script
 from support.tiny import make_model, write_lines
 
 
-def test_the_cached_distribution_is_a_fresh_forwards(teacher: Path, data: Path, cache: Path) -> None:
-    """Each segment alone, through the model's plain forward: no packing, no padding, no code of ours."""
+def test_the_cached_distribution_equals_a_fresh_forward(teacher: Path, data: Path, cache: Path) -> None:
+    """Each segment alone through transformers' own forward, without packing or padding."""
     model = transformers.AutoModelForCausalLM.from_pretrained(teacher).eval()
     tokenizer = load_tokenizer(teacher)
     prompts = [json.loads(line)["prompt"] for line in (data / "corpus.jsonl").read_text().splitlines()]
     reader = ShardReader(cache)
-    seen: list[int] = []
+    record_ids: list[int] = []
     for block, rows in enumerate(reader.blocks):
         for r in range(rows):
             sequence, captured = reader.row(block, r)
@@ -53,12 +54,12 @@ def test_the_cached_distribution_is_a_fresh_forwards(teacher: Path, data: Path, 
                         assert abs(log_tail_N[n].item() - rest.item()) < 5e-3
                     n += 1
                 assert len(supervised) == 1  # targets=next
-                seen.append(record_id)
-    assert sorted(seen) == list(range(60))
+                record_ids.append(record_id)
+    assert sorted(record_ids) == list(range(60))
 
 
 def test_a_shard_is_plain_parquet(cache: Path) -> None:
-    """polars alone, no code of ours: the five lines of the README."""
+    """polars reads it without code of this project, as in the README."""
     rows = pl.scan_parquet(cache / "shards" / "*.parquet").collect()
     manifest = json.loads((cache / "manifest.json").read_text())
     assert rows["record_ids"].explode().sort().to_list() == list(range(60))
@@ -83,7 +84,7 @@ def test_next_log_prob_and_entropy(teacher: Path, tmp_path: Path) -> None:
         assert row["entropy"][n] == pytest.approx(-(log_p_SV[s].exp() * log_p_SV[s]).sum().item(), abs=5e-3)
 
 
-def test_again_does_nothing_and_never_loads_the_teacher(
+def test_a_second_run_writes_nothing_and_does_not_load_the_teacher(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(teacher, data / "corpus.jsonl", tmp_path)
@@ -99,24 +100,24 @@ def test_again_does_nothing_and_never_loads_the_teacher(
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (cache / "shards").iterdir()} == before
 
 
-def test_only_what_is_missing_is_redone_byte_for_byte(teacher: Path, data: Path, tmp_path: Path) -> None:
+def test_only_missing_shards_are_captured_again_with_the_same_bytes(teacher: Path, data: Path, tmp_path: Path) -> None:
     config = config_of(teacher, data / "corpus.jsonl", tmp_path)
     cache = run(config)
     shards = cache / "shards"
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
-    kept = (shards / "00000.parquet").stat().st_mtime_ns
+    time_before = (shards / "00000.parquet").stat().st_mtime_ns
     (shards / "00001.parquet").unlink()
     (shards / "00001.json").unlink()
-    (shards / "00002.json").unlink()  # a crash between the name and its ShardInfo
-    (shards / ".00001.1.abc.tmp").write_bytes(b"half")  # what a killed worker leaves
+    (shards / "00002.json").unlink()  # as after a crash between the Parquet file and its ShardInfo
+    (shards / ".00001.1.abc.tmp").write_bytes(b"half")  # as a killed worker leaves it
     with pytest.raises(InputError, match="expected 3 committed shards, found 1; run the same scripts/capture.py again"):
         ShardReader(cache)
     run(config)
     assert {path.name: path.read_bytes() for path in shards.iterdir() if path.suffix != ".tmp"} == before
-    assert (shards / "00000.parquet").stat().st_mtime_ns == kept
+    assert (shards / "00000.parquet").stat().st_mtime_ns == time_before
 
 
-def test_batch_size_is_no_part_of_the_identity_but_content_is(teacher: Path, data: Path, tmp_path: Path) -> None:
+def test_the_cache_depends_on_content_and_not_on_batch_size_or_paths(teacher: Path, data: Path, tmp_path: Path) -> None:
     files = data / "corpus.jsonl"
     first = run(config_of(teacher, files, tmp_path))
     assert run(config_of(teacher, files, tmp_path, batch_sequences=3)) == first
@@ -129,13 +130,13 @@ def test_batch_size_is_no_part_of_the_identity_but_content_is(teacher: Path, dat
     )
 
 
-def test_a_cache_of_another_teacher_is_refused_by_field(
+def test_a_cache_of_another_teacher_is_rejected_with_the_field(
     student: Path, teacher: Path, data: Path, tmp_path: Path
 ) -> None:
-    theirs = run(config_of(student, data / "corpus.jsonl", tmp_path))
-    mine = run(config_of(teacher, data / "corpus.jsonl", tmp_path))
-    shutil.rmtree(mine)
-    theirs.rename(mine)
+    other = run(config_of(student, data / "corpus.jsonl", tmp_path))
+    cache = run(config_of(teacher, data / "corpus.jsonl", tmp_path))
+    shutil.rmtree(cache)
+    other.rename(cache)
     with pytest.raises(InputError, match=r"made of something else.*\n  teacher_weights: expected '.*', found '"):
         run(config_of(teacher, data / "corpus.jsonl", tmp_path))
 
@@ -162,7 +163,7 @@ def test_an_error_while_writing_leaves_nothing_behind(teacher: Path, data: Path,
 
 
 def test_a_commit_never_overwrites(teacher: Path, data: Path, tmp_path: Path) -> None:
-    """Two workers on one shard, one a little later and with other bits: the first stays, and stays vouched for."""
+    """Two workers commit one shard, the second with other bytes: the first file stays, and matches its ShardInfo."""
     cache = run(config_of(teacher, data / "corpus.jsonl", tmp_path / "one"))
     other = run(config_of(teacher, data / "corpus.jsonl", tmp_path / "two", k=7))
     info = manifests.shard_info(cache, 0)
@@ -188,7 +189,7 @@ def test_a_flipped_byte_is_found_before_a_row_is_used(place: int, cache: Path, t
     reader = ShardReader(copy)
     first = manifests.shard_info(copy, 0)
     assert first is not None
-    reader.row(0, 0)  # another shard: whole
+    reader.row(0, 0)  # another shard, not damaged
     with pytest.raises(InputError, match=r"00001.parquet: expected sha256 .*the shard is damaged: delete it"):
         reader.row(len(first.row_groups), 0)
 
@@ -207,23 +208,38 @@ def test_packed_rows_keep_their_positions(cache: Path) -> None:
     assert position_ids(sequence.segment_lengths).tolist().count(0) == len(sequence.segment_lengths)
 
 
-REFUSALS = {
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 10_000}, "k: expected at most 300 (the vocabulary of"),
+        ({"window": 500}, "window: expected at most 256 (the positions of"),
+        ({"temperatures": [2.0]}, "temperatures: expected 1.0 among them, found [2.0]; add it"),
+    ],
+)
+def test_options_that_do_not_fit_are_rejected(
+    changes: dict[str, Any], message: str, teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        run(config_of(teacher, data / "corpus.jsonl", tmp_path / "caches", **changes))
+    assert not (tmp_path / "caches").exists()
+
+
+REJECTED_ARGUMENTS = {
     "missing file": (
         {"corpus__files": "[nowhere.jsonl]"},
         "files: expected 'nowhere.jsonl' to exist, found nothing there",
     ),
     "k above the vocabulary": ({"k": 10_000}, "k: expected at most 300 (the vocabulary of"),
-    "long window": ({"window": 500}, "window: expected at most 256 (the positions of"),
-    "no T = 1": ({"temperatures": "[2.0]"}, "temperatures: expected 1.0 among them, found [2.0]; add it"),
     "unknown option": ({"kk": 1}, "expected the name of an option, found 'kk'; did you mean k?"),
     "no number": ({"k": "many"}, "many"),
     "not a choice": ({"corpus__targets": "some"}, "some"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refusals_of_the_script(name: str, teacher: Path, data: Path, tmp_path: Path) -> None:
-    changes, message = REFUSALS[name]
+@pytest.mark.parametrize("name", REJECTED_ARGUMENTS)
+def test_the_script_rejects_wrong_arguments(name: str, teacher: Path, data: Path, tmp_path: Path) -> None:
+    """Exit code 2, a message without a traceback, and nothing written."""
+    changes, message = REJECTED_ARGUMENTS[name]
     done = script("capture", *capture_arguments(teacher, data, **changes), cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert message in done.stderr
@@ -231,7 +247,7 @@ def test_refusals_of_the_script(name: str, teacher: Path, data: Path, tmp_path: 
     assert not (tmp_path / "caches").exists()
 
 
-def test_a_teacher_whose_head_is_padded_otherwise(tmp_path: Path, tokenizer: Any, data: Path) -> None:
+def test_padding_of_the_teachers_head_changes_nothing(tmp_path: Path, tokenizer: Any, data: Path) -> None:
     """Two heads of one model, padded to different sizes, give the same cache."""
     narrow = make_model(tmp_path / "narrow", tokenizer, seed=5, padding=0)
     wide_model = transformers.AutoModelForCausalLM.from_pretrained(narrow)
@@ -245,13 +261,13 @@ def test_a_teacher_whose_head_is_padded_otherwise(tmp_path: Path, tokenizer: Any
 
 @pytest.mark.parametrize("kind", [Kind.sampled, Kind.hybrid])
 def test_sampled_and_hybrid_caches(kind: Kind, teacher: Path, data: Path, tmp_path: Path) -> None:
-    """Redone byte for byte, whatever the batches; read back as written; another seed is another cache."""
-    settings: dict[str, Any] = {"kind": kind, "k": 3, "draws": 10, "temperatures": [1.0]}
-    cache = run(config_of(teacher, data / "corpus.jsonl", tmp_path, **settings))
+    """A shard captured again has the same bytes; rows are read as written; another seed gives another cache."""
+    options: dict[str, Any] = {"kind": kind, "k": 3, "draws": 10, "temperatures": [1.0]}
+    cache = run(config_of(teacher, data / "corpus.jsonl", tmp_path, **options))
     before = (cache / "shards" / "00001.parquet").read_bytes()
     for path in (cache / "shards").glob("00001.*"):
         path.unlink()
-    run(config_of(teacher, data / "corpus.jsonl", tmp_path, **settings))
+    run(config_of(teacher, data / "corpus.jsonl", tmp_path, **options))
     assert (cache / "shards" / "00001.parquet").read_bytes() == before
     rows = pl.read_parquet(cache / "shards" / "*.parquet")
     counts = rows["kept_counts"].list.sum()
@@ -268,8 +284,8 @@ def test_sampled_and_hybrid_caches(kind: Kind, teacher: Path, data: Path, tmp_pa
     log_p_NK, log_tail_N = log_probabilities(top, temperature=1.0)
     assert torch.allclose(log_p_NK.exp().sum(1), torch.ones(len(log_p_NK)), atol=1e-5)
     assert (log_tail_N == -torch.inf).all()
-    assert run(config_of(teacher, data / "corpus.jsonl", tmp_path, **settings, seed=1)) != cache
+    assert run(config_of(teacher, data / "corpus.jsonl", tmp_path, **options, seed=1)) != cache
     with pytest.raises(InputError, match=r"k: expected null, because .* is"):
         ShardReader(cache, k=2)
     with pytest.raises(InputError, match=r"temperatures: expected \[1.0\], because a .* cache is valid only there"):
-        run(config_of(teacher, data / "corpus.jsonl", tmp_path, **{**settings, "temperatures": [1.0, 2.0]}))
+        run(config_of(teacher, data / "corpus.jsonl", tmp_path, **{**options, "temperatures": [1.0, 2.0]}))

@@ -1,4 +1,4 @@
-"""Capture under fire: workers killed, frozen, out of room; afterwards every shard is byte for byte as undisturbed."""
+"""Workers killed, frozen or out of disk space: afterwards each shard has the bytes of an undisturbed capture."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from pipeline.cache.leases import hold_lease
+from pipeline.capture.driver import shards_of_share
 from pipeline.config.schema import CaptureConfig
 from pipeline.core.types import InputError
 from support.commands import ROOT, capture_arguments, mounted, needs_root, script, train_arguments
@@ -32,7 +33,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(teacher: Path, data: Path, **changes: Any) -> list[str]:
-    """Many small shards, and one thread a process, so that every process computes the same bits."""
+    """Options of a capture with many small shards; `changes` are further options."""
     chosen = {"records_per_shard": 10, "batch_sequences": 1, "lease_seconds": 2, "log_every_seconds": 1, **changes}
     return capture_arguments(teacher, data, **chosen)
 
@@ -44,6 +45,7 @@ def start(arguments: list[str], cwd: Path) -> subprocess.Popen:
 
 
 def one_thread() -> dict[str, str]:
+    """An environment with one thread per process, so that all processes compute the same bits."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -65,13 +67,13 @@ def undisturbed(undisturbed_folder: Path) -> dict[str, bytes]:
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The worker processes, not multiprocessing's tracker."""
+    """The worker processes, without multiprocessing's resource tracker."""
     with contextlib.suppress(psutil.Error):
         return [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
     return []
 
 
-def test_two_workers_give_what_one_gives(
+def test_two_workers_write_the_same_shards_as_one(
     teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     script("capture", *arguments(teacher, many, num_workers=2), cwd=tmp_path, env=one_thread())
@@ -107,44 +109,46 @@ def test_fifty_kills_lose_nothing_and_double_nothing(
     undisturbed: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
-    """SIGKILL to random workers at random times; where a capture ends before 50, another begins in a new folder.
+    """SIGKILL to random workers at random times; if a capture ends before 50 kills, another starts in a new folder.
 
-    A training on what came of it has the losses of one on undisturbed shards.
+    Training on such a cache has the losses of training on undisturbed shards.
     """
-    chance, kills, rounds = random.Random(0), 0, 0
+    generator, kills, rounds = random.Random(0), 0, 0
     while kills < 50:
         rounds += 1
         folder = tmp_path / str(rounds)
         folder.mkdir()
         process = start(arguments(teacher, many, num_workers=3), folder)
         while process.poll() is None:
-            time.sleep(chance.uniform(0.1, 1.5))
+            time.sleep(generator.uniform(0.1, 1.5))
             workers = workers_of(process)
             if workers and kills < 50:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    chance.choice(workers).send_signal(signal.SIGKILL)
+                    generator.choice(workers).send_signal(signal.SIGKILL)
                     kills += 1
-        said = (folder / "output.txt").read_text()
-        if process.returncode == 2:  # so many deaths that it asks for the cause: the same command goes on
-            assert "expected a shard between deaths" in said
+        output = (folder / "output.txt").read_text()
+        if process.returncode == 2:  # too many deaths without a committed shard: the same command resumes
+            assert "expected a committed shard between two deaths of workers" in output
             script("capture", *arguments(teacher, many, num_workers=3), cwd=folder, env=one_thread())
         else:
-            assert process.returncode == 0, said[-3000:]
+            assert process.returncode == 0, output[-3000:]
         assert shards_of(folder) == undisturbed
     assert kills == 50
     losses = []
-    for cache in (tmp_path / "1", undisturbed_folder):
-        (found,) = cache.glob("caches/tiny-*")
+    for folder in (tmp_path / "1", undisturbed_folder):
+        (cache_folder,) = folder.glob("caches/tiny-*")
         script(
-            "train", *train_arguments(student, data, str(found), runs_dir=tmp_path / "runs" / cache.name), cwd=tmp_path
+            "train",
+            *train_arguments(student, data, str(cache_folder), runs_dir=tmp_path / "runs" / folder.name),
+            cwd=tmp_path,
         )
-        (metrics,) = (tmp_path / "runs" / cache.name).glob("*/metrics.jsonl")
+        (metrics,) = (tmp_path / "runs" / folder.name).glob("*/metrics.jsonl")
         losses.append([json.loads(line)["loss"] for line in metrics.read_text().splitlines()])
     assert losses[0] == losses[1]
 
 
 @pytest.mark.slow
-def test_a_worker_frozen_past_its_lease_wakes_and_harms_nothing(
+def test_a_worker_frozen_for_longer_than_its_lease_changes_nothing_when_it_resumes(
     teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     frozen = start(arguments(teacher, many), tmp_path)
@@ -153,15 +157,15 @@ def test_a_worker_frozen_past_its_lease_wakes_and_harms_nothing(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     frozen.send_signal(signal.SIGSTOP)
-    held = list(tmp_path.glob("caches/*/shards/.*.claim"))
+    claims = list(tmp_path.glob("caches/*/shards/.*.claim"))
     script("capture", *arguments(teacher, many), cwd=tmp_path, env=one_thread())
-    assert held  # it was frozen in the middle of a shard, and that shard was taken over
+    assert claims  # it was frozen during a shard, and the other capture took this shard over
     frozen.send_signal(signal.SIGCONT)
     assert frozen.wait(60) == 0
     assert shards_of(tmp_path) == undisturbed
 
 
-def test_a_killed_capture_goes_on_where_it_stopped(
+def test_a_killed_capture_resumes_where_it_stopped(
     teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     process = start(arguments(teacher, many), tmp_path)
@@ -171,9 +175,8 @@ def test_a_killed_capture_goes_on_where_it_stopped(
     process.kill()
     process.wait()
     done = script("capture", *arguments(teacher, many), cwd=tmp_path, env=one_thread())
-    left = 120 - 20
     assert "of 120 shards into" in done.stderr
-    assert int(done.stderr.split("capturing ")[1].split()[0]) <= left
+    assert int(done.stderr.split("capturing ")[1].split()[0]) <= 120 - 20
     assert shards_of(tmp_path) == undisturbed
 
 
@@ -188,58 +191,58 @@ def test_a_full_disk_loses_nothing(teacher: Path, many: Path, undisturbed: dict[
         assert "expected to write shard" in done.stderr
         assert "No space left on device" in done.stderr
         assert "Traceback" not in done.stderr
-        whole = [name for name in shards_of(small) if name.endswith(".json")]
-        assert 0 < len(whole) < 120
+        committed = [name for name in shards_of(small) if name.endswith(".json")]
+        assert 0 < len(committed) < 120
         subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
         script("capture", *arguments(teacher, many), cwd=small, env=one_thread())
         assert shards_of(small) == undisturbed
 
 
 @needs_root
-def test_a_read_only_folder_is_refused(teacher: Path, many: Path, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_rejected(teacher: Path, many: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "fixed", "size=1m,ro") as fixed:
         done = script("capture", *arguments(teacher, many), cwd=fixed, env=one_thread(), check=False)
     assert done.returncode == 2
     assert "expected a folder to write into, found Read-only file system; choose another" in done.stderr
 
 
-def test_stale_temporary_files_are_swept_once_the_cache_is_whole(teacher: Path, many: Path, tmp_path: Path) -> None:
-    script("capture", *arguments(teacher, many, lease_seconds=60), cwd=tmp_path)
+def test_stale_temporary_files_of_a_finished_cache_are_deleted(
+    teacher: Path, many: Path, undisturbed_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed_folder, tmp_path, dirs_exist_ok=True)
     (shards,) = tmp_path.glob("caches/*/shards")
     (shards / ".00001.1.abc.tmp").write_bytes(b"half")
     os.utime(shards / ".00001.1.abc.tmp", (0, 0))
-    (shards / ".00002.2.def.tmp").write_bytes(b"somebody may still be writing this")
+    (shards / ".00002.2.def.tmp").write_bytes(b"younger than a lease: it may still be written")
     script("capture", *arguments(teacher, many, lease_seconds=60), cwd=tmp_path)
     assert [path.name for path in shards.iterdir() if path.name.startswith(".")] == [".00002.2.def.tmp"]
 
 
-# --------------------------------------------------------------------------------------------- claims
+# --------------------------------------------------------------------------------------------- leases
 
 
-def test_a_claim_is_held_by_one_and_kept_fresh(tmp_path: Path) -> None:
+def test_a_claim_has_one_holder_who_renews_it(tmp_path: Path) -> None:
     path = tmp_path / ".0.claim"
     with hold_lease(path, lease_seconds=0.4) as first:
         assert first
-        time.sleep(1.0)  # past the lease: the holder gives signs of life
+        time.sleep(1.0)  # longer than the lease: the holder has renewed it
         with hold_lease(path, lease_seconds=0.4) as second:
             assert not second
         assert path.exists()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stale_claim_is_taken_over_and_not_released_by_its_old_holder(tmp_path: Path) -> None:
+def test_a_stale_claim_is_taken_over_and_not_released_by_the_holder_that_lost_it(tmp_path: Path) -> None:
     path = tmp_path / ".0.claim"
-    path.write_text("somebody long dead")
+    path.write_text("a process that was killed")
     os.utime(path, (0, 0))
     with hold_lease(path, lease_seconds=5) as taken:
         assert taken
-        path.write_text("a successor")  # as if we had been frozen and overtaken
+        path.write_text("a successor")  # as if this process had been frozen, and another had taken over
     assert path.read_text() == "a successor"
 
 
-def test_share_must_be_within() -> None:
-    from pipeline.capture.driver import shards_of_share
-
+def test_a_share_is_every_third_shard_and_is_checked() -> None:
     config = CaptureConfig(name="x", share="1/3")
     assert shards_of_share(config, 8) == [1, 4, 7]
     for wrong in ("3/3", "1", "a/b", "0/0"):
@@ -247,12 +250,13 @@ def test_share_must_be_within() -> None:
             shards_of_share(CaptureConfig(name="x", share=wrong), 8)
 
 
-def test_a_damaged_shard_without_its_info_is_refused(teacher: Path, many: Path, tmp_path: Path) -> None:
-    script("capture", *arguments(teacher, many), cwd=tmp_path)
+def test_a_damaged_shard_without_its_info_is_rejected(
+    teacher: Path, many: Path, undisturbed_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed_folder, tmp_path, dirs_exist_ok=True)
     (shards,) = tmp_path.glob("caches/*/shards")
     (shards / "00003.json").unlink()
     (shards / "00003.parquet").write_bytes((shards / "00003.parquet").read_bytes()[:500])
     done = script("capture", *arguments(teacher, many), cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "00003.parquet: expected a complete shard, found it damaged" in done.stderr
-    shutil.rmtree(shards)

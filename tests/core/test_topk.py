@@ -19,15 +19,15 @@ from pipeline.core.types import InputError, TopK
 SHAPES = st.tuples(st.integers(1, 6), st.integers(2, 40), st.integers(0, 1000), st.floats(0.1, 30))
 
 
-def draw(shape: tuple[int, int, int, float]) -> torch.Tensor:
-    num, vocabulary, seed, scale = shape
-    return torch.randn(num, vocabulary, generator=torch.Generator().manual_seed(seed)) * scale
+def random_logits(shape: tuple[int, int, int, float]) -> torch.Tensor:
+    num_positions, vocabulary, seed, scale = shape
+    return torch.randn(num_positions, vocabulary, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 @settings(deadline=None)
 @given(shape=SHAPES, k=st.integers(1, 40), temperature=st.sampled_from([1.0, 2.0, 0.5]))
 def test_matches_the_dense_distribution_in_fp64_and_sums_to_one(shape: tuple, k: int, temperature: float) -> None:
-    logits_NV = draw(shape)
+    logits_NV = random_logits(shape)
     k = min(k, shape[1])
     top = top_k_and_entropy(logits_NV, k=k, temperatures=(0.5, 1.0, 2.0))[0]
     log_p_NK, log_tail_N = log_probabilities(top, temperature=temperature)
@@ -47,21 +47,21 @@ def test_matches_the_dense_distribution_in_fp64_and_sums_to_one(shape: tuple, k:
 
 @settings(deadline=None)
 @given(shape=SHAPES)
-def test_a_smaller_k_is_an_exact_view(shape: tuple) -> None:
-    logits_NV = draw(shape).half().float()
-    logits_NV -= logits_NV.max(1, keepdim=True).values  # representable, so that capturing at k rounds nothing
+def test_narrow_equals_a_capture_with_the_smaller_k(shape: tuple) -> None:
+    logits_NV = random_logits(shape).half().float()
+    logits_NV -= logits_NV.max(1, keepdim=True).values  # representable in fp16, so that a capture rounds nothing
     logits_NV = logits_NV.half().float()
     wide = top_k_and_entropy(logits_NV, k=shape[1], temperatures=(1.0, 2.0))[0]
     for k in range(1, shape[1] + 1):
-        direct, seen = top_k_and_entropy(logits_NV, k=k, temperatures=(1.0, 2.0))[0], narrow(wide, k=k)
-        assert torch.equal(direct.relative_logits_NK, seen.relative_logits_NK)
-        assert torch.allclose(direct.log_tail_NC, seen.log_tail_NC, atol=1e-5)
+        direct, narrowed = top_k_and_entropy(logits_NV, k=k, temperatures=(1.0, 2.0))[0], narrow(wide, k=k)
+        assert torch.equal(direct.relative_logits_NK, narrowed.relative_logits_NK)
+        assert torch.allclose(direct.log_tail_NC, narrowed.log_tail_NC, atol=1e-5)
 
 
-def test_refusals() -> None:
+def test_a_k_or_temperature_that_is_not_there_is_rejected() -> None:
     logits_NV = torch.randn(2, 10)
     with pytest.raises(InputError, match=r"expected 1 to 10 \(the vocabulary\), found 11"):
-        top_k_and_entropy(logits_NV, k=11, temperatures=(1.0,))[0]
+        top_k_and_entropy(logits_NV, k=11, temperatures=(1.0,))
     top = top_k_and_entropy(logits_NV, k=4, temperatures=(1.0,))[0]
     with pytest.raises(InputError, match=r"expected one of the captured \[1.0\], found 2.0"):
         log_probabilities(top, temperature=2.0)
@@ -70,11 +70,11 @@ def test_refusals() -> None:
 
 
 @settings(deadline=None)
-@given(shape=SHAPES, k=st.integers(1, 40), dead=st.integers(0, 30))
-def test_log_z_and_entropy_of_the_whole_distribution(shape: tuple, k: int, dead: int) -> None:
-    """Against fp64, with one-hot positions, ids of no mass (-inf) and tails too small for fp32's exp."""
-    logits_NV = draw(shape)
-    logits_NV[:, 1 : 1 + dead] = -torch.inf
+@given(shape=SHAPES, k=st.integers(1, 40), num_impossible=st.integers(0, 30))
+def test_log_z_and_entropy_of_the_full_distribution(shape: tuple, k: int, num_impossible: int) -> None:
+    """Against fp64, with one-hot positions, ids without mass (-inf) and tails too small for fp32's exp."""
+    logits_NV = random_logits(shape)
+    logits_NV[:, 1 : 1 + num_impossible] = -torch.inf
     logits_NV[0, 0] = 500.0
     _, log_z_N, entropy_N = top_k_and_entropy(logits_NV, k=min(k, shape[1]), temperatures=(1.0,))
     dense_NV = logits_NV.double()
@@ -92,11 +92,11 @@ def test_a_far_tail_keeps_its_mass() -> None:
 
 
 @pytest.mark.parametrize("size", [999, 4096, 49_152])
-@pytest.mark.parametrize("coarse", [False, True])
-def test_the_largest_are_those_of_a_plain_topk(size: int, coarse: bool) -> None:
-    """`coarse` makes many ties, as bfloat16 logits do: which of equals is kept may differ, the values may not."""
-    logits_NV = draw((20, size, 3, 4.0))
-    logits_NV = logits_NV.round() if coarse else logits_NV
+@pytest.mark.parametrize("with_ties", [False, True])
+def test_largest_k_equals_torch_topk(size: int, with_ties: bool) -> None:
+    """With ties, as in bfloat16 logits, other ids of equal value may be kept; the values must be the same."""
+    logits_NV = random_logits((20, size, 3, 4.0))
+    logits_NV = logits_NV.round() if with_ties else logits_NV
     for k in (1, 8, 64, 300):
         values_NK, ids_NK = largest_k(logits_NV, k)
         assert torch.equal(values_NK, logits_NV.topk(k, dim=1).values)
@@ -105,7 +105,7 @@ def test_the_largest_are_those_of_a_plain_topk(size: int, coarse: bool) -> None:
 
 
 def dense(top: TopK, vocabulary: int) -> torch.Tensor:
-    """[N, V] probabilities at T = 1 out of the kept entries, in fp64; padding adds nothing."""
+    """[N, V] probabilities at T = 1 of the kept entries, in fp64; padding adds nothing."""
     log_p_NK, _ = log_probabilities(top, temperature=1.0)
     zeros = torch.zeros(len(log_p_NK), vocabulary, dtype=torch.float64)
     return zeros.scatter_add(1, top.ids_NK, log_p_NK.double().exp())
@@ -131,13 +131,13 @@ def test_the_mean_of_many_draws_is_the_distribution(kind: str) -> None:
     assert torch.allclose(estimates_NV.sum(dim=1), torch.ones(repeats, dtype=torch.float64), atol=1e-6)
 
 
-def test_hybrid_is_exact_on_its_head() -> None:
+def test_hybrid_is_exact_for_the_k_largest() -> None:
     logits_NV = torch.randn(50, 40)
     top = hybrid(logits_NV, k=5, uniforms_ND=torch.rand(50, 10, dtype=torch.float64))
     exact_NV = torch.softmax(logits_NV.double(), dim=1)
     head_NK = exact_NV.topk(5, dim=1).indices
-    found_NV = dense(top, 40)
-    assert torch.allclose(found_NV.gather(1, head_NK), exact_NV.gather(1, head_NK), rtol=2e-3)
+    hybrid_NV = dense(top, 40)
+    assert torch.allclose(hybrid_NV.gather(1, head_NK), exact_NV.gather(1, head_NK), rtol=2e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,6 +158,6 @@ def test_draws_are_a_function_of_seed_key_and_position() -> None:
     assert not torch.equal(*uniform_draws(key, 2, draws=3, seed=1))
 
 
-def test_widening_changes_nothing() -> None:
+def test_padding_to_a_width_changes_no_probability() -> None:
     top = sampled(torch.randn(4, 30), uniforms_ND=torch.rand(4, 9, dtype=torch.float64))
     assert torch.equal(dense(top.pad_to_width(20), 30), dense(top, 30))

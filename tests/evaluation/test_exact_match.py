@@ -19,7 +19,7 @@ from pipeline.evaluation.predictions import teacher_score
 from pipeline.evaluation.requests import check_generation_requests, open_evaluation_set
 from pipeline.evaluation.scoring import score
 from pipeline.models import loading as models
-from pipeline.models.generation import batches_of_like_length
+from pipeline.models.generation import batches_by_length
 from pipeline.models.tokenizer import load_tokenizer
 from support.commands import prepare_run, run_ranks, script, train_arguments
 from support.scoring import exam_of, scored
@@ -72,12 +72,12 @@ def test_answers_are_transformers_own_whatever_the_batch(speaker: Path, tmp_path
 
 def test_batches_hold_no_more_tokens_than_asked() -> None:
     lengths = [3, 40, 7, 7, 90, 1, 20]
-    found = list(batches_of_like_length(lengths, batch_tokens=60, max_new_tokens=10))
+    found = list(batches_by_length(lengths, batch_tokens=60, max_new_tokens=10))
     assert sorted(i for batch in found for i in batch) == list(range(7))
     for batch in found:
         assert len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 10) <= 60
     assert found == [[4], [1], [6, 2], [3, 0, 5]]
-    assert max(map(len, batches_of_like_length([1] * 2000, batch_tokens=10**9, max_new_tokens=1))) == 512
+    assert max(map(len, batches_by_length([1] * 2000, batch_tokens=10**9, max_new_tokens=1))) == 512
 
 
 def test_records_with_choices_are_not_asked(student: Path, tmp_path: Path) -> None:

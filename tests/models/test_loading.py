@@ -1,4 +1,4 @@
-"""Packed segments cannot see each other; the head is run as the model runs it; tokenizers are compared by content."""
+"""Packed segments do not attend to each other; our logits are the model's own; tokenizers are compared by content."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from pipeline.core.files import is_hub_name
 from pipeline.core.runtime import has_fast_matmul
 from pipeline.core.types import InputError
 from pipeline.data.packing import Segment, collate_inputs, make_sequence
@@ -19,21 +20,21 @@ from pipeline.models.compatibility import check_logits_path, check_packing, chec
 from pipeline.models.forward import hidden_states, logits
 from pipeline.models.paths import model_folder
 from pipeline.models.prepack import PrepackedLinear, prepack
-from pipeline.models.tokenizer import check_same_tokenizer, load_tokenizer, text_settings, tokenizer_hash
+from pipeline.models.tokenizer import chat_template_and_end_token, check_same_tokenizer, load_tokenizer, tokenizer_hash
 from support.tiny import LINES, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
 
 
-def tiny(name: str, **settings: Any) -> Any:
+def tiny(name: str, **config_values: Any) -> Any:
     torch.manual_seed(0)
-    kind = getattr(transformers, f"{name}Config")
+    config_class = getattr(transformers, f"{name}Config")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
     if name == "GPT2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 64}
     else:
         sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.3}
-    config = kind(**sizes, pad_token_id=0, bos_token_id=0, eos_token_id=1, use_cache=False, **settings)
+    config = config_class(**sizes, pad_token_id=0, bos_token_id=0, eos_token_id=1, use_cache=False, **config_values)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -65,7 +66,7 @@ def test_changing_one_segment_never_changes_another(name: str, attention: str, t
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "config_values"),
     [
         ("Llama", {"tie_word_embeddings": True}),
         ("Llama", {"tie_word_embeddings": False}),
@@ -74,59 +75,58 @@ def test_changing_one_segment_never_changes_another(name: str, attention: str, t
         ("Granite", {"logits_scaling": 3.0}),
     ],
 )
-def test_logits_are_the_models_own(name: str, settings: dict[str, Any]) -> None:
-    model = tiny(name, **settings)
+def test_logits_are_the_models_own(name: str, config_values: dict[str, Any]) -> None:
+    model = tiny(name, **config_values)
     check_logits_path(model)
     hidden_NH = packed_hidden(model, (3, 4, 5, 6))
-    ours = logits(model, hidden_NH, 60)
-    theirs = model(input_ids=torch.tensor([[3, 4, 5, 6]])).logits[0]
-    assert torch.allclose(ours, theirs, atol=1e-5)
+    model_logits_SV = model(input_ids=torch.tensor([[3, 4, 5, 6]])).logits[0]
+    assert torch.allclose(logits(model, hidden_NH, 60), model_logits_SV, atol=1e-5)
 
 
-def test_an_architecture_that_does_more_to_its_logits_is_refused() -> None:
+def test_an_architecture_with_other_logits_is_rejected() -> None:
     model = tiny("Llama")
     forward = model.forward
 
-    def sharper(*args: Any, **kwargs: Any) -> Any:
+    def with_scaled_logits(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         output.logits = output.logits * 3
         return output
 
-    model.forward = sharper
+    model.forward = with_scaled_logits
     with pytest.raises(InputError, match=r"expected head\(hidden\) to equal the model's own logits"):
         check_logits_path(model)
 
 
 @pytest.mark.parametrize("name", ["Bloom", "OPT"])
-def test_an_architecture_that_leaks_between_packed_segments_is_refused(name: str) -> None:
+def test_an_architecture_that_leaks_between_packed_segments_is_rejected(name: str) -> None:
     sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     if name == "OPT":
         sizes |= {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
     config = getattr(transformers, f"{name}Config")(**sizes, use_cache=False)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(InputError, match="expected packed segments not to see each other, found that they do"):
+    with pytest.raises(InputError, match="expected packed segments not to attend to each other, found that they do"):
         check_packing(model)
 
 
-def test_the_end_token_and_the_chat_template_are_part_of_the_text_rules(tokenizer: Any) -> None:
-    before = text_settings(tokenizer)
+def test_the_end_token_is_in_the_fingerprint_but_not_in_the_tokenizers_hash(tokenizer: Any) -> None:
+    before = chat_template_and_end_token(tokenizer)
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<bos>"
-    assert text_settings(other) != before
-    assert tokenizer_hash(other) == tokenizer_hash(tokenizer)  # token ids mean the same
+    assert chat_template_and_end_token(other) != before
+    assert tokenizer_hash(other) == tokenizer_hash(tokenizer)  # the ids still mean the same tokens
 
 
-def test_cut_to_the_first_layers_keeps_them(student: Path) -> None:
-    whole = models.load_model(student, dtype="float32", device=CPU)
+def test_num_layers_keeps_the_first_layers(student: Path) -> None:
+    full = models.load_model(student, dtype="float32", device=CPU)
     cut = models.load_model(student, dtype="float32", device=CPU, num_layers=1)
     assert len(cut.model.layers) == 1
     first = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(cut.state_dict()[first], whole.state_dict()[first])
+    assert torch.equal(cut.state_dict()[first], full.state_dict()[first])
     with pytest.raises(InputError, match="num_layers: expected 1 to 3 .*, found 4"):
         models.load_model(student, dtype="float32", device=CPU, num_layers=4)
 
 
-def test_a_missing_weight_is_not_left_random(student: Path, tmp_path: Path) -> None:
+def test_a_missing_weight_is_rejected_and_not_left_random(student: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(student)
     state = {name: w for name, w in model.state_dict().items() if "layers.0.mlp" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
@@ -136,7 +136,7 @@ def test_a_missing_weight_is_not_left_random(student: Path, tmp_path: Path) -> N
         models.load_model(tmp_path, dtype="float32", device=CPU)
 
 
-def test_pickled_weights_are_refused(student: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_rejected(student: Path, tmp_path: Path) -> None:
     shutil.copytree(student, tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"expected weights as \*\.safetensors, found none"):
@@ -146,18 +146,18 @@ def test_pickled_weights_are_refused(student: Path, tmp_path: Path) -> None:
 
 
 def test_tokenizers_are_compared_by_content_not_by_name(tmp_path: Path, student: Path, teacher: Path) -> None:
-    same = [tokenizer_hash(load_tokenizer(folder)) for folder in (student, teacher)]
-    assert same[0] == same[1]  # whatever the padded size of the head
+    student_hash, teacher_hash = (tokenizer_hash(load_tokenizer(folder)) for folder in (student, teacher))
+    assert student_hash == teacher_hash  # although their heads are padded to different sizes
     other = make_tokenizer(lines=[*LINES, "other words altogether"])
     make_model(tmp_path / "student", other, seed=1)  # the same folder name
-    found = tokenizer_hash(load_tokenizer(tmp_path / "student"))
+    other_hash = tokenizer_hash(load_tokenizer(tmp_path / "student"))
     with pytest.raises(
-        InputError, match="expected .* to have the teacher's tokenizer .* use a teacher and a student of one"
+        InputError, match="expected .* to have the teacher's tokenizer .* use a student of the teacher's family"
     ):
-        check_same_tokenizer(same[0], found, cache="c", student="s")
+        check_same_tokenizer(teacher_hash, other_hash, cache="c", student="s")
 
 
-def test_padding_settings_do_not_change_the_tokenizers_hash(student: Path) -> None:
+def test_padding_and_truncation_do_not_change_the_tokenizers_hash(student: Path) -> None:
     tokenizer = load_tokenizer(student)
     before = tokenizer_hash(tokenizer)
     tokenizer.pad_token = "<eos>"
@@ -165,7 +165,7 @@ def test_padding_settings_do_not_change_the_tokenizers_hash(student: Path) -> No
     assert tokenizer_hash(tokenizer) == before
 
 
-def test_weights_hash_sees_one_weight(student: Path, tmp_path: Path) -> None:
+def test_one_changed_weight_changes_the_weights_hash(student: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(student)
     model.save_pretrained(tmp_path / "a")
     model.model.norm.weight.data[0] += 1e-3
@@ -173,13 +173,22 @@ def test_weights_hash_sees_one_weight(student: Path, tmp_path: Path) -> None:
     assert models.weights_hash(tmp_path / "a") != models.weights_hash(tmp_path / "b")
 
 
-def test_window_longer_than_the_model_knows(student: Path) -> None:
+def test_a_window_longer_than_the_models_positions_is_rejected(student: Path) -> None:
     check_window(student, 256)
     with pytest.raises(InputError, match="window: expected at most 256 .*, found 257"):
         check_window(student, 257)
 
 
-def test_model_path_that_is_nowhere() -> None:
+def test_hub_names_differ_from_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "student").mkdir(parents=True)
+    for name in ("EleutherAI/pythia-70m", "owner/name", "owner/a_b.c-d"):
+        assert is_hub_name(name)
+    for path in ("models/student", "./name", "../name", "/name", "gpt2", "a/b/c", "models/stud*", "~/model", "a b/c"):
+        assert not is_hub_name(path)
+
+
+def test_a_model_path_that_does_not_exist_is_rejected() -> None:
     with pytest.raises(InputError, match="model path: expected '/no/where' to match one path, found nothing"):
         model_folder("/no/where")
     with pytest.raises(InputError, match="expected 'nobody/nothing' to be a folder or a model on the hub"):
@@ -187,19 +196,19 @@ def test_model_path_that_is_nowhere() -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "GPT2"])
-def test_weights_laid_out_for_a_cpu_give_the_same_bits(name: str) -> None:
-    """With and without biases, tied and untied heads; one token and many. GPT-2's own layers stay as they are."""
+def test_prepacked_weights_give_the_same_bits(name: str) -> None:
+    """With and without biases, tied and untied heads; one token and many. GPT-2's Conv1D layers are not replaced."""
     if not has_fast_matmul(torch.bfloat16, CPU):
-        pytest.skip("this CPU has no bfloat16 instructions: nothing is laid out")
+        pytest.skip("this CPU has no bfloat16 instructions: nothing is prepacked")
     model = tiny(name, tie_word_embeddings=name == "Llama").to(torch.bfloat16)
-    prepared = prepack(copy.deepcopy(model))
-    assert any(isinstance(module, PrepackedLinear) for module in prepared.modules())
-    assert not any(type(module) is torch.nn.Linear for module in prepared.modules())
+    prepacked = prepack(copy.deepcopy(model))
+    assert any(isinstance(module, PrepackedLinear) for module in prepacked.modules())
+    assert not any(type(module) is torch.nn.Linear for module in prepacked.modules())
     for size in (1, 7, 40):
         ids_BS = torch.arange(2 * size).reshape(2, size) % 60
         with torch.inference_mode():
-            assert torch.equal(model(input_ids=ids_BS).logits, prepared(input_ids=ids_BS).logits)
+            assert torch.equal(model(input_ids=ids_BS).logits, prepacked(input_ids=ids_BS).logits)
 
 
-def test_float32_stays_as_it_is() -> None:
+def test_float32_layers_are_not_replaced() -> None:
     assert not any(isinstance(module, PrepackedLinear) for module in prepack(tiny("Llama")).modules())

@@ -1,4 +1,4 @@
-"""LoRA: what is trained and what not, the merged weights and the adapter alone, every ZeRO stage, stops, refusals."""
+"""LoRA: which weights are trained, merged weights and the exported adapter, ZeRO stages, resuming, rejected options."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def options_of(base: Path, **adapter: Any) -> StudentConfig:
     return StudentConfig(path=str(base), dtype=Dtype.float32, adapter=AdapterConfig(rank=4, **adapter))
 
 
-def attached(config: StudentConfig, *, seed: int = 3) -> Model:
+def with_adapter(config: StudentConfig, *, seed: int = 3) -> Model:
     student = models.open_model(config, CPU)
     assert config.adapter is not None
     adapters.add_adapter(student, config.adapter, seed=seed)
     return student
 
 
-def plain(folder: Path) -> Model:
+def load_plain(folder: Path) -> Model:
     return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -59,31 +59,31 @@ def logits(model: Model) -> Tensor:
     return model.eval()(torch.arange(40)[None]).logits
 
 
-def moved(model: Model, base: Model) -> set[str]:
-    """The kinds of the weights that are not those of the base to the last bit."""
+def changed_kinds(model: Model, base: Model) -> set[str]:
+    """The kinds of the weights that differ from the base's in any bit."""
     before = base.state_dict()
     return {n.split(".")[-2] for n, weight in model.state_dict().items() if not torch.equal(weight, before[n])}
 
 
-# -------------------------------------------------------------------------- merged, and alone
+# ------------------------------------------------------------ merged weights and the adapter alone
 
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-WHOLE = {"train_embeddings": True, "train_head": True}
+FULLY_TRAINED = {"train_embeddings": True, "train_head": True}
 CASES: list[tuple[str, dict[str, Any], set[str]]] = [
     ("student", {}, ALL_LINEAR),
     ("student", {"targets": ["q_proj", "mlp.down_proj"], "rslora": True}, {"q_proj", "down_proj"}),
     ("student", {"dora": True}, ALL_LINEAR),
-    ("student", WHOLE, ALL_LINEAR | {"embed_tokens", "lm_head"}),
-    ("untied", WHOLE, ALL_LINEAR | {"embed_tokens", "lm_head"}),
+    ("student", FULLY_TRAINED, ALL_LINEAR | {"embed_tokens", "lm_head"}),
+    ("untied", FULLY_TRAINED, ALL_LINEAR | {"embed_tokens", "lm_head"}),
     ("untied", {"train_head": True}, ALL_LINEAR | {"lm_head"}),
     ("untied", {"train_embeddings": True}, ALL_LINEAR | {"embed_tokens"}),
     ("untied", {"targets": ["q_proj", "lm_head"]}, {"q_proj", "lm_head"}),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft, of every tied model trained whole
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft, about each fully trained tied model
 @pytest.mark.parametrize(("which", "adapter", "kinds"), CASES)
-def test_merged_and_alone_say_what_was_trained(
+def test_merged_weights_and_the_adapter_alone_are_the_trained_student(
     which: str,
     adapter: dict[str, Any],
     kinds: set[str],
@@ -91,10 +91,10 @@ def test_merged_and_alone_say_what_was_trained(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    """In float32 logits of up to 11 agree to 1e-4, what is not trained in every bit."""
+    """In float32, logits of up to 11 agree to 1e-4, and weights that are not trained in every bit."""
     base = request.getfixturevalue(which)
     config = options_of(base, **adapter)
-    student = attached(config)
+    student = with_adapter(config)
     torch.manual_seed(5)
     for parameter in student.parameters():  # as if trained
         if parameter.requires_grad:
@@ -103,12 +103,12 @@ def test_merged_and_alone_say_what_was_trained(
     weights = adapters.merge_adapter(config, student.state_dict(), tmp_path / "adapter")
     assert all(torch.equal(before[name], weight) for name, weight in student.state_dict().items())
     models.save_model(student, weights, tokenizer, tmp_path / "model", shard_bytes=10**9)
-    expected, merged = logits(student), plain(tmp_path / "model")
-    assert (expected - logits(plain(base))).abs().max() > 1
+    expected, merged = logits(student), load_plain(tmp_path / "model")
+    assert (expected - logits(load_plain(base))).abs().max() > 1
     assert (logits(merged) - expected).abs().max() < 1e-4
-    assert merged.state_dict().keys() == plain(base).state_dict().keys()
-    assert moved(merged, plain(base)) == kinds
-    alone = peft.PeftModel.from_pretrained(plain(base), tmp_path / "adapter")
+    assert merged.state_dict().keys() == load_plain(base).state_dict().keys()
+    assert changed_kinds(merged, load_plain(base)) == kinds
+    alone = peft.PeftModel.from_pretrained(load_plain(base), tmp_path / "adapter")
     assert (logits(alone) - expected).abs().max() < 1e-4
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
@@ -116,25 +116,27 @@ def test_merged_and_alone_say_what_was_trained(
     }
 
 
-def test_the_seed_alone_decides_how_it_begins(student: Path) -> None:
+def test_the_seed_alone_determines_the_initial_weights(student: Path) -> None:
     torch.manual_seed(99)
-    first = attached(options_of(student)).state_dict()
+    first = with_adapter(options_of(student)).state_dict()
     torch.rand(7)
-    assert all(torch.equal(weight, first[name]) for name, weight in attached(options_of(student)).state_dict().items())
-    other = attached(options_of(student), seed=4)
+    assert all(
+        torch.equal(weight, first[name]) for name, weight in with_adapter(options_of(student)).state_dict().items()
+    )
+    other = with_adapter(options_of(student), seed=4)
     differing = {name for name, weight in other.state_dict().items() if not torch.equal(weight, first[name])}
     assert differing == {name for name in first if "lora_A" in name}
     assert {name for name, p in other.named_parameters() if p.requires_grad} == {n for n in first if "lora_" in n}
-    assert torch.equal(logits(other), logits(plain(student)))  # B is 0
+    assert torch.equal(logits(other), logits(load_plain(student)))  # B is 0
 
 
-def test_flops_of_frozen_weights_are_those_that_torch_counts(student: Path) -> None:
-    """A frozen weight takes part in two products, a trained one in three; the head stands at half of the tokens."""
+def test_flops_with_frozen_weights_are_those_that_torch_counts(student: Path) -> None:
+    """A frozen weight is in two products, a trained one in three; half of the tokens pass through the head."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = attached(options_of(student))
+    model = with_adapter(options_of(student))
     model.set_attn_implementation("eager")
-    # else torch spares the first layer the gradient of its input
+    # otherwise torch does not compute the first layer's gradient of its input
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(48).reshape(2, 24), logits_to_keep=12).logits.sum().backward()
@@ -148,17 +150,19 @@ def test_flops_of_frozen_weights_are_those_that_torch_counts(student: Path) -> N
 
 
 def lora_arguments(base: Path, data: Path, cache: Path, *more: str) -> list[str]:
-    """Eight steps; one option makes it a run of LoRA."""
+    """Eight steps with LoRA."""
     changes = {"steps": 8, "micro_batch": 1, "optimizer__learning_rate": 0.01}
     return [*train_arguments(base, data, str(cache), **changes), "adapter=lora", "student.adapter.rank=4", *more]
 
 
-def test_a_run_is_one_option_away(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
+def test_adapter_lora_is_the_only_option_that_a_run_needs(
+    student: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
     script("train", *lora_arguments(student, data, cache), cwd=tmp_path)
     (run,) = (tmp_path / "runs").iterdir()
-    merged, base = plain(run / "model"), plain(student)
-    assert moved(merged, base) == ALL_LINEAR
-    alone = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter")  # it knows its base
+    merged, base = load_plain(run / "model"), load_plain(student)
+    assert changed_kinds(merged, base) == ALL_LINEAR
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter")  # it names its base
     assert (logits(alone) - logits(merged)).abs().max() < 1e-4
     assert losses_of(run)[-1] < losses_of(run)[0]
     assert json.loads((run / "result.json").read_text())["test"]["num_records"] == 20
@@ -169,30 +173,30 @@ def test_a_run_is_one_option_away(student: Path, data: Path, cache: Path, tmp_pa
     assert "adapter on 21 layers (down_proj, " in (run / "log.txt").read_text()
 
 
-def assert_alike(folders: list[Path]) -> None:
-    """In float32: losses within 1e-4, the weights that a run leaves within 2e-4, and as many FLOPs counted."""
+def assert_same_results(folders: list[Path]) -> None:
+    """In float32: the same losses within 1e-4, the same final weights within 2e-4, and equal FLOPs."""
     rows = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in folders]
-    losses = [torch.tensor([row["loss"] for row in own]) for own in rows]
-    weights = [plain(folder / "model").state_dict() for folder in folders]
-    for folder, own, found, theirs in zip(folders, rows, losses, weights, strict=True):
-        assert len(own) == 8
-        assert torch.allclose(found, losses[0], rtol=1e-4), (folder.name, (found / losses[0] - 1).abs().max())
-        assert [row["model_flops"] for row in own] == [row["model_flops"] for row in rows[0]]
+    losses = [torch.tensor([row["loss"] for row in run_rows]) for run_rows in rows]
+    weights = [load_plain(folder / "model").state_dict() for folder in folders]
+    for folder, run_rows, run_losses, run_weights in zip(folders, rows, losses, weights, strict=True):
+        assert len(run_rows) == 8
+        assert torch.allclose(run_losses, losses[0], rtol=1e-4), (folder.name, (run_losses / losses[0] - 1).abs().max())
+        assert [row["model_flops"] for row in run_rows] == [row["model_flops"] for row in rows[0]]
         for name, weight in weights[0].items():
-            assert torch.allclose(theirs[name], weight, atol=2e-4), (folder.name, name)
+            assert torch.allclose(run_weights[name], weight, atol=2e-4), (folder.name, name)
 
 
-def same_bits(one: Path, other: Path) -> bool:
+def same_bits(first: Path, second: Path) -> bool:
     files = ("model/model.safetensors", "adapter/adapter_model.safetensors")
-    return losses_of(one) == losses_of(other) and all(
-        (one / file).read_bytes() == (other / file).read_bytes() for file in files
+    return losses_of(first) == losses_of(second) and all(
+        (first / file).read_bytes() == (second / file).read_bytes() for file in files
     )
 
 
-def test_every_stage_trains_exports_stops_and_goes_on(
+def test_every_zero_stage_trains_exports_stops_and_resumes(
     student: Path, untied: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Two ranks at ZeRO 0 to 3; 1 and 3 also stopped and resumed, bit by bit; then one rank goes on with their work."""
+    """Two ranks at ZeRO 0 to 3; 1 and 3 also stopped and resumed, bit by bit; one checkpoint is resumed by one rank."""
 
     def prepare(name: str, stage: int, *more: str, base: Path = student, stop: bool = False) -> Path:
         arguments = lora_arguments(base, data, cache, f"deepspeed.zero_stage={stage}", *more)
@@ -204,37 +208,37 @@ def test_every_stage_trains_exports_stops_and_goes_on(
     on_head = ("student.adapter.targets=[q_proj,lm_head]", "student.adapter.dropout=0.1")
     heads = [prepare(f"head{stage}", stage, *on_head, base=untied) for stage in (1, 3)]
     both = ("student.adapter.train_embeddings=true", "student.adapter.train_head=true")
-    whole = [prepare(f"whole{stage}", stage, *both) for stage in (1, 3)]
-    handed = prepare("handed", 1, *both, stop=True)
+    fully_trained = [prepare(f"fully-trained{stage}", stage, *both) for stage in (1, 3)]
+    other_ranks = prepare("other-ranks", 1, *both, stop=True)
     dora = prepare("dora", 2, "adapter=dora")
-    run_ranks(2, [*stages, *resumed, *heads, *whole, handed, dora])
-    for alike in (stages, heads, whole):
-        assert_alike(alike)
-    for one, other in zip(stages[1:3], resumed, strict=True):
-        assert same_bits(one, other), one.name
+    run_ranks(2, [*stages, *resumed, *heads, *fully_trained, other_ranks, dora])
+    for folders in (stages, heads, fully_trained):
+        assert_same_results(folders)
+    for uninterrupted, stopped in zip(stages[1:3], resumed, strict=True):
+        assert same_bits(uninterrupted, stopped), uninterrupted.name
     assert losses_of(dora)[-1] < losses_of(dora)[0]
-    # a checkpoint has what is trained and nothing else
-    paths, config = RunPaths(folder=handed), load_config(handed / "config.yaml", TrainConfig)
+    # a checkpoint holds the trained weights and no others
+    paths, config = RunPaths(folder=other_ranks), load_config(other_ranks / "config.yaml", TrainConfig)
     (states,) = paths.checkpoints.glob("step-*/mp_rank_00_model_states.pt")
-    held = {name.removeprefix("student.") for name in torch.load(states, weights_only=False)["module"]}
-    model = attached(options_of(student, **WHOLE))
+    saved = {name.removeprefix("student.") for name in torch.load(states, weights_only=False)["module"]}
+    model = with_adapter(options_of(student, **FULLY_TRAINED))
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    assert held == trained
+    assert saved == trained
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert checkpoints.checkpoint_bytes(model.parameters(), zero_stage=1) == size * (4 + 12)
-    # one rank at ZeRO 3 goes on
-    found = checkpoints.published(paths)
-    assert found is not None
+    # one rank at ZeRO 3 resumes from it
+    published = checkpoints.published(paths)
+    assert published is not None
     config.deepspeed.zero_stage = 3
-    assert not checkpoints.fits(found, config, world_size=1)
-    checkpoints.convert(paths, found)
-    save_config(config, handed / "config.yaml")
+    assert not checkpoints.fits(published, config, world_size=1)
+    checkpoints.convert(paths, published)
+    save_config(config, other_ranks / "config.yaml")
     paths.stop.unlink()
-    run_ranks(1, [handed])
-    assert_alike([whole[0], handed])
+    run_ranks(1, [other_ranks])
+    assert_same_results([fully_trained[0], other_ranks])
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------- rejected options
 
 
 @pytest.mark.parametrize(
@@ -243,12 +247,12 @@ def test_every_stage_trains_exports_stops_and_goes_on(
         ("student", {"targets": ["q_proj", "qkv"]}, "found 'qkv'; LlamaForCausalLM has down_proj, gate_proj, k_proj"),
         ("student", {"targets": ["proj"]}, "expected the ends of names of linear layers, found 'proj'"),
         ("student", {"targets": ["embed_tokens"]}, "expected the ends of names of linear layers, found 'embed_tokens'"),
-        ("student", {"targets": ["lm_head"]}, "because it is the embeddings too, which would change with it"),
+        ("student", {"targets": ["lm_head"]}, "because its matrix is also the embeddings, which would change with it"),
         ("student", {"train_head": True}, "because they are one matrix in this LlamaForCausalLM, found False and True"),
-        ("untied", {"train_head": True, "targets": ["lm_head"]}, "because train_head trains it whole"),
+        ("untied", {"train_head": True, "targets": ["lm_head"]}, "because train_head trains its full weight"),
     ],
 )
-def test_what_does_not_fit_the_student(
+def test_an_adapter_that_does_not_fit_the_student_is_rejected(
     which: str, adapter: dict[str, Any], message: str, request: pytest.FixtureRequest
 ) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
@@ -264,12 +268,12 @@ def test_what_does_not_fit_the_student(
         (["adapter=lora", "student.adapter.targets=[]"], "expected names of linear layers or null for all, found []"),
     ],
 )
-def test_what_cannot_be_meant(overrides: list[str], message: str) -> None:
+def test_contradictory_options_are_rejected(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         check_train(composed("train", *overrides))
 
 
-def test_without_peft_an_adapter_is_refused_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_only_an_adapter_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
     check_train(composed("train"))
@@ -277,14 +281,14 @@ def test_without_peft_an_adapter_is_refused_and_nothing_else(monkeypatch: pytest
         check_train(composed("train", "adapter=lora"))
 
 
-def test_options_of_an_adapter_that_was_not_chosen(tmp_path: Path) -> None:
+def test_options_of_an_adapter_without_the_adapter_are_rejected(tmp_path: Path) -> None:
     done = script("train", "student.adapter.rank=4", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "found one of a null in student.adapter.rank=4; choose it, as in adapter=lora" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_nothing_imports_peft_unasked() -> None:
+def test_peft_is_not_imported_without_an_adapter() -> None:
     code = "import sys, pipeline.training.driver, pipeline.training.worker; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -9,8 +9,8 @@ from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig, TextConfig
 K, WINDOW, RECORDS_PER_SHARD = 4, 20, 5000
 
 
-def settings(teacher: Path, folder: Path) -> tuple[CaptureConfig, list[str]]:
-    """A capture, as options and as words of a command line."""
+def large_capture(teacher: Path, folder: Path) -> tuple[CaptureConfig, list[str]]:
+    """The same capture twice: as a config, and as arguments of a command line."""
     config = CaptureConfig(
         name="many",
         caches_dir=str(folder / "caches"),
@@ -20,7 +20,18 @@ def settings(teacher: Path, folder: Path) -> tuple[CaptureConfig, list[str]]:
         k=K,
         records_per_shard=RECORDS_PER_SHARD,
     )
-    words = ["model@teacher=own text@corpus=own teacher.dtype=float32"]
-    words += [f"name=many caches_dir={folder}/caches teacher.path={teacher}"]
-    words += [f"teacher.attention=sdpa corpus.files=[{folder}/corpus.jsonl] corpus.targets=all window={WINDOW} k={K}"]
-    return config, " ".join([*words, f"records_per_shard={RECORDS_PER_SHARD}"]).split()
+    arguments = [
+        "model@teacher=own",
+        "text@corpus=own",
+        "name=many",
+        f"caches_dir={folder}/caches",
+        f"teacher.path={teacher}",
+        "teacher.dtype=float32",
+        "teacher.attention=sdpa",
+        f"corpus.files=[{folder}/corpus.jsonl]",
+        "corpus.targets=all",
+        f"window={WINDOW}",
+        f"k={K}",
+        f"records_per_shard={RECORDS_PER_SHARD}",
+    ]
+    return config, arguments
