@@ -55,13 +55,13 @@ class BatchSampler:
     """Of the sequences."""
     num_gold: int
     corpora: tuple[CacheStream, ...]
-    most_gold: int | None = None
+    max_gold: int | None = None
     """Gold sequences, repeats included, after which only the corpus is left; None: no end."""
 
     def gold_before(self, step: int) -> int:
         """Gold sequences in all global batches before `step`: floor(step * G * f), so f holds over any stretch."""
         gold = math.floor(step * self.global_batch * self.gold_fraction)
-        return gold if self.most_gold is None else min(gold, self.most_gold)
+        return gold if self.max_gold is None else min(gold, self.max_gold)
 
     def slots(self, step: int) -> list[Slot]:
         """The G sequences of one step, gold first; all streams run on from step to step and repeat by epochs."""

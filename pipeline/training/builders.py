@@ -83,7 +83,7 @@ def open_order(
         gold_fraction=fraction,
         num_gold=len(gold),
         corpora=corpora,
-        most_gold=None if config.gold_epochs is None else math.ceil(exact_fraction(config.gold_epochs) * len(gold)),
+        max_gold=None if config.gold_epochs is None else math.ceil(exact_fraction(config.gold_epochs) * len(gold)),
     )
 
 
@@ -108,8 +108,8 @@ def steps_of(config: TrainConfig, mixture: Mixture) -> int:
         return max(math.ceil(config.epochs * len(mixture.gold) / config.global_batch), 1)
     wanted = exact_fraction(config.epochs) * sum(sum(reader.blocks) for reader in mixture.readers)
     steps = wanted / (order.global_batch * (1 - order.gold_fraction))
-    if order.most_gold is not None:  # gold ends, and the corpus fills the batches alone
-        steps = min(steps, (wanted + order.most_gold) / order.global_batch)
+    if order.max_gold is not None:  # gold ends, and the corpus fills the batches alone
+        steps = min(steps, (wanted + order.max_gold) / order.global_batch)
     return max(math.ceil(steps), 1)
 
 

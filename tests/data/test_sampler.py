@@ -90,7 +90,7 @@ def test_a_step_has_exactly_the_global_batch_and_streams_run_on() -> None:
 
 
 def test_gold_ends_after_its_epochs_and_the_corpus_goes_on_without_a_gap() -> None:
-    free, capped = order_of(), order_of(most_gold=13)  # of five: two passes and a half
+    free, capped = order_of(), order_of(max_gold=13)  # of five: two passes and a half
     slots = [slot for step in range(40) for slot in capped.slots(step)]
     assert len(slots) == 240
     gold = [slot.row for slot in slots if slot.source == "gold"]
