@@ -21,7 +21,7 @@ from pipeline.core.files import one_path, write_json
 from pipeline.core.progress import Progress, log, readable, start_logging
 from pipeline.core.runtime import compute_device
 from pipeline.core.types import InputError, Manifest
-from pipeline.models import loading as models
+from pipeline.models.loading import open_model
 from pipeline.models.tokenizer import open_tokenizer, tokenizer_hash
 
 
@@ -107,7 +107,7 @@ def replay_rows(cache: Path, config: AuditConfig) -> int:
         teacher_config = dataclasses.replace(teacher_config, dtype=Dtype[manifest.made_of["teacher_dtype"]])
     check_teacher(manifest, folder=folder, dtype=teacher_config.dtype.name, num_layers=num_layers)
     samples = random_samples(cache, manifest, rows=config.rows, seed=config.seed)
-    teacher = models.open_model(teacher_config, compute_device())
+    teacher = open_model(teacher_config, compute_device())
     progress = Progress("replay", total=2 * len(samples), unit=" sequences", log_every_seconds=config.log_every_seconds)
     results = replay(teacher, samples, manifest, batch_sequences=config.batch_sequences, progress=progress)
     progress.close()

@@ -19,8 +19,8 @@ from pipeline.capture.teacher import capture_batch, finish_copy
 from pipeline.core.progress import Progress
 from pipeline.core.topk import log_probabilities, narrow
 from pipeline.core.types import UNKNOWN_TARGET, Captured, InputError, Manifest, TokenSequence, TopK
-from pipeline.models import loading as models
 from pipeline.models.forward import Model
+from pipeline.models.loading import weights_hash
 
 CONTROL_MULTIPLE = 4.0  # a difference may be up to this multiple of the control's largest
 FLOAT16_STEP = 2.0**-10  # largest relative distance of two neighbouring float16 values
@@ -38,7 +38,7 @@ def check_teacher(manifest: Manifest, *, folder: Path, dtype: str, num_layers: i
         if found != expected:
             value = "null" if expected is None else expected
             raise InputError(f"{option}: expected {value} (as captured), found {found}; give {option}={value}")
-    found_hash, expected_hash = models.weights_hash(folder), str(manifest.made_of.get("teacher_weights"))
+    found_hash, expected_hash = weights_hash(folder), str(manifest.made_of.get("teacher_weights"))
     if found_hash != expected_hash:
         raise InputError(
             f"teacher.path: expected the weights {expected_hash[:12]} of the cache's teacher, found {found_hash[:12]} "

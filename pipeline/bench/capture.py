@@ -33,8 +33,8 @@ from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import TokenSequence
 from pipeline.data.packing import collate_inputs
-from pipeline.models import loading as models
 from pipeline.models.forward import Model, hidden_states, logits
+from pipeline.models.loading import open_model, resolve_dtype
 from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import load_tokenizer
 
@@ -50,9 +50,9 @@ def run(quick: bool) -> Results:
     head at a tenth of the positions only, and would be faster than the forward pass that it is compared with.
     """
     keep_allocator_memory()
-    teacher = models.resolve_dtype(ModelConfig(path=str(MODEL), attention="eager"))
-    model = models.open_model(teacher, compute_device())
-    prepared = prepack(models.open_model(teacher, compute_device()))  # capture prepares its model like this
+    teacher = resolve_dtype(ModelConfig(path=str(MODEL), attention="eager"))
+    model = open_model(teacher, compute_device())
+    prepared = prepack(open_model(teacher, compute_device()))  # capture prepares its model like this
     tokenizer = load_tokenizer(MODEL)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -31,8 +31,8 @@ from pipeline.core.types import Manifest, TokenSequence, TopK
 from pipeline.data.packing import collate_inputs
 from pipeline.data.records import open_text
 from pipeline.data.tokenize import load_labeled_sequences
-from pipeline.models import loading as models
 from pipeline.models.forward import Model, hidden_states, logits
+from pipeline.models.loading import open_model
 from pipeline.models.tokenizer import load_tokenizer
 from pipeline.objective.position_groups import kd_of_logits
 from pipeline.objective.terms import TermOptions
@@ -154,7 +154,7 @@ def run_models(*, num_sequences: int) -> Outputs:
     """Run the teacher, and the student that is the teacher without one layer, on the text of the demo."""
     options = ModelConfig(path=str(MODEL), attention="eager", dtype=Dtype.float32)
     tokenizer = load_tokenizer(MODEL)
-    teacher, student = (models.open_model(options, compute_device()) for _ in range(2))
+    teacher, student = (open_model(options, compute_device()) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text.jsonl"
         prompts = [json.loads(line)["prompt"].removesuffix("\nTopic:") for line in CORPUS.open()]

@@ -18,8 +18,8 @@ from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import Batch, Captured, TokenSequence
 from pipeline.data.mixture import collate
 from pipeline.data.packing import Segment, collate_inputs, make_sequence
-from pipeline.models import loading as models
 from pipeline.models.forward import Model, hidden_states, logits
+from pipeline.models.loading import open_model, resolve_dtype
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 from pipeline.objective.fused_head import combined_loss
 from pipeline.objective.terms import StepInputs, TermOptions, count_positions
@@ -34,11 +34,11 @@ def run(quick: bool) -> Results:
     """Forward, backward and AdamW on the same tokens: the combined loss, `model(labels=...)`, and a live teacher."""
     keep_allocator_memory()  # as the ranks of a training run do
     path = str(MODEL)
-    config = models.resolve_dtype(ModelConfig(path=path, dtype=Dtype.auto))
+    config = resolve_dtype(ModelConfig(path=path, dtype=Dtype.auto))
     device = compute_device()
     _, tokenizer = open_tokenizer(config)
-    student = models.open_model(dataclasses.replace(config, num_layers=4 if quick else None), device).train()
-    teacher = models.open_model(dataclasses.replace(config, num_layers=TEACHER_LAYERS), device)
+    student = open_model(dataclasses.replace(config, num_layers=4 if quick else None), device).train()
+    teacher = open_model(dataclasses.replace(config, num_layers=TEACHER_LAYERS), device)
     prose = " ".join(json.loads(line)["prompt"] for line in CORPUS.read_text().splitlines()[:200])
     sequences = list(windows(tokenizer(prose)["input_ids"]))
     vocabulary = vocabulary_size(tokenizer)

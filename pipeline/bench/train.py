@@ -29,8 +29,8 @@ from pipeline.core.runtime import Ranks, StopRequest, keep_allocator_memory, ran
 from pipeline.core.types import Batch, TrainState
 from pipeline.data.mixture import Mixture, prefetch
 from pipeline.data.sampler import SHUFFLE_BLOCKS, BatchSampler, CacheStream
-from pipeline.models import loading as models
 from pipeline.models.forward import hidden_states
+from pipeline.models.loading import open_model, resolve_dtype
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 from pipeline.monitoring import health
 from pipeline.monitoring.metrics import MetricsFile
@@ -55,7 +55,7 @@ def run(quick: bool) -> Results:
 
 def compare(ranks: Ranks, folder: Path, quick: bool) -> Results:
     """Run both loops in turns over the same steps; the data wait is that of steps whose batches could be prefetched."""
-    model = models.resolve_dtype(StudentConfig(path=str(MODEL), dtype=Dtype.auto, num_layers=4 if quick else None))
+    model = resolve_dtype(StudentConfig(path=str(MODEL), dtype=Dtype.auto, num_layers=4 if quick else None))
     num_steps = 50 if ranks.device.type == "cuda" else 3  # in one measurement
     mixture = small_mixture(model, ranks, folder / "cache")
     _, tokenizer = open_tokenizer(model)
@@ -99,7 +99,7 @@ class Ours:
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, warmup_fraction=0.0, max_grad_norm=MAX_GRAD_NORM),
             deepspeed=DeepspeedConfig(zero_stage=0),
         )
-        student = models.open_model(config, ranks.device).train()
+        student = open_model(config, ranks.device).train()
         module = engines.StudentWithLoss(student, vocabulary_size=vocabulary, terms=TERMS)
         self._run = Run(
             config=train_config,
@@ -135,7 +135,7 @@ class Bare:
     def __init__(
         self, config: StudentConfig, mixture: Mixture, ranks: Ranks, vocabulary: int, *, in_float32: bool = True
     ) -> None:
-        self._student = models.open_model(config, ranks.device).train()
+        self._student = open_model(config, ranks.device).train()
         self._weights = list(self._student.parameters())
         has_copy = in_float32 and config.dtype is not Dtype.float32
         self._stepped = [torch.nn.Parameter(p.detach().float()) for p in self._weights] if has_copy else self._weights
@@ -175,7 +175,7 @@ class Bare:
 def small_mixture(config: StudentConfig, ranks: Ranks, cache: Path) -> Mixture:
     """A real cache of the demo's text, captured from a teacher of few layers, and gold sequences of the same text."""
     _, tokenizer = open_tokenizer(config)
-    teacher = models.open_model(dataclasses.replace(config, num_layers=TEACHER_LAYERS), ranks.device)
+    teacher = open_model(dataclasses.replace(config, num_layers=TEACHER_LAYERS), ranks.device)
     prose = " ".join(json.loads(line)["prompt"] for line in CORPUS.read_text().splitlines()[:1000])
     rows = captured_rows(teacher, list(windows(tokenizer(prose)["input_ids"])), vocabulary_size(tokenizer))
     gold, corpus = rows[:GOLD], rows[GOLD:]

@@ -22,9 +22,9 @@ from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.types import Manifest
 from pipeline.data.record_counts import count_records
 from pipeline.data.records import Text, read_chunks
-from pipeline.models import loading as models
 from pipeline.models.compatibility import check_window
 from pipeline.models.forward import Model
+from pipeline.models.loading import open_model, resolve_dtype
 from pipeline.models.paths import model_folder
 from pipeline.models.prepack import prepack
 
@@ -48,7 +48,7 @@ def run(config: CaptureConfig) -> int:
     start_logging(level=30)
     check_capture(config)
     keep_allocator_memory()
-    config = dataclasses.replace(config, teacher=models.resolve_dtype(config.teacher))
+    config = dataclasses.replace(config, teacher=resolve_dtype(config.teacher))
     text = open_corpus(config)
     is_exact, num_records = count_records(text)
     probe = run_probe(config, text)
@@ -120,7 +120,7 @@ def run_probe(config: CaptureConfig, text: Text) -> Probe:
         shard = open_sequence_file(path)
         num_records = sum(len(chunk.numbers) for chunk in chunks)
         manifest = make_manifest(config, tokenizer, num_records, hashes={})
-        model = prepack(models.open_model(teacher, compute_device()))
+        model = prepack(open_model(teacher, compute_device()))
         next(iter(teacher_batches(model, shard, manifest, config)))  # warm-up: the first forward is slower
         return _measure(config, model, shard, manifest, Path(name) / "cache")
 

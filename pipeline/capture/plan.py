@@ -34,8 +34,8 @@ from pipeline.core.progress import log
 from pipeline.core.types import InputError, Manifest
 from pipeline.data.records import MalformedRecords, RawChunk, Text, open_text, raw_records, read_chunks
 from pipeline.data.tokenize import read_sequences, text_hash
-from pipeline.models import loading as models
 from pipeline.models.compatibility import check_window
+from pipeline.models.loading import resolve_dtype, weights_hash
 from pipeline.models.paths import model_folder
 from pipeline.models.tokenizer import chat_template_and_end_token, load_tokenizer, tokenizer_hash, vocabulary_size
 
@@ -48,7 +48,7 @@ def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool =
     The plan is kept in its folder. With `with_sequences=False` an existing manifest is enough: its sequences may have
     been captured and deleted. InputError for options that do not fit the teacher, and for records that cannot be used.
     """
-    teacher = models.resolve_dtype(config.teacher)
+    teacher = resolve_dtype(config.teacher)
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = cached_tokenizer(folder, teacher.trust_remote_code)
     check_window(folder, config.window)
@@ -88,7 +88,7 @@ def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanF
     try:
         with ThreadPoolExecutor(2) as hashing:  # while this thread tokenizes
             corpus_sha256 = hashing.submit(text_hash, text)
-            weights_sha256 = hashing.submit(models.weights_hash, folder)
+            weights_sha256 = hashing.submit(weights_hash, folder)
             num_records = tokenize_corpus(config, text, folder, unfinished)
             tokenizer_sha256 = tokenizer_hash(tokenizer)
         hashes = {"corpus": corpus_sha256.result(), "teacher_weights": weights_sha256.result()}

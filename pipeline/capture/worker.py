@@ -25,8 +25,8 @@ from pipeline.core.object_store import Location
 from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.types import InputError, Manifest
-from pipeline.models import loading as models
 from pipeline.models.forward import Model
+from pipeline.models.loading import open_model
 from pipeline.models.prepack import prepack
 
 MAX_PENDING_BATCHES = 3  # captured and not yet written: the teacher waits for a slow disk, so memory stays bounded
@@ -58,7 +58,7 @@ def run_worker(
                     continue
                 # the plan's dtype: this machine could resolve `auto` to another one
                 options = dataclasses.replace(config.teacher, dtype=Dtype[manifest.made_of["teacher_dtype"]])
-                teacher = teacher or prepack(models.open_model(options, compute_device(worker)))
+                teacher = teacher or prepack(open_model(options, compute_device(worker)))
                 try:
                     shard = open_sequence_file(sequence_file(sequences, index))
                     capture_shard(teacher, shard, cache, manifest, index, config, progress)

@@ -23,9 +23,9 @@ from pipeline.evaluation.requests import (
     decode_answer,
     read_evaluation_set,
 )
-from pipeline.models import loading as models
 from pipeline.models.forward import HEAD_POSITIONS, Model, hidden_states, logits
 from pipeline.models.generation import batches_by_length, generate
+from pipeline.models.loading import open_model
 from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 
@@ -41,7 +41,7 @@ def run(config: EvaluateConfig) -> Scores:
     check_generation_requests([held_out])
     if config.scoring.teacher_predictions is not None:
         teacher_choices(held_out, config.scoring.teacher_predictions)
-    model = prepack(models.open_model(config.model, compute_device()))
+    model = prepack(open_model(config.model, compute_device()))
     scores, predictions = score(
         model,
         held_out,

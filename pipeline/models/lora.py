@@ -19,15 +19,15 @@ from pipeline.core.files import is_hub_name
 from pipeline.core.progress import log
 from pipeline.core.runtime import full_numel
 from pipeline.core.types import InputError
-from pipeline.models import loading as models
 from pipeline.models.forward import Model
+from pipeline.models.loading import linear_layers, meta_model
 from pipeline.models.paths import model_folder
 
 
 def check_adapter(config: StudentConfig) -> None:
     """InputError if the adapter's options do not fit the student. Only its modules are built, no weight is read."""
     if config.adapter is not None:
-        _insert(models.meta_model(config), config.adapter)
+        _insert(meta_model(config), config.adapter)
 
 
 def add_adapter(student: Model, options: AdapterConfig, *, seed: int) -> None:
@@ -52,7 +52,7 @@ def merge_adapter(config: StudentConfig, weights: dict[str, Tensor], folder: Pat
     import peft
 
     assert config.adapter is not None
-    student = models.meta_model(config)
+    student = meta_model(config)
     lora_config = _lora_config(student, config.adapter)
     fully_trained = _fully_trained_modules(student, config.adapter)
     lora_config.modules_to_save, lora_config.revision = fully_trained or None, config.revision
@@ -92,7 +92,7 @@ def _lora_config(student: Model, options: AdapterConfig) -> Any:
     import peft
 
     targets = options.targets or []
-    linear_names = models.linear_layers(student)
+    linear_names = linear_layers(student)
     for target in targets:
         if not any(_matches(name, target) for name in linear_names):
             present = ", ".join(sorted({name.split(".")[-1] for name in linear_names})) or "none"

@@ -23,7 +23,7 @@ from pipeline.data.mixture import Mixture
 from pipeline.data.sampler import SHUFFLE_BLOCKS, BatchSampler, CacheStream, exact_fraction, fraction_of_sequences
 from pipeline.objective.gates import Gate, threshold, top_probability
 from pipeline.objective.terms import TERMS, TermOptions
-from pipeline.training import schedules as ramps
+from pipeline.training import schedules
 
 SAMPLE_BLOCKS = (
     32  # maximum row groups from which a gate's threshold is computed: evenly spaced, a function of the cache
@@ -177,7 +177,7 @@ def weights_at(
     weights = {}
     for name in names:
         term = getattr(loss, name)
-        weights[name] = term.weight * ramps.ramp(step, num_steps=num_steps, **identity_options(term.ramp))
+        weights[name] = term.weight * schedules.ramp(step, num_steps=num_steps, **identity_options(term.ramp))
     if "kd" in weights:
         weights["kd"] *= kd_factor
     return weights
@@ -185,7 +185,7 @@ def weights_at(
 
 def learning_rate_at(optimizer: OptimizerConfig, step: int, num_steps: int) -> float:
     """The learning rate of a step."""
-    return ramps.learning_rate(
+    return schedules.learning_rate(
         step,
         num_steps=num_steps,
         peak=optimizer.learning_rate,

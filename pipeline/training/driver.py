@@ -29,7 +29,7 @@ from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError, RunFailed, Scores
 from pipeline.data.mixture import fitting_micro_batch
 from pipeline.evaluation.predictions import main_score
-from pipeline.models import loading as models
+from pipeline.models.loading import check_trained_dtype, resolve_dtype
 from pipeline.models.lora import check_adapter
 from pipeline.training import checkpoints
 from pipeline.training.identity import identity_of
@@ -95,8 +95,8 @@ def prepare(config: TrainConfig) -> PreparedRun:
     """Check the options, read and check every input, and find the run's folder; nothing is written."""
     check_train(config)
     batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
-    config = dataclasses.replace(config, student=models.resolve_dtype(config.student), global_batch=batch)
-    models.check_trained_dtype(config.student)
+    config = dataclasses.replace(config, student=resolve_dtype(config.student), global_batch=batch)
+    check_trained_dtype(config.student)
     num_ranks = num_processes(config)
     fitting_micro_batch(config.global_batch, world_size=num_ranks, at_most=config.micro_batch)
     identity, inputs = identity_of(config)

@@ -14,7 +14,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.core.files import RunPaths, atomic_folder, is_hub_name, write_atomically, write_json
 from pipeline.core.runtime import compute_device
 from pipeline.evaluation.scoring import score
-from pipeline.models import loading as models
+from pipeline.models.loading import open_model, save_model
 from pipeline.models.lora import merge_adapter
 from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer
@@ -137,7 +137,7 @@ def export(run: Run, tokenizer: Any) -> None:
                 weights = merge_adapter(config.student, weights, folder)
         with atomic_folder(paths.model) as folder:
             student = run.engine.module.student
-            models.save_model(student, weights, tokenizer, folder, shard_bytes=config.export.shard_bytes)
+            save_model(student, weights, tokenizer, folder, shard_bytes=config.export.shard_bytes)
     run.ranks.barrier()
 
 
@@ -145,7 +145,7 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
     """Score the exported folder on dev and test, write the result, delete checkpoints and inputs."""
     exported = dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None, adapter=None)
     _, tokenizer = open_tokenizer(exported)
-    model = prepack(models.open_model(exported, compute_device()))
+    model = prepack(open_model(exported, compute_device()))
     result: dict[str, Any] = {"name": config.name, "seed": config.seed}
     for split, text in (("dev", config.dev), ("test", config.test)):
         if text is None:

@@ -20,8 +20,8 @@ from pipeline.evaluation.requests import (
     check_generation_requests,
     read_evaluation_set,
 )
-from pipeline.models import loading as models
 from pipeline.models.compatibility import check_window
+from pipeline.models.loading import weights_hash
 from pipeline.models.tokenizer import chat_template_and_end_token, check_same_tokenizer, open_tokenizer, tokenizer_hash
 from pipeline.objective.divergences import NEEDS_TAIL
 from pipeline.training.builders import class_ids
@@ -38,7 +38,7 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     class_ids(config.loss.confidence.choices, tokenizer)
     identity: dict[str, Any] = {
         "options": identity_options(config),
-        "student": [models.weights_hash(folder), tokenizer_hash(tokenizer), chat_template_and_end_token(tokenizer)],
+        "student": [weights_hash(folder), tokenizer_hash(tokenizer), chat_template_and_end_token(tokenizer)],
     }
     identity |= _cache_identity(config, folder, tokenizer)
     gold: list[TokenSequence] = []

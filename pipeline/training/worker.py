@@ -19,8 +19,8 @@ from pipeline.core.progress import log, start_logging
 from pipeline.core.runtime import Ranks, StopRequest, exit_rank, ranks_from_environment, release_memory
 from pipeline.core.types import TrainState
 from pipeline.data.mixture import Mixture, fitting_micro_batch
-from pipeline.models import loading as models
 from pipeline.models.compatibility import check_architecture
+from pipeline.models.loading import open_model
 from pipeline.models.lora import add_adapter
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 from pipeline.monitoring.health import model_size
@@ -106,7 +106,7 @@ def build_module(
     partition = None
     if config.deepspeed.zero_stage == 3:
         partition = engines.engine_options(config) | {"train_micro_batch_size_per_gpu": micro_batch}
-    student = models.open_model(config.student, ranks.device, partition=partition)
+    student = open_model(config.student, ranks.device, partition=partition)
     if config.student.adapter is not None:
         add_adapter(student, config.student.adapter, seed=config.seed)
     if config.gradient_checkpointing:

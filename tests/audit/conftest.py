@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.capture import driver as capture
+from pipeline.capture import driver
 from pipeline.config.schema import CaptureConfig, Dtype, Kind, ModelConfig, TextConfig
 from support.damage import copy_cache
 from support.tiny import prompts, write_lines
@@ -30,7 +30,7 @@ def labeled_caches(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> d
     write_lines(folder / "corpus.jsonl", prompts(60, labeled=True))
     caches = {}
     for kind, chosen in (("topk", {"k": 8, "temperatures": [1.0, 2.0]}), ("hybrid", {"k": 4, "draws": 12})):
-        capture.run(
+        driver.run(
             CaptureConfig(
                 name=kind,
                 caches_dir=str(folder / "caches"),

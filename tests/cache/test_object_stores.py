@@ -30,7 +30,7 @@ from pipeline.cache.leases import hold_lease
 from pipeline.cache.shards import ShardReader, shard_writer
 from pipeline.capture.driver import run
 from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig, Targets, TextConfig
-from pipeline.core import object_store as store
+from pipeline.core import object_store
 from pipeline.core.files import file_hash
 from pipeline.core.object_store import Location, RemotePath, open_location
 from pipeline.core.types import InputError
@@ -177,7 +177,7 @@ def test_a_cache_on_an_fsspec_file_system(teacher: Path, data: Path, local_cache
     made = run(config_of(teacher, data, caches_dir="fsspec+memory://caches", name="with space"))
     assert str(made) == f"fsspec+memory://caches/with space-{manifests.load_manifest(local_cache).fingerprint[:12]}"
     assert pickle.loads(pickle.dumps(made)) == made
-    assert store.names(made / "shards") == [
+    assert object_store.names(made / "shards") == [
         name for i, path in enumerate(sorted((local_cache / "shards").glob("*.parquet")))
         for name in (f"{i:05d}-{file_hash(path)[:12]}.parquet", f"{i:05d}.json")
     ]  # fmt: skip
@@ -222,12 +222,15 @@ def test_a_killed_capture_and_then_two_at_once(bucket: Any, teacher: Path, many:
             return subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, env=environment)
 
     undisturbed, killed = start(f"{tmp_path}/local"), start("s3://bucket/killed")
-    while len([name for name in store.names(remote("s3://bucket/killed") / "shards") if name.endswith(".json")]) < 10:
+    while (
+        len([name for name in object_store.names(remote("s3://bucket/killed") / "shards") if name.endswith(".json")])
+        < 10
+    ):
         assert killed.poll() is None
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    done = len([name for name in store.names(remote("s3://bucket/killed") / "shards") if name.endswith(".json")])
+    done = len([name for name in object_store.names(remote("s3://bucket/killed") / "shards") if name.endswith(".json")])
     assert undisturbed.wait(120) == 0
     assert [process.wait(120) for process in [start("s3://bucket/killed", n) for n in (1, 2)]] == [0, 0]
     output_text = (tmp_path / "output.txt").read_text()
@@ -257,7 +260,7 @@ def interrupted_commit(cache: RemotePath, first: Path, second: Path, at: int, pa
 
     for name in ("exists", "write_text"):
         patch.setattr(RemotePath, name, interrupted(getattr(RemotePath, name)))
-    patch.setattr(manifests, "upload", interrupted(store.upload))
+    patch.setattr(manifests, "upload", interrupted(object_store.upload))
     manifests.commit_shard(cache, first, 0)
     return not waiting
 
@@ -333,7 +336,7 @@ def test_a_flipped_byte_is_found_before_a_row_is_used(
     for _ in range(2):  # the damaged download is not kept
         with pytest.raises(InputError, match=message):
             reader.row(len(first.row_groups), 0)
-    store.open_location(f"{place}/shards/{info.file}").unlink()
+    object_store.open_location(f"{place}/shards/{info.file}").unlink()
     with pytest.raises(InputError, match="expected sha256 .*, found no file; the shard is damaged"):
         reader.row(len(first.row_groups), 0)
 
@@ -378,7 +381,7 @@ def test_readers_of_one_shard_at_once_download_it_once(
     def slow_download(place: RemotePath, local: Path) -> None:
         downloaded.append(place)
         time.sleep(0.2)
-        store.download(place, local)
+        object_store.download(place, local)
 
     monkeypatch.setattr(downloads, "download", slow_download)
     readers = [ShardReader(captured, downloads=Downloads(folder=tmp_path, limit_bytes=1 << 30)) for _ in range(4)]
@@ -468,7 +471,7 @@ def test_an_unusable_address_is_refused_within_seconds(name: str, writing: bool,
     address, message = REFUSALS[name]
     started = time.monotonic()
     with pytest.raises(InputError) as refused:
-        store.check_url(address.replace("SILENT", silent), "cache", writing=writing)
+        object_store.check_url(address.replace("SILENT", silent), "cache", writing=writing)
     assert time.monotonic() - started < 10
     assert message in str(refused.value)
     assert str(refused.value).startswith("cache: expected")
@@ -528,5 +531,5 @@ def test_a_read_only_bucket_is_refused_for_writing(bucket: Any) -> None:
         Thread(target=server.serve_forever, daemon=True).start()
         address = f"s3://bucket/readonly?endpoint_override=127.0.0.1:{server.server_port}&scheme=http"
         with pytest.raises(InputError, match="to be served, found: .*ACCESS_DENIED during PutObject operation"):
-            store.check_url(address, "cache", writing=True)
+            object_store.check_url(address, "cache", writing=True)
         server.shutdown()

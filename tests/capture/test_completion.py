@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from pipeline.audit import commands as audit
+from pipeline.audit import commands
 from pipeline.audit.verify import findings
 from pipeline.capture.driver import run
 from pipeline.config.schema import AuditConfig, CompletionConfig, CompletionMode, Kind, ModelConfig, Targets, TextConfig
@@ -163,7 +163,7 @@ def test_the_window_bounds_a_completion(teacher: Path, tmp_path: Path) -> None:
 def test_a_replay_over_packed_sequences_agrees(teacher: Path, greedy_cache: Path) -> None:
     """Captured one token at a time with a KV cache, replayed in one forward over packed sequences."""
     teacher_options = ModelConfig(path=str(teacher))
-    assert audit.run("replay", AuditConfig(cache=str(greedy_cache), teacher=teacher_options, rows=3)) == 0
+    assert commands.run("replay", AuditConfig(cache=str(greedy_cache), teacher=teacher_options, rows=3)) == 0
 
 
 def test_a_student_trains_on_completions(student: Path, data: Path, greedy_cache: Path, tmp_path: Path) -> None:

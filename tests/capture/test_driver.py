@@ -20,7 +20,7 @@ from pipeline.config.schema import Kind, MalformedPolicy, Targets, TextConfig
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import InputError
 from pipeline.data.packing import position_ids
-from pipeline.models import loading as models
+from pipeline.models import loading
 from pipeline.models.tokenizer import load_tokenizer
 from support.commands import capture_arguments, config_of, script
 from support.tiny import make_model, write_lines
@@ -95,7 +95,7 @@ def test_a_second_run_writes_nothing_and_does_not_load_the_teacher(
         raise AssertionError("the teacher was loaded")
 
     with monkeypatch.context() as patched:
-        patched.setattr(models, "load_model", never)
+        patched.setattr(loading, "load_model", never)
         assert run(config) == cache
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (cache / "shards").iterdir()} == before
 

@@ -16,7 +16,7 @@ import torch
 from pipeline.cache.shards import ShardReader
 from pipeline.core.types import InputError
 from pipeline.data.mixture import Mixture
-from pipeline.training import driver as launch
+from pipeline.training import driver
 from pipeline.training.builders import steps_of
 from support.commands import (
     BIT_BY_BIT,
@@ -152,7 +152,7 @@ def test_what_cannot_be_mixed_is_refused_before_any_rank_starts(
     for changes, message in cases:
         arguments = train_arguments(student, data, str(cache), runs_dir=str(tmp_path / "runs"), **changes)
         with pytest.raises(InputError, match=re.escape(message)):
-            launch.run(composed("train", *arguments))
+            driver.run(composed("train", *arguments))
     assert not (tmp_path / "runs").exists()
 
 

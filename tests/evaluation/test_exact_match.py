@@ -18,8 +18,8 @@ from pipeline.core.types import InputError
 from pipeline.evaluation.predictions import teacher_score
 from pipeline.evaluation.requests import check_generation_requests, open_evaluation_set
 from pipeline.evaluation.scoring import score
-from pipeline.models import loading as models
 from pipeline.models.generation import batches_by_length
+from pipeline.models.loading import load_model
 from pipeline.models.tokenizer import load_tokenizer
 from support.commands import prepare_run, run_ranks, script, train_arguments
 from support.scoring import exam_of, scored
@@ -97,7 +97,7 @@ def test_every_rank_generates_the_first_ranks_tokens(student: Path, tmp_path: Pa
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "the weak", "completion": " a"}])
     exam = exam_of(student, path, max_new_tokens=4)
     ranks: Any = SimpleNamespace(broadcast=lambda tokens_B: torch.full_like(tokens_B, 40))
-    model = models.load_model(student, dtype="float32", device=torch.device("cpu"))
+    model = load_model(student, dtype="float32", device=torch.device("cpu"))
     _, table = score(model, exam, batch_tokens=99, teacher_predictions=None, log_every_seconds=9, ranks=ranks)
     assert table["generated"][0] == exam.tokenizer.decode([40] * 4).strip()
 

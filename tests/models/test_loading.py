@@ -15,9 +15,9 @@ from pipeline.core.files import is_hub_name
 from pipeline.core.runtime import has_fast_matmul
 from pipeline.core.types import InputError
 from pipeline.data.packing import Segment, collate_inputs, make_sequence
-from pipeline.models import loading as models
 from pipeline.models.compatibility import check_logits_path, check_packing, check_window
 from pipeline.models.forward import hidden_states, logits
+from pipeline.models.loading import load_model, weights_hash
 from pipeline.models.paths import model_folder
 from pipeline.models.prepack import PrepackedLinear, prepack
 from pipeline.models.tokenizer import chat_template_and_end_token, check_same_tokenizer, load_tokenizer, tokenizer_hash
@@ -117,13 +117,13 @@ def test_the_end_token_is_in_the_fingerprint_but_not_in_the_tokenizers_hash(toke
 
 
 def test_num_layers_keeps_the_first_layers(student: Path) -> None:
-    full = models.load_model(student, dtype="float32", device=CPU)
-    cut = models.load_model(student, dtype="float32", device=CPU, num_layers=1)
+    full = load_model(student, dtype="float32", device=CPU)
+    cut = load_model(student, dtype="float32", device=CPU, num_layers=1)
     assert len(cut.model.layers) == 1
     first = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(cut.state_dict()[first], full.state_dict()[first])
     with pytest.raises(InputError, match="num_layers: expected 1 to 3 .*, found 4"):
-        models.load_model(student, dtype="float32", device=CPU, num_layers=4)
+        load_model(student, dtype="float32", device=CPU, num_layers=4)
 
 
 def test_a_missing_weight_is_rejected_and_not_left_random(student: Path, tmp_path: Path) -> None:
@@ -133,16 +133,16 @@ def test_a_missing_weight_is_rejected_and_not_left_random(student: Path, tmp_pat
     with pytest.raises(
         InputError, match=r"expected a weight for every parameter, found none that fits .*layers\.0\.mlp"
     ):
-        models.load_model(tmp_path, dtype="float32", device=CPU)
+        load_model(tmp_path, dtype="float32", device=CPU)
 
 
 def test_pickled_weights_are_rejected(student: Path, tmp_path: Path) -> None:
     shutil.copytree(student, tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"expected weights as \*\.safetensors, found none"):
-        models.weights_hash(tmp_path / "m")
+        weights_hash(tmp_path / "m")
     with pytest.raises(OSError, match="safetensors"):
-        models.load_model(tmp_path / "m", dtype="float32", device=CPU)
+        load_model(tmp_path / "m", dtype="float32", device=CPU)
 
 
 def test_tokenizers_are_compared_by_content_not_by_name(tmp_path: Path, student: Path, teacher: Path) -> None:
@@ -170,7 +170,7 @@ def test_one_changed_weight_changes_the_weights_hash(student: Path, tmp_path: Pa
     model.save_pretrained(tmp_path / "a")
     model.model.norm.weight.data[0] += 1e-3
     model.save_pretrained(tmp_path / "b")
-    assert models.weights_hash(tmp_path / "a") != models.weights_hash(tmp_path / "b")
+    assert weights_hash(tmp_path / "a") != weights_hash(tmp_path / "b")
 
 
 def test_a_window_longer_than_the_models_positions_is_rejected(student: Path) -> None:

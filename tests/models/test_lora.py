@@ -22,9 +22,9 @@ from pipeline.config.schema import AdapterConfig, Dtype, StudentConfig, TrainCon
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
-from pipeline.models import loading as models
-from pipeline.models import lora as adapters
+from pipeline.models import lora
 from pipeline.models.forward import Model
+from pipeline.models.loading import open_model, save_model
 from pipeline.monitoring.health import model_flops, model_size
 from pipeline.training import checkpoints
 from support.commands import ROOT, composed, losses_of, prepare_run, run_ranks, script, train_arguments
@@ -44,9 +44,9 @@ def options_of(base: Path, **adapter: Any) -> StudentConfig:
 
 
 def with_adapter(config: StudentConfig, *, seed: int = 3) -> Model:
-    student = models.open_model(config, CPU)
+    student = open_model(config, CPU)
     assert config.adapter is not None
-    adapters.add_adapter(student, config.adapter, seed=seed)
+    lora.add_adapter(student, config.adapter, seed=seed)
     return student
 
 
@@ -100,9 +100,9 @@ def test_merged_weights_and_the_adapter_alone_are_the_trained_student(
         if parameter.requires_grad:
             parameter.data += 0.04 * torch.randn_like(parameter)
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
-    weights = adapters.merge_adapter(config, student.state_dict(), tmp_path / "adapter")
+    weights = lora.merge_adapter(config, student.state_dict(), tmp_path / "adapter")
     assert all(torch.equal(before[name], weight) for name, weight in student.state_dict().items())
-    models.save_model(student, weights, tokenizer, tmp_path / "model", shard_bytes=10**9)
+    save_model(student, weights, tokenizer, tmp_path / "model", shard_bytes=10**9)
     expected, merged = logits(student), load_plain(tmp_path / "model")
     assert (expected - logits(load_plain(base))).abs().max() > 1
     assert (logits(merged) - expected).abs().max() < 1e-4
@@ -256,7 +256,7 @@ def test_an_adapter_that_does_not_fit_the_student_is_rejected(
     which: str, adapter: dict[str, Any], message: str, request: pytest.FixtureRequest
 ) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        adapters.check_adapter(options_of(request.getfixturevalue(which), **adapter))
+        lora.check_adapter(options_of(request.getfixturevalue(which), **adapter))
 
 
 @pytest.mark.parametrize(

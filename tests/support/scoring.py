@@ -12,8 +12,8 @@ from pipeline.config.schema import Targets
 from pipeline.core.types import Scores
 from pipeline.evaluation.requests import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.scoring import score
-from pipeline.models import loading as models
 from pipeline.models.compatibility import max_positions
+from pipeline.models.loading import load_model
 from pipeline.models.tokenizer import load_tokenizer
 from support.tiny import text_of
 
@@ -28,7 +28,7 @@ def scored(
     **settings: Any,
 ) -> tuple[Scores, pl.DataFrame]:
     exam = exam_of(folder, path, max_new_tokens=max_new_tokens, **settings)
-    model = models.load_model(folder, dtype="float32", device=torch.device("cpu"))
+    model = load_model(folder, dtype="float32", device=torch.device("cpu"))
     return score(
         model,
         exam,

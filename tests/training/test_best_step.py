@@ -13,8 +13,7 @@ from pipeline.config.options import load_config, save_config
 from pipeline.config.schema import ExportedStep, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
-from pipeline.training import dev_evaluation as looks
-from pipeline.training import driver as launch
+from pipeline.training import dev_evaluation, driver
 from support.commands import composed, prepare_run, run_ranks, script, start, steps_done, train_arguments, wait_for
 from support.tiny import prompts, write_lines
 
@@ -77,7 +76,7 @@ def test_the_best_steps_weights_leave_at_every_stage_and_on_other_ranks(
     config = load_config(moved / "config.yaml", TrainConfig)
     config.deepspeed.zero_stage = 3
     save_config(config, moved / "config.yaml")
-    launch.convert_checkpoints(config, RunPaths(folder=moved), 1)
+    driver.convert_checkpoints(config, RunPaths(folder=moved), 1)
     run_ranks(1, [moved])
     assert weights_of(moved) == weights_of(first)
     kept = {path.name for path in (moved / "checkpoints").glob("step-*")}
@@ -118,6 +117,6 @@ def test_killed_and_resumed_the_best_is_that_of_an_undisturbed_run(
 def test_a_best_of_nothing_is_refused() -> None:
     config = composed("train", "export.what=best", "evaluate_every_steps=9")
     assert config.export.what is ExportedStep.best
-    looks.check(config, 9)
+    dev_evaluation.check(config, 9)
     with pytest.raises(InputError, match="expected evaluate_every_steps of at most the 8 steps of this run, found 9"):
-        looks.check(config, 8)
+        dev_evaluation.check(config, 8)

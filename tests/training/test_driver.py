@@ -17,7 +17,7 @@ import transformers
 from huggingface_hub import ModelCard
 
 from pipeline.core.types import InputError
-from pipeline.training import driver as launch
+from pipeline.training import driver
 from support.commands import (
     ROOT,
     composed,
@@ -213,7 +213,7 @@ def test_two_drivers_never_train_in_one_folder(
     arguments = train_arguments(student, data, str(cache), steps=2000)
     process = start(arguments, tmp_path)
     wait_for(lambda: steps_done(tmp_path / "runs") >= 1, process)
-    code = "from pipeline import launch; launch.PATIENCE_SECONDS = 1.0; import sys, runpy; sys.argv[0] = 'train'; "
+    code = "from pipeline import launch; driver.PATIENCE_SECONDS = 1.0; import sys, runpy; sys.argv[0] = 'train'; "
     code += f"runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -252,5 +252,5 @@ def test_refusals_before_any_rank_starts(student: Path, data: Path, cache: Path,
         arguments = train_arguments(student, data, str(cache), runs_dir=str(tmp_path / "runs"))
         arguments += [f"{k.replace('__', '.')}={v}" for k, v in changes.items()]
         with pytest.raises(InputError, match=re.escape(message)):
-            launch.run(composed("train", *arguments))
+            driver.run(composed("train", *arguments))
         assert not (tmp_path / "runs").exists()
