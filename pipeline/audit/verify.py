@@ -167,7 +167,7 @@ def _unexpected_files(cache: Path, num_planned: int) -> Iterator[str]:
             is_temporary = path.name.startswith(".")
         if is_temporary:
             yield (
-                f"{path}: expected no claim or temporary file, found one; wait for the worker that captures this "
+                f"{path}: expected no lease or temporary file, found one; wait for the worker that captures this "
                 "shard, or capture again if it has died"
             )
         elif not is_expected:

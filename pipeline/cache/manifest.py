@@ -67,7 +67,7 @@ def info_path(cache: Location, index: int) -> Location:
 
 def lease_path(cache: Location, index: int) -> Location:
     """The lease of the worker that processes a shard."""
-    return cache / "shards" / f".{index:05d}.claim"
+    return cache / "shards" / f".{index:05d}.lease"
 
 
 def create_cache(cache: Location, manifest: Manifest) -> None:

@@ -66,7 +66,7 @@ def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool =
             f"{plan.folder}: expected a folder to write into, found {error.strerror}; choose another with plans_dir="
         ) from error
     while True:
-        with hold_lease(plan.folder / "claim", lease_seconds=config.lease_seconds) as held:
+        with hold_lease(plan.folder / "lease", lease_seconds=config.lease_seconds) as held:
             manifest = plan.load()
             if manifest is not None and (plan.sequences.exists() or not with_sequences):
                 return manifest

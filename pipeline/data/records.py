@@ -23,7 +23,7 @@ from pipeline.config.schema import TextConfig
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Record
 
-LINES_A_PIECE = 1024
+LINES_PER_CHUNK = 1024
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 
 Raw = tuple[str, str, Any]  # (place, "json" | "text" | "row", unparsed bytes or a Parquet row)
@@ -112,33 +112,33 @@ def read_chunks(files: Sequence[Path], *, size: int) -> Iterator[list[RawChunk]]
     missing = size
     for file in files:
         with _readable(file):
-            parts = _row_ranges(file) if file.name.endswith(".parquet") else _lines(file)
-            for piece in parts:
-                while len(piece.numbers) >= missing:
-                    yield [*group, _cut(piece, 0, missing)]
-                    piece, group, missing = _cut(piece, missing, len(piece.numbers)), [], size
-                if piece.numbers:
-                    group.append(piece)
-                    missing -= len(piece.numbers)
+            chunks = _parquet_chunks(file) if file.name.endswith(".parquet") else _line_chunks(file)
+            for chunk in chunks:
+                while len(chunk.numbers) >= missing:
+                    yield [*group, _cut(chunk, 0, missing)]
+                    chunk, group, missing = _cut(chunk, missing, len(chunk.numbers)), [], size
+                if chunk.numbers:
+                    group.append(chunk)
+                    missing -= len(chunk.numbers)
     if group:
         yield group
 
 
 def raw_records(group: Iterable[RawChunk]) -> Iterator[Raw]:
     """Place, kind and unparsed content of the records of some chunks."""
-    for piece in group:
-        if piece.kind != "row":
-            for number, line in zip(piece.numbers, piece.lines, strict=True):
-                yield f"{piece.file}, line {number}", piece.kind, line
+    for chunk in group:
+        if chunk.kind != "row":
+            for number, line in zip(chunk.numbers, chunk.lines, strict=True):
+                yield f"{chunk.file}, line {number}", chunk.kind, line
             continue
-        with _readable(piece.file):
-            for number, row in zip(piece.numbers, _rows(piece.file, piece.numbers), strict=True):
-                yield f"{piece.file}, row {number}", "row", row
+        with _readable(chunk.file):
+            for number, row in zip(chunk.numbers, _read_parquet_rows(chunk.file, chunk.numbers), strict=True):
+                yield f"{chunk.file}, row {number}", "row", row
 
 
 def all_records(files: Sequence[Path]) -> Iterator[Raw]:
     """Every record of some files, in order."""
-    return itertools.chain.from_iterable(map(raw_records, read_chunks(files, size=LINES_A_PIECE)))
+    return itertools.chain.from_iterable(map(raw_records, read_chunks(files, size=LINES_PER_CHUNK)))
 
 
 @contextlib.contextmanager
@@ -149,15 +149,15 @@ def _readable(file: Path) -> Iterator[None]:
         raise InputError(f"{file}: expected a readable file, found it damaged ({error}); replace it") from None
 
 
-def _cut(piece: RawChunk, start: int, stop: int) -> RawChunk:
-    return RawChunk(file=piece.file, kind=piece.kind, numbers=piece.numbers[start:stop], lines=piece.lines[start:stop])
+def _cut(chunk: RawChunk, start: int, stop: int) -> RawChunk:
+    return RawChunk(file=chunk.file, kind=chunk.kind, numbers=chunk.numbers[start:stop], lines=chunk.lines[start:stop])
 
 
-def _row_ranges(file: Path) -> Iterator[RawChunk]:
+def _parquet_chunks(file: Path) -> Iterator[RawChunk]:
     yield RawChunk(file=file, kind="row", numbers=range(1, pq.read_metadata(file).num_rows + 1))
 
 
-def _rows(file: Path, numbers: Sequence[int]) -> Iterator[Any]:
+def _read_parquet_rows(file: Path, numbers: Sequence[int]) -> Iterator[Any]:
     """Rows of a Parquet file, reading only the row groups that hold them."""
     parquet = pq.ParquetFile(file)
     sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
@@ -169,12 +169,12 @@ def _rows(file: Path, numbers: Sequence[int]) -> Iterator[Any]:
     return itertools.islice(rows, first - starts[wanted[0]], stop - starts[wanted[0]])
 
 
-def _lines(file: Path) -> Iterator[RawChunk]:
+def _line_chunks(file: Path) -> Iterator[RawChunk]:
     kind = "text" if file.suffix == ".txt" else "json"
     compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
     with pa.input_stream(str(file), compression=compression) as stream:
         numbered = enumerate(io.BufferedReader(stream, 1 << 20), 1)
-        while some := list(itertools.islice(numbered, LINES_A_PIECE)):
+        while some := list(itertools.islice(numbered, LINES_PER_CHUNK)):
             records = [(number, line) for number, line in some if line.strip()]
             numbers, lines = tuple(n for n, _ in records), tuple(line for _, line in records)
             yield RawChunk(file=file, kind=kind, numbers=numbers, lines=lines)
@@ -189,8 +189,8 @@ def parse_records(
     """Raw lines -> records, numbered from `first_id`; bad ones go to `malformed`."""
     for record_id, (where, kind, content) in enumerate(raw, first_id):
         try:
-            row = content if kind == "row" else _row(kind, content, text.columns)
-            yield _record(row, where, record_id, text.columns, tokenizer)
+            row = content if kind == "row" else _parse_line(kind, content, text.columns)
+            yield _record_from_row(row, where, record_id, text.columns, tokenizer)
         except InputError as error:
             malformed.reject(where, str(error))
 
@@ -205,7 +205,7 @@ def read_records(text: Text, tokenizer: Any) -> list[Record]:
     return records
 
 
-def _row(kind: str, line: bytes, columns: Mapping[str, str]) -> dict[str, Any]:
+def _parse_line(kind: str, line: bytes, columns: Mapping[str, str]) -> dict[str, Any]:
     try:
         if kind == "text":
             return {columns["text"]: line.decode().rstrip("\r\n")}
@@ -219,7 +219,9 @@ def _row(kind: str, line: bytes, columns: Mapping[str, str]) -> dict[str, Any]:
     return row
 
 
-def _record(row: dict[str, Any], where: str, record_id: int, columns: Mapping[str, str], tokenizer: Any) -> Record:
+def _record_from_row(
+    row: dict[str, Any], where: str, record_id: int, columns: Mapping[str, str], tokenizer: Any
+) -> Record:
     prompt, completion, templated = _prompt_and_completion(row, columns, tokenizer)
     choices, answer = _choices(row, columns)
     if prompt is not None and completion is None and answer is not None:

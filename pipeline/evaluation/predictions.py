@@ -1,62 +1,14 @@
-"""Per-record predictions -> scores; the teacher's predictions joined to a student's by record."""
+"""Tables of predictions -> scores; the teacher's predictions joined to a student's by record."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import polars as pl
 
 from pipeline.core.files import one_path
 from pipeline.core.types import InputError, Scores
 from pipeline.evaluation.requests import EvaluationSet, record_key
-
-PREDICTION_COLUMNS: dict[str, Any] = {
-    "record_id": pl.Int64,
-    "record_key": pl.Binary,
-    "answer": pl.Int64,
-    "predicted": pl.Int64,
-    "correct": pl.Boolean,
-    "choice_log_probs": pl.List(pl.Float32),
-    "num_targets": pl.Int64,
-    "nll_sum": pl.Float64,
-    "generated": pl.String,
-    "exact": pl.Boolean,
-}
-
-
-def predictions_table(
-    held_out: EvaluationSet, log_probs: list[list[float]], generated: dict[int, tuple[str, bool]]
-) -> pl.DataFrame:
-    """One row a record. `log_probs`: of each likelihood request; `generated`: text and exact match, by record id."""
-    own: dict[int, list[float]] = {record.record_id: [] for record in held_out.records}
-    choices: dict[int, list[float]] = {record.record_id: [] for record in held_out.records}
-    for request, values in zip(held_out.likelihoods, log_probs, strict=True):
-        if request.choice is None:
-            own[request.record_id] += values
-        else:
-            choices[request.record_id].append(sum(values))
-    rows = []
-    for record in held_out.records:
-        choice_log_probs = choices[record.record_id]
-        predicted = choice_log_probs.index(max(choice_log_probs)) if choice_log_probs else None
-        is_scored = predicted is not None and record.answer is not None
-        text, exact = generated.get(record.record_id, (None, None))
-        rows.append(
-            {
-                "record_id": record.record_id,
-                "record_key": record_key(record),
-                "answer": record.answer,
-                "predicted": predicted,
-                "correct": predicted == record.answer if is_scored else None,
-                "choice_log_probs": choice_log_probs,
-                "num_targets": len(own[record.record_id]),
-                "nll_sum": -sum(own[record.record_id]),
-                "generated": text,
-                "exact": exact,
-            }
-        )
-    return pl.DataFrame(rows, schema=PREDICTION_COLUMNS)
 
 
 def teacher_choices(held_out: EvaluationSet, predictions: str) -> pl.Series:

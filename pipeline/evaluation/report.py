@@ -102,14 +102,14 @@ def _row(config: TrainConfig, result: dict[str, Any], identity: dict[str, Any], 
     }
 
 
-def deciding(table: pl.DataFrame) -> str:
+def score_column(table: pl.DataFrame) -> str:
     """The column by which experiments are compared: accuracy where the test has choices, else exact match."""
     return "exact_match" if table["accuracy"].is_null().all() else "accuracy"
 
 
 def mean_score(table: pl.DataFrame, experiment: str) -> float | None:
     """Mean score over the seeds of an experiment, or None if it has no run; refuses to mix settings."""
-    column = deciding(table)
+    column = score_column(table)
     runs = table.filter(pl.col("experiment") == experiment).drop_nulls(column)
     if runs["settings"].n_unique() > 1:
         raise InputError(
@@ -128,7 +128,7 @@ def with_pgr(table: pl.DataFrame) -> pl.DataFrame:
         None
         if score is None or experiment == "teacher"
         else performance_gap_recovered(score, weak=weak, ceiling=ceiling)
-        for experiment, score in table.select("experiment", deciding(table)).iter_rows()
+        for experiment, score in table.select("experiment", score_column(table)).iter_rows()
     ]
     return table.with_columns(pgr=pl.Series(values, dtype=pl.Float64))
 
@@ -139,7 +139,7 @@ def conclusions(table: pl.DataFrame) -> list[str]:
     weak, floor, ceiling = (mean_score(table, experiment) for experiment in names)
     means = zip(names.values(), (weak, floor, ceiling), strict=True)
     lines = [f"{name:<12} {value:.4f}" for name, value in means if value is not None]
-    column = deciding(table)
+    column = score_column(table)
     students = table.filter(~pl.col("experiment").is_in(list(names))).drop_nulls(column)
     for (experiment, _), runs in students.group_by("experiment", "settings", maintain_order=True):
         score = float(runs[column].mean())  # type: ignore[arg-type]

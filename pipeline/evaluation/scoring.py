@@ -1,10 +1,11 @@
-"""Held-out scores of any model: likelihood of known targets, accuracy over choices, exact match, agreement."""
+"""A model on held-out text: log-likelihoods, generated answers, and from them the prediction of each record."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
@@ -15,13 +16,14 @@ from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.runtime import Ranks, compute_device
 from pipeline.core.types import Scores
 from pipeline.data.packing import Segment, collate_inputs, pack
-from pipeline.evaluation.predictions import predictions_table, scores_of, teacher_choices
+from pipeline.evaluation.predictions import scores_of, teacher_choices
 from pipeline.evaluation.requests import (
     EvaluationSet,
     LikelihoodRequest,
     check_generation_requests,
     decode_answer,
     read_evaluation_set,
+    record_key,
 )
 from pipeline.models.forward import HEAD_POSITIONS, Model, hidden_states, logits
 from pipeline.models.generation import batches_by_length, generate
@@ -191,3 +193,59 @@ def _generate_answers(
         progress.advance(len(batch))
     progress.close()
     return answers
+
+
+# -------------------------------------------------------------------------------------- predictions
+
+
+PREDICTION_COLUMNS: dict[str, Any] = {
+    "record_id": pl.Int64,
+    "record_key": pl.Binary,
+    "answer": pl.Int64,
+    "predicted": pl.Int64,
+    "correct": pl.Boolean,
+    "choice_log_probs": pl.List(pl.Float32),
+    "num_targets": pl.Int64,
+    "nll_sum": pl.Float64,
+    "generated": pl.String,
+    "exact": pl.Boolean,
+}
+
+
+def choice_score(log_probs: Sequence[float]) -> float:
+    """The score of a choice, of which the highest is predicted: the log-probability of all its tokens, nats."""
+    return sum(log_probs)
+
+
+def predictions_table(
+    held_out: EvaluationSet, log_probs: list[list[float]], generated: dict[int, tuple[str, bool]]
+) -> pl.DataFrame:
+    """One row per record. `log_probs`: of each likelihood request; `generated`: text and exact match, by record id."""
+    own_targets: dict[int, list[float]] = {record.record_id: [] for record in held_out.records}
+    choices: dict[int, list[float]] = {record.record_id: [] for record in held_out.records}
+    for request, values in zip(held_out.likelihoods, log_probs, strict=True):
+        if request.choice is None:
+            own_targets[request.record_id] += values
+        else:
+            choices[request.record_id].append(choice_score(values))
+    rows = []
+    for record in held_out.records:
+        choice_log_probs = choices[record.record_id]
+        predicted = choice_log_probs.index(max(choice_log_probs)) if choice_log_probs else None
+        is_scored = predicted is not None and record.answer is not None
+        text, exact = generated.get(record.record_id, (None, None))
+        rows.append(
+            {
+                "record_id": record.record_id,
+                "record_key": record_key(record),
+                "answer": record.answer,
+                "predicted": predicted,
+                "correct": predicted == record.answer if is_scored else None,
+                "choice_log_probs": choice_log_probs,
+                "num_targets": len(own_targets[record.record_id]),
+                "nll_sum": -sum(own_targets[record.record_id]),
+                "generated": text,
+                "exact": exact,
+            }
+        )
+    return pl.DataFrame(rows, schema=PREDICTION_COLUMNS)

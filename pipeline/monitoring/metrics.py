@@ -1,11 +1,18 @@
-"""What is logged at every training step: a line of metrics.jsonl, the trackers, the progress bar."""
+"""The metrics of a training step, and where they go: metrics.jsonl, the trackers, the progress bar.
+
+A new metric is one more key in `loss_metrics` or `engine_metrics` here; speed, memory and the health of gradients come
+from `health.py`, gradient cosines and agreement from `objective/diagnostics.py`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipeline.config.schema import TrainConfig
 from pipeline.core.files import RunPaths, write_atomically
@@ -14,6 +21,36 @@ from pipeline.core.runtime import Ranks
 from pipeline.core.types import Batch
 from pipeline.monitoring import health
 from pipeline.monitoring.trackers import Trackers
+
+StepMetrics = dict[str, Any]
+"""What a step logs, by its key in metrics.jsonl."""
+
+
+def loss_metrics(
+    step: int, sums: Mapping[str, float], counts: Mapping[str, float], weights: Mapping[str, float]
+) -> StepMetrics:
+    """The loss and, of each term, its mean, weight and count; FloatingPointError if the loss is not finite."""
+    means = {name: sums[name] / counts[name] if counts[name] else None for name in counts}
+    loss = sum(weights[name] * (means[name] or 0.0) for name in counts)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"step {step}: expected a finite loss, found {means}; lower the learning rate")
+    metrics: StepMetrics = {"step": step, "loss": loss, **means}
+    metrics |= {f"{name}_weight": weights[name] for name in counts}
+    return metrics | {f"{name}_count": int(counts[name]) for name in counts}
+
+
+def engine_metrics(engine: Any, ranks: Ranks, batches: Sequence[Batch]) -> StepMetrics:
+    """The gradient norm and skipped steps of a DeepSpeed engine, and which sequences the step has read.
+
+    `sequences` is the sum of the keys of the global batch modulo 2^64: equal where the same sequences were read,
+    however they were dealt to ranks.
+    """
+    keys = ranks.all_reduce(torch.cat([batch.keys_B for batch in batches]).sum())
+    return {
+        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "skipped_steps": engine.skipped_steps,
+        "sequences": f"{int(keys) % 2**64:016x}",
+    }
 
 
 class StepLogger:
@@ -46,18 +83,18 @@ class StepLogger:
         )
         self._peak = health.peak_flops(ranks.device, config.student.dtype.name)
 
-    def measure(self, figures: dict[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
-        """The figures of a step with its health figures added; FloatingPointError if the run cannot continue."""
-        figures = figures | health.step_totals(self._ranks, batches, self._size)
-        figures |= health.throughput(figures, world_size=self._ranks.world_size, peak=self._peak)
-        return figures | self._gradients.check(figures)
+    def measure(self, metrics: StepMetrics, batches: Sequence[Batch]) -> StepMetrics:
+        """The metrics of a step with its health metrics added; FloatingPointError if the run cannot continue."""
+        metrics = metrics | health.step_totals(self._ranks, batches, self._size)
+        metrics |= health.throughput(metrics, world_size=self._ranks.world_size, peak=self._peak)
+        return metrics | self._gradients.check(metrics)
 
-    def append(self, figures: dict[str, Any], *, show: Sequence[str]) -> None:
-        """Log one more step: in metrics.jsonl, in the trackers and, the figures `show`, in the progress bar."""
+    def append(self, metrics: StepMetrics, *, show: Sequence[str]) -> None:
+        """Log one more step: in metrics.jsonl, in the trackers and, the metrics `show`, in the progress bar."""
         if self._metrics is not None:
-            self._metrics.append(figures)
-            self._trackers.write(figures)
-        self._progress.advance(1, **{name: figures[name] for name in show if figures[name] is not None})
+            self._metrics.append(metrics)
+            self._trackers.write(metrics)
+        self._progress.advance(1, **{name: metrics[name] for name in show if metrics[name] is not None})
 
     def close(self) -> None:
         """Close the progress bar, and the trackers once they have sent everything."""
@@ -79,7 +116,7 @@ class MetricsFile:
         complete = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
         return [json.loads(line) for line in complete]
 
-    def append(self, figures: dict[str, Any]) -> None:
+    def append(self, metrics: StepMetrics) -> None:
         """Append one step."""
         with self._file.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+            file.write(json.dumps(metrics) + "\n")

@@ -100,4 +100,5 @@ def _mlflow(paths: RunPaths, name: str, step: int) -> tuple[Write, Close]:
     return write, lambda: client.set_terminated(run_id)
 
 
+# a new one also joins the enum `Tracker` in config/schema.py and `TRACKER_PACKAGES` in config/validate_train.py
 TRACKERS = {Tracker.tensorboard: _tensorboard, Tracker.wandb: _wandb, Tracker.mlflow: _mlflow}

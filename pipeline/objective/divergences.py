@@ -63,6 +63,7 @@ def truncated(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
     return forward_kl(log_p_NC[:, :-1], log_q_NC[:, :-1])
 
 
+# by the names of the enum `Divergence` in config/schema.py, which a new one joins
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -73,7 +74,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 """Every divergence, by the name of the option loss.kd.divergence."""
 NEEDS_BETA = ("jsd",)
-NEEDS_TAIL = ("reverse_kl", "jsd", "total_variation")
+NEEDS_EXACT_TAIL = ("reverse_kl", "jsd", "total_variation")
 """Not linear in p: biased where p was sampled from the teacher, and wrong where the tail was not recorded."""
 
 

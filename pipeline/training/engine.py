@@ -74,7 +74,7 @@ class Objective(nn.Module):
 def build(
     module: StudentWithLoss, config: TrainConfig, *, micro_batch: int, accumulation: int
 ) -> deepspeed.DeepSpeedEngine:
-    """The engine: AdamW with fp32 state under the given ZeRO stage; the learning rate is set before each step."""
+    """The engine with the configured optimizer and ZeRO stage; the learning rate is set before each step."""
     stage = config.deepspeed.zero_stage
     options = engine_options(config) | {
         "train_micro_batch_size_per_gpu": micro_batch,

@@ -23,7 +23,7 @@ from pipeline.evaluation.requests import (
 from pipeline.models.compatibility import check_window
 from pipeline.models.loading import weights_hash
 from pipeline.models.tokenizer import chat_template_and_end_token, check_same_tokenizer, open_tokenizer, tokenizer_hash
-from pipeline.objective.divergences import NEEDS_TAIL
+from pipeline.objective.divergences import NEEDS_EXACT_TAIL
 from pipeline.training.builders import class_ids
 from pipeline.training.inputs import RunInputs
 
@@ -97,7 +97,7 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
     temperature_index(manifest.temperatures, kd.temperature)
     if config.k is not None and not 1 <= config.k <= manifest.k:
         raise InputError(f"k: expected 1 to {manifest.k} (captured in {cache}), found {config.k}")
-    if kd.divergence.name in NEEDS_TAIL and kd.weight > 0 and (manifest.kind, manifest.tail) != ("topk", "exact"):
+    if kd.divergence.name in NEEDS_EXACT_TAIL and kd.weight > 0 and (manifest.kind, manifest.tail) != ("topk", "exact"):
         raise InputError(
             f"divergence={kd.divergence.name}: expected a topk cache with an exact tail, because it is "
             f"not linear in the teacher's probabilities, found {manifest.kind}, tail {manifest.tail} ({cache}); "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-# Each shape maps progress in [0, 1] to how far the factor has moved from its start value to its end value.
+# Each shape maps progress in [0, 1] to how far the factor has moved from its start value to its end value. They are the
+# names of the enum `Shape` in config/schema.py, which a new one joins; only wsd is computed in `ramp` itself.
 SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 0.0,
     "linear": lambda progress: progress,

@@ -1,13 +1,11 @@
-"""Optimizer steps of one rank: the loop with checkpoints and evaluations, one step, and the figures that it logs."""
+"""Optimizer steps of one rank: the loop with checkpoints and evaluations, one step, and the metrics that it logs."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import faulthandler
-import math
 import time
-from typing import Any
 
 import torch
 
@@ -16,7 +14,7 @@ from pipeline.core.runtime import Ranks
 from pipeline.core.seeds import seed_from_values
 from pipeline.core.types import Batch, TrainState
 from pipeline.data.mixture import prefetch
-from pipeline.monitoring.metrics import StepLogger
+from pipeline.monitoring.metrics import StepLogger, StepMetrics, engine_metrics, loss_metrics
 from pipeline.objective import diagnostics
 from pipeline.objective.class_prior import class_names, updated_thresholds
 from pipeline.objective.fused_head import sum_names
@@ -30,8 +28,6 @@ from pipeline.training.run import Run
 from pipeline.training.schedules import is_due
 
 Terms = dict[str, TermOptions]
-Figures = dict[str, Any]
-"""What a step logs, by its key in metrics.jsonl."""
 
 
 def take_steps(run: Run, state: TrainState) -> TrainState:
@@ -58,10 +54,10 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
             started = time.monotonic()
             # where one rank hangs, the others would wait in a collective; DeepSpeed's own groups know no other limit
             faulthandler.dump_traceback_later(run.config.launcher.hang_seconds, exit=True)
-            figures = take_step(run, state, batches)
-            state = dataclasses.replace(state, step=step + 1, thresholds=next_thresholds(figures, state))
-            figures |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
-            state, is_last = finish_step(run, state, logger.measure(figures, batches), logger)
+            metrics = take_step(run, state, batches)
+            state = dataclasses.replace(state, step=step + 1, thresholds=next_thresholds(metrics, state))
+            metrics |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
+            state, is_last = finish_step(run, state, logger.measure(metrics, batches), logger)
             if is_last:
                 break
             waiting_since = time.monotonic()
@@ -70,14 +66,14 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
     return state
 
 
-def finish_step(run: Run, state: TrainState, figures: Figures, logger: StepLogger) -> tuple[TrainState, bool]:
+def finish_step(run: Run, state: TrainState, metrics: StepMetrics, logger: StepLogger) -> tuple[TrainState, bool]:
     """What follows an optimizer step: evaluation, log, checkpoint; and whether the run stops before its last step."""
-    state, dev_figures = evaluate_dev(run, state)
+    state, dev_metrics = evaluate_dev(run, state)
     has_steps_left = state.step < run.num_steps
     stops_early = has_steps_left and is_over(run.config.early_stopping, state)
     if stops_early:
-        dev_figures["stopped_early"] = True
-    logger.append(figures | dev_figures, show=("loss", *run.terms))
+        dev_metrics["stopped_early"] = True
+    logger.append(metrics | dev_metrics, show=("loss", *run.terms))
     if stops_early:
         log.info("step %d: no better score on dev since step %d; the run ends", state.step, state.best_step)
         return state, True
@@ -98,8 +94,8 @@ def is_checkpoint_due(run: Run, state: TrainState) -> bool:
 # -------------------------------------------------------------------------------------------- one step
 
 
-def take_step(run: Run, state: TrainState, batches: list[Batch]) -> Figures:
-    """One optimizer step over the global batch; its figures for metrics.jsonl."""
+def take_step(run: Run, state: TrainState, batches: list[Batch]) -> StepMetrics:
+    """One optimizer step over the global batch; its metrics for metrics.jsonl."""
     config, terms = run.config, run.terms
     # dropout is a function of the step, so that a resumed run draws the same
     torch.manual_seed(seed_from_values(config.seed, state.step, run.ranks.rank))
@@ -111,13 +107,13 @@ def take_step(run: Run, state: TrainState, batches: list[Batch]) -> Figures:
     excluded = gated_away_fraction(run.ranks, batches, terms, counts)
     inputs = step_inputs(run, state, weights, counts)
     sums = forward_backward(run, inputs, batches)
-    figures = loss_figures(state.step + 1, sums, counts, weights)
+    metrics = loss_metrics(state.step + 1, sums, counts, weights)
     if excluded is not None:
-        figures["gated_away_fraction"] = excluded
-    figures |= {"learning_rate": learning_rate} | engine_figures(run, batches)
+        metrics["gated_away_fraction"] = excluded
+    metrics |= {"learning_rate": learning_rate} | engine_metrics(run.engine, run.ranks, batches)
     if inputs.diagnose:
-        figures |= diagnostics.figures(sums, counts, weights)
-    return figures | class_figures(terms, sums, counts)
+        metrics |= diagnostics.figures(sums, counts, weights)
+    return metrics | class_metrics(terms, sums, counts)
 
 
 def step_inputs(run: Run, state: TrainState, weights: dict[str, float], counts: dict[str, float]) -> StepInputs:
@@ -162,35 +158,10 @@ def gated_away_fraction(ranks: Ranks, batches: list[Batch], terms: Terms, counts
     return 1.0 - counts["kd"] / ungated if ungated else None
 
 
-# -------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------- classes
 
 
-def loss_figures(step: int, sums: dict[str, float], counts: dict[str, float], weights: dict[str, float]) -> Figures:
-    """The loss and, of each term, its mean, weight and count; FloatingPointError if the loss is not finite."""
-    means = {name: sums[name] / counts[name] if counts[name] else None for name in counts}
-    loss = sum(weights[name] * (means[name] or 0.0) for name in counts)
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"step {step}: expected a finite loss, found {means}; lower the learning rate")
-    figures: Figures = {"step": step, "loss": loss, **means}
-    figures |= {f"{name}_weight": weights[name] for name in counts}
-    return figures | {f"{name}_count": int(counts[name]) for name in counts}
-
-
-def engine_figures(run: Run, batches: list[Batch]) -> Figures:
-    """The gradient norm and skipped steps, and which sequences were read.
-
-    `sequences` is the sum of the keys of the global batch modulo 2^64: equal where the same sequences were read,
-    however they were dealt to ranks.
-    """
-    keys = run.ranks.all_reduce(torch.cat([batch.keys_B for batch in batches]).sum())
-    return {
-        "grad_norm": float(run.engine.get_global_grad_norm() or 0.0),
-        "skipped_steps": run.engine.skipped_steps,
-        "sequences": f"{int(keys) % 2**64:016x}",
-    }
-
-
-def class_figures(terms: Terms, sums: dict[str, float], counts: dict[str, float]) -> dict[str, list[float]]:
+def class_metrics(terms: Terms, sums: dict[str, float], counts: dict[str, float]) -> dict[str, list[float]]:
     """How often the student was hardened to each class, and the teacher's probability of it; empty without classes."""
     if not classes_of(terms) or not counts["confidence"]:
         return {}
@@ -199,9 +170,9 @@ def class_figures(terms: Terms, sums: dict[str, float], counts: dict[str, float]
     return {"own_class_fractions": fractions[:half], "teacher_class_fractions": fractions[half:]}
 
 
-def next_thresholds(figures: Figures, state: TrainState) -> tuple[float, ...]:
+def next_thresholds(metrics: StepMetrics, state: TrainState) -> tuple[float, ...]:
     """The classes' thresholds for the next step."""
-    if "own_class_fractions" not in figures:
+    if "own_class_fractions" not in metrics:
         return state.thresholds
-    own, teacher = figures["own_class_fractions"], figures["teacher_class_fractions"]
+    own, teacher = metrics["own_class_fractions"], metrics["teacher_class_fractions"]
     return updated_thresholds(state.thresholds or (0.0,) * len(own), own=own, teacher=teacher)

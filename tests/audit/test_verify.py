@@ -68,7 +68,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda c: shutil.copy(c / "shards/00001.parquet", c / "shards/00003.parquet"),
         "00003.parquet: expected only files of planned shards",
     ),
-    "claim": (lambda c: (c / "shards/.00001.claim").touch(), ".00001.claim: expected no claim"),
+    "lease": (lambda c: (c / "shards/.00001.lease").touch(), ".00001.lease: expected no lease"),
     "beside": (lambda c: (c / "notes.txt").touch(), "notes.txt: expected only files of planned shards"),
     "k": (lambda c: change_json(c / "manifest.json", k=9), "manifest.json: k: expected 8"),
     "made of": (

@@ -137,6 +137,7 @@ def test_the_same_command_again_uploads_no_shard(bucket: Any, captured: RemotePa
     assert {o.key: o.last_modified for o in bucket.objects.filter(Prefix="tiny/shards/0")} == before
 
 
+@pytest.mark.slow
 def test_training_from_a_bucket_equals_training_from_a_folder(
     captured: RemotePath, cache: Path, student: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -211,6 +212,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_killed_capture_and_then_two_at_once(bucket: Any, teacher: Path, many: Path, tmp_path: Path) -> None:
     changes = {"records_per_shard": 5, "batch_sequences": 1, "lease_seconds": 2}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # so that every process computes the same bits
@@ -415,7 +417,7 @@ def test_a_folder_of_downloads_that_cannot_be_created(captured: RemotePath, tmp_
 
 
 def test_leases_in_a_bucket(bucket: Any) -> None:
-    abandoned, place = remote("s3://bucket/claims") / ".0.claim", remote("s3://bucket/claims") / ".1.claim"
+    abandoned, place = remote("s3://bucket/leases") / ".0.lease", remote("s3://bucket/leases") / ".1.lease"
     abandoned.write_text("a dead worker")
     with hold_lease(place, lease_seconds=2) as first:
         assert first
@@ -427,7 +429,7 @@ def test_leases_in_a_bucket(bucket: Any) -> None:
     with hold_lease(abandoned, lease_seconds=2) as taken:
         assert taken
         abandoned.write_text("a successor")  # as if this process had been frozen, and another took over
-    assert objects(bucket, "claims") == {".0.claim": b"a successor"}
+    assert objects(bucket, "leases") == {".0.lease": b"a successor"}
 
 
 def test_stale_leases_are_deleted_once_the_cache_is_complete(
@@ -435,11 +437,11 @@ def test_stale_leases_are_deleted_once_the_cache_is_complete(
 ) -> None:
     place = copied(bucket, "tiny", "stale")
     before = objects(bucket, "stale")
-    (place / "shards" / ".00001.claim").write_text("a dead worker")
+    (place / "shards" / ".00001.lease").write_text("a dead worker")
     time.sleep(2.1)
-    (place / "shards" / ".00002.claim").write_text("a living worker")
+    (place / "shards" / ".00002.lease").write_text("a living worker")
     run(config_of(teacher, data, cache=str(place), lease_seconds=1))
-    assert set(objects(bucket, "stale")) - set(before) == {"shards/.00002.claim"}
+    assert set(objects(bucket, "stale")) - set(before) == {"shards/.00002.lease"}
 
 
 # ------------------------------------------------------------------------------------------- refusals

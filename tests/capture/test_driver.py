@@ -287,5 +287,5 @@ def test_sampled_and_hybrid_caches(kind: Kind, teacher: Path, data: Path, tmp_pa
     assert run(config_of(teacher, data / "corpus.jsonl", tmp_path, **options, seed=1)) != cache
     with pytest.raises(InputError, match=r"k: expected null, because .* is"):
         ShardReader(cache, k=2)
-    with pytest.raises(InputError, match=r"temperatures: expected \[1.0\], because a .* cache is valid only there"):
+    with pytest.raises(InputError, match=r"temperatures: expected \[1.0\], because a .* cache is exact only at T = 1"):
         run(config_of(teacher, data / "corpus.jsonl", tmp_path, **{**options, "temperatures": [1.0, 2.0]}))

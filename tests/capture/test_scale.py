@@ -1,4 +1,4 @@
-"""A cache of a million sequences is planned, resumed and verified in minutes, with the memory of a small one."""
+"""A large corpus: planned, resumed and verified in the memory of a small one."""
 
 from __future__ import annotations
 
@@ -130,20 +130,21 @@ def measure_steps(teacher: Path, folder: Path, num_records: int) -> dict[str, di
 
 
 @pytest.mark.slow
-def test_a_million_sequences(teacher: Path, tmp_path: Path) -> None:
-    """Twenty times the corpus, the same memory; the bounds are several times the seconds that two slow cores took."""
-    small = measure_steps(teacher, tmp_path / "small", 50_000)
-    large = measure_steps(teacher, tmp_path / "large", 1_000_000)
+def test_ten_times_the_corpus_takes_the_same_memory(teacher: Path, tmp_path: Path) -> None:
+    """The bounds in seconds are several times what two slow cores took."""
+    small = measure_steps(teacher, tmp_path / "small", 30_000)
+    large = measure_steps(teacher, tmp_path / "large", 300_000)
     print(json.dumps({"small": small, "large": large}, indent=2))
-    assert large["sequences"]["num"] >= 1_000_000
+    assert large["sequences"]["num"] >= 300_000
     for step in ("plan", "resume", "again", "verify"):
         assert large[step]["peak_mb"] < 1.1 * small[step]["peak_mb"] + 16, step
-    assert large["plan"]["seconds"] < 400
-    assert large["resume"]["seconds"] < 100
+    assert large["plan"]["seconds"] < 120
+    assert large["resume"]["seconds"] < 60
     assert large["again"]["seconds"] < 10
-    assert large["verify"]["seconds"] < 100
+    assert large["verify"]["seconds"] < 30
 
 
+@pytest.mark.slow
 def test_the_same_steps_with_fewer_sequences(teacher: Path, tmp_path: Path) -> None:
     """The steps of the large cache; then a damaged shard is found."""
     measures = measure_steps(teacher, tmp_path / "few", 12_000)

@@ -100,7 +100,7 @@ def test_shares_of_a_job_array(teacher: Path, many: Path, undisturbed: dict[str,
 
 
 @pytest.mark.slow
-def test_fifty_kills_lose_nothing_and_double_nothing(
+def test_kills_of_workers_lose_nothing_and_double_nothing(
     teacher: Path,
     student: Path,
     data: Path,
@@ -109,12 +109,12 @@ def test_fifty_kills_lose_nothing_and_double_nothing(
     undisturbed: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
-    """SIGKILL to random workers at random times; if a capture ends before 50 kills, another starts in a new folder.
+    """SIGKILL to random workers at random times; if a capture ends before 24 kills, another starts in a new folder.
 
     Training on such a cache has the losses of training on undisturbed shards.
     """
     generator, kills, rounds = random.Random(0), 0, 0
-    while kills < 50:
+    while kills < 24:
         rounds += 1
         folder = tmp_path / str(rounds)
         folder.mkdir()
@@ -122,7 +122,7 @@ def test_fifty_kills_lose_nothing_and_double_nothing(
         while process.poll() is None:
             time.sleep(generator.uniform(0.1, 1.5))
             workers = workers_of(process)
-            if workers and kills < 50:
+            if workers and kills < 24:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     generator.choice(workers).send_signal(signal.SIGKILL)
                     kills += 1
@@ -133,7 +133,7 @@ def test_fifty_kills_lose_nothing_and_double_nothing(
         else:
             assert process.returncode == 0, output[-3000:]
         assert shards_of(folder) == undisturbed
-    assert kills == 50
+    assert kills == 24
     losses = []
     for folder in (tmp_path / "1", undisturbed_folder):
         (cache_folder,) = folder.glob("caches/tiny-*")
@@ -153,13 +153,13 @@ def test_a_worker_frozen_for_longer_than_its_lease_changes_nothing_when_it_resum
 ) -> None:
     frozen = start(arguments(teacher, many), tmp_path)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("caches/*/shards/.*.claim")):
+    while not list(tmp_path.glob("caches/*/shards/.*.lease")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     frozen.send_signal(signal.SIGSTOP)
-    claims = list(tmp_path.glob("caches/*/shards/.*.claim"))
+    leases = list(tmp_path.glob("caches/*/shards/.*.lease"))
     script("capture", *arguments(teacher, many), cwd=tmp_path, env=one_thread())
-    assert claims  # it was frozen during a shard, and the other capture took this shard over
+    assert leases  # it was frozen during a shard, and the other capture took this shard over
     frozen.send_signal(signal.SIGCONT)
     assert frozen.wait(60) == 0
     assert shards_of(tmp_path) == undisturbed
@@ -221,8 +221,8 @@ def test_stale_temporary_files_of_a_finished_cache_are_deleted(
 # --------------------------------------------------------------------------------------------- leases
 
 
-def test_a_claim_has_one_holder_who_renews_it(tmp_path: Path) -> None:
-    path = tmp_path / ".0.claim"
+def test_a_lease_has_one_holder_who_renews_it(tmp_path: Path) -> None:
+    path = tmp_path / ".0.lease"
     with hold_lease(path, lease_seconds=0.4) as first:
         assert first
         time.sleep(1.0)  # longer than the lease: the holder has renewed it
@@ -232,8 +232,8 @@ def test_a_claim_has_one_holder_who_renews_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stale_claim_is_taken_over_and_not_released_by_the_holder_that_lost_it(tmp_path: Path) -> None:
-    path = tmp_path / ".0.claim"
+def test_a_stale_lease_is_taken_over_and_not_released_by_the_holder_that_lost_it(tmp_path: Path) -> None:
+    path = tmp_path / ".0.lease"
     path.write_text("a process that was killed")
     os.utime(path, (0, 0))
     with hold_lease(path, lease_seconds=5) as taken:

@@ -156,6 +156,7 @@ def test_what_cannot_be_mixed_is_refused_before_any_rank_starts(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_mixed_run_stopped_and_gone_on_with_is_the_same_to_the_last_bit(
     student: Path, data: Path, cache: Path, other: Path, tmp_path: Path
 ) -> None:

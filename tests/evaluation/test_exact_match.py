@@ -166,6 +166,7 @@ def asking(student: Path, folder: Path, **changes: Any) -> list[str]:
     return train_arguments(student, folder, "null", **more)
 
 
+@pytest.mark.slow
 def test_exact_match_under_every_zero_stage_is_that_of_one_rank(student: Path, tmp_path: Path) -> None:
     """Two ranks at ZeRO 1 to 3 neither hang nor say anything else."""
     folders = [tmp_path / f"zero{stage}" for stage in range(4)]
@@ -182,6 +183,7 @@ def test_exact_match_under_every_zero_stage_is_that_of_one_rank(student: Path, t
     assert seen[1:] == [seen[0]] * 3
 
 
+@pytest.mark.slow
 def test_a_run_that_dev_asks_and_the_best_of_it(student: Path, tmp_path: Path) -> None:
     more = {"launcher__num_processes": 2, "deepspeed__zero_stage": 3, "export__what": "best"}
     script("train", *asking(student, tmp_path, **more), cwd=tmp_path)

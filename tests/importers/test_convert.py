@@ -442,6 +442,7 @@ def test_a_cache_is_named_by_the_content_and_the_options_that_read_it(
     assert imported(moved, student, settings) != cache
 
 
+@pytest.mark.slow
 def test_the_script_and_a_training_on_its_cache(truths: list[Truth], student: Path, data: Path, tmp_path: Path) -> None:
     distillkit(tmp_path / "source", truths)
     arguments = ["name=theirs", "source=source", "format=distillkit", f"tokenizer={student}", "records_per_shard=6"]
@@ -468,7 +469,7 @@ def test_the_script_and_a_training_on_its_cache(truths: list[Truth], student: Pa
         (["source=nowhere"], "source: expected 'nowhere' to exist, found nothing there"),
         (["source=."], "source: expected files ending in .parquet, found none in '.'"),
         (["source=.", "++format=other"], "other"),
-        ([], "  source: folder or glob of what another project kept"),
+        ([], "  source: folder or glob of the teacher outputs"),
     ],
 )
 def test_refusals_of_the_script(changes: list[str], message: str, student: Path, tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def lora_arguments(base: Path, data: Path, cache: Path, *more: str) -> list[str]
     return [*train_arguments(base, data, str(cache), **changes), "adapter=lora", "student.adapter.rank=4", *more]
 
 
+@pytest.mark.slow
 def test_adapter_lora_is_the_only_option_that_a_run_needs(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -193,6 +194,7 @@ def same_bits(first: Path, second: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_every_zero_stage_trains_exports_stops_and_resumes(
     student: Path, untied: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def early(student: Path, data: Path, cache: Path, **more: Any) -> list[str]:
     return arguments + [f"{name}={value}" for name, value in EARLY.items()]
 
 
+@pytest.mark.slow
 def test_early_stopping_with_tensorboard_and_a_resume_that_stops_at_the_same_step(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +227,7 @@ def in_tensorboard(run: Path) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_dev_scores_under_every_zero_stage_equal_those_of_one_rank(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -145,6 +145,7 @@ OPTION_CHECKS: dict[str, Callable[[Rows], None]] = {
 }
 
 
+@pytest.mark.slow
 def test_each_option_in_one_run_and_a_resume_that_repeats_it(
     student: Path, data: Path, completed: Path, gold_cache: Path, predictions_all_wrong: Path, tmp_path: Path
 ) -> None:
@@ -226,7 +227,7 @@ def test_options_that_do_not_fit_the_cache_are_rejected_before_any_rank_starts(
         (sampled, {"loss.kd.divergence": "reverse_kl"}, "expected a topk cache with an exact tail"),
         (sampled, {"loss.kd.divergence": "jsd"}, "found sampled, tail exact"),
         (cache, {"loss.hard.weight": 1}, "expected a cache whose records the teacher completed, found none"),
-        (sampled, {"loss.hard.weight": 1, "loss.hard.take": "likeliest"}, "whose likeliest draw is chance"),
+        (sampled, {"loss.hard.weight": 1, "loss.hard.take": "likeliest"}, "whose top entry is a matter of chance"),
         (cache, {"gold_fraction": 1, "loss.kd.gate.keep_fraction": 0.5}, "keep_fraction: expected 1, because"),
         (cache, {"optimizer.decay_fraction": 2}, "decay_fraction: expected 0 to 1"),
         (cache, {"loss.kd.adaptive_weight.every_steps": 5}, "expected dev and adaptive_weight.teacher_predictions"),

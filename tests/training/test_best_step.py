@@ -33,6 +33,7 @@ def weights_of(run: Path) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_best_steps_weights_leave_at_every_stage_and_on_other_ranks(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_the_best_steps_weights_leave_at_every_stage_and_on_other_ranks(
     assert kept == {"step-00000001", "step-00000001-universal", "step-00000004"}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_the_best_is_that_of_an_undisturbed_run(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -97,7 +99,7 @@ def test_killed_and_resumed_the_best_is_that_of_an_undisturbed_run(
     result = json.loads((run / "result.json").read_text())
     assert (result["steps"], result["exported_step"], result["best_step"]) == (40, 4, 4)
     assert (
-        "The weights of step 4, the best on dev of those looked at. 40 steps" in (run / "model/README.md").read_text()
+        "The weights of step 4, the best of those evaluated on dev. 40 steps" in (run / "model/README.md").read_text()
     )
     seen = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").open())}
     assert result["dev"]["nll"] == pytest.approx(seen[4]["dev_nll"], rel=1e-5)

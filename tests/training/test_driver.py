@@ -132,7 +132,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(
     wait_for(lambda: steps_done(tmp_path / "runs") >= 5, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 75
-    assert "the same command goes on from its checkpoint" in (tmp_path / "output.txt").read_text()
+    assert "the same command continues from its checkpoint" in (tmp_path / "output.txt").read_text()
     (run,) = (tmp_path / "runs").iterdir()
     stopped_at = json.loads((run / "checkpoints" / "published.json").read_text())["state"]["step"]
     assert 5 <= stopped_at < 60
@@ -145,6 +145,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(
     assert not (run / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_multirun_killed_in_the_middle_ends_with_all_results_and_nothing_twice(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_one_failing_run_does_not_end_its_sweep(student: Path, data: Path, cache
     assert len(list(tmp_path.glob("runs/*/result.json"))) == 1
 
 
+@pytest.mark.slow
 def test_stopped_while_it_starts_a_sweep_ends_and_goes_on(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +197,7 @@ def test_stopped_while_it_starts_a_sweep_ends_and_goes_on(
     assert len(list(tmp_path.glob("runs/*/result.json"))) == 2
 
 
+@pytest.mark.slow
 def test_bf16_on_two_ranks(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     changes = {"student__dtype": "bfloat16", "launcher__num_processes": 2, "deepspeed__zero_stage": 2}
     arguments = train_arguments(student, data, str(cache), steps=12, export__shard_bytes=40_000, **changes)
@@ -213,7 +216,8 @@ def test_two_drivers_never_train_in_one_folder(
     arguments = train_arguments(student, data, str(cache), steps=2000)
     process = start(arguments, tmp_path)
     wait_for(lambda: steps_done(tmp_path / "runs") >= 1, process)
-    code = "from pipeline import launch; driver.PATIENCE_SECONDS = 1.0; import sys, runpy; sys.argv[0] = 'train'; "
+    code = "from pipeline.training import driver; driver.LOCK_WAIT_SECONDS = 1.0; "
+    code += "import sys, runpy; sys.argv[0] = 'train'; "
     code += f"runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -27,6 +27,7 @@ from support.muon_worker import changed
 Weights = dict[str, torch.Tensor]
 
 
+@pytest.mark.slow
 def test_every_stage_takes_the_steps_of_torchs_own_muon(tmp_path: Path) -> None:
     """Ranks 1, 2 x ZeRO 0 to 3. fp32: hidden matrices within 5 % of the update (torch's iteration is made in bf16),
     all else, which is AdamW's, within 0.2 %; all cases alike within 2e-5.
@@ -89,6 +90,7 @@ def by_torch() -> Weights:
     return {name: weight.detach() for name, weight in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_bit_by_bit(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     """Two ranks at ZeRO 0 to 3; a checkpoint goes on where it was made, and other ranks are refused."""
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from pipeline.config.schema import Shape
 from pipeline.training.schedules import SHAPES, adaptive_kd_factor, learning_rate, ramp
 
 
@@ -97,3 +98,7 @@ def test_overtaken_falls_when_ahead_rises_when_behind_and_noise_does_not_move_it
     for noise in (0.809, 0.791, 0.805, 0.795):  # to and fro within the margin
         value = adaptive_kd_factor(value, student=noise, **rule)
     assert value == 0.5
+
+
+def test_every_shape_among_the_options_is_known() -> None:
+    assert set(SHAPES) | {"wsd"} == {shape.name for shape in Shape}
