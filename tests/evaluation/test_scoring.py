@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,13 @@ import transformers
 
 from pipeline.config.schema import MalformedPolicy, Targets
 from pipeline.core.types import InputError
+from pipeline.data.tokenize import load_labeled_sequences
+from pipeline.evaluation.predictions import scores_of
+from pipeline.evaluation.requests import open_evaluation_set
 from pipeline.models.tokenizer import load_tokenizer
 from support.commands import script
 from support.scoring import exam_of, scored
-from support.tiny import prompts, write_lines
+from support.tiny import prompts, text_of, write_lines
 
 
 def alone(model: Any, tokenizer: Any, prompt: str, completion: str) -> list[float]:
@@ -45,14 +47,34 @@ def test_choices_of_one_and_of_several_tokens(student: Path, tmp_path: Path) -> 
         assert (found["num_targets"], found["nll_sum"]) == (len(own), pytest.approx(-sum(own), abs=1e-4))
 
 
-def test_totals(student: Path, tmp_path: Path) -> None:
-    scores, table = scored(student, write_lines(tmp_path / "a.jsonl", prompts(30, labeled=True)))
-    assert scores.num_records == scores.num_choice_records == 30
-    assert scores.accuracy == pytest.approx(table["correct"].mean())
-    assert scores.nll == pytest.approx(table["nll_sum"].sum() / table["num_targets"].sum())
-    assert scores.nll is not None
-    assert scores.perplexity == pytest.approx(math.exp(scores.nll))
-    assert scores.agreement is None
+def test_totals() -> None:
+    """Four records: two with choices, of which one is right; one with a generated answer, which is wrong."""
+    table = pl.DataFrame(
+        {
+            "predicted": [0, 2, None, None],
+            "correct": [True, False, None, None],
+            "num_targets": [1, 2, 3, 2],
+            "nll_sum": [0.5, 1.5, 1.0, 1.0],
+            "exact": [None, None, False, None],
+            "teacher_predicted": [0, 1, None, None],
+        }
+    )
+    scores = scores_of(table)
+    assert (scores.num_records, scores.num_choice_records, scores.num_free_records, scores.num_targets) == (4, 2, 1, 8)
+    assert (scores.accuracy, scores.exact_match, scores.agreement, scores.nll) == (0.5, 0.0, 0.5, 0.5)
+    assert scores.perplexity == pytest.approx(1.6487212707)
+    assert scores_of(table.drop("teacher_predicted")).agreement is None
+
+
+def test_choices_of_a_chat_are_scored_as_they_are_trained(tmp_path: Path, tokenizer: Any) -> None:
+    """The template has written the special tokens: neither gets the tokenizer's end token."""
+    row = {"messages": [{"role": "user", "content": "the weak"}], "choices": [" one", " two"], "answer": 1}
+    text = text_of(write_lines(tmp_path / "a.jsonl", [row]), "test", targets=Targets.completion, end_token=True)
+    (trained,) = load_labeled_sequences(text, tokenizer, window=64)
+    held_out = open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=0)
+    targets = {request.choice: [token for _, token in request.targets] for request in held_out.likelihoods}
+    assert targets[1] == targets[None] == trained.target_ids_N.tolist()
+    assert tokenizer.decode(targets[0]) == " one"
 
 
 def test_plain_text_longer_than_the_batch_and_without_choices(student: Path, tmp_path: Path) -> None:
