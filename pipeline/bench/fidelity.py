@@ -29,7 +29,7 @@ from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.topk import uniform_draws
 from pipeline.core.types import Manifest, TokenSequence, TopK
 from pipeline.data.packing import collate_inputs
-from pipeline.data.records import open_text
+from pipeline.data.text_files import open_text
 from pipeline.data.tokenize import load_labeled_sequences
 from pipeline.models.forward import Model, hidden_states, logits
 from pipeline.models.loading import open_model

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,8 @@ from pipeline.core.object_store import Location, RemotePath, age_seconds, names,
 from pipeline.core.types import InputError, Manifest, ShardInfo
 
 REQUESTS_AT_ONCE = 16
+SHARD_FILE = re.compile(r"\d{5,}(-[0-9a-f]+)*\.parquet")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def fingerprint(made_of: dict[str, Any]) -> str:
@@ -116,7 +120,19 @@ def shard_info(cache: Location, index: int) -> ShardInfo | None:
         return None
     for name in ("row_groups", "retained_mass_histogram"):
         plain[name] = tuple(plain[name])
-    return ShardInfo(**{"file": f"{index:05d}.parquet", **plain})  # older caches do not hold the name
+    info = ShardInfo(**{"file": f"{index:05d}.parquet", **plain})  # older caches do not hold the name
+    _check_names(info, info_path(cache, index))
+    return info
+
+
+def _check_names(info: ShardInfo, path: Location) -> None:
+    """Refuse a ShardInfo whose file or hash is more than a name: both become parts of local paths."""
+    if not SHARD_FILE.fullmatch(info.file):
+        raise InputError(
+            f"{path}: file: expected the plain name of a shard, found {info.file!r}; do not use this cache"
+        )
+    if not SHA256.fullmatch(info.sha256):
+        raise InputError(f"{path}: sha256: expected 64 hex digits, found {info.sha256!r}; do not use this cache")
 
 
 def missing_shards(cache: Location, indices: Iterable[int]) -> list[int]:
@@ -149,12 +165,13 @@ def commit_shard(cache: Location, temporary: Path, index: int) -> None:
 
 
 def _commit_remote(cache: RemotePath, temporary: Path, index: int) -> None:
-    """Two workers that commit different bytes at once leave two objects and one ShardInfo that describes one of them.
+    """Two workers that commit at once leave two objects and one ShardInfo that describes one of them.
 
-    The other object stays: the worker that put it may be about to write its ShardInfo.
+    The other object stays: the worker that put it may be about to write its ShardInfo. A random token is in the name,
+    because an upload that breaks off may leave a part of an object, which must not replace a complete one.
     """
     info = describe_shard(temporary, index)
-    info = dataclasses.replace(info, file=f"{index:05d}-{info.sha256[:12]}.parquet")
+    info = dataclasses.replace(info, file=f"{index:05d}-{info.sha256[:12]}-{secrets.token_hex(4)}.parquet")
     if not info_path(cache, index).exists():
         upload(temporary, cache / "shards" / info.file)
         if not info_path(cache, index).exists():

@@ -21,7 +21,7 @@ from pipeline.core.progress import readable, start_logging
 from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.types import Manifest
 from pipeline.data.record_counts import count_records
-from pipeline.data.records import Text, read_chunks
+from pipeline.data.text_files import Text, read_chunks
 from pipeline.models.compatibility import check_window
 from pipeline.models.forward import Model
 from pipeline.models.loading import open_model, resolve_dtype
@@ -113,7 +113,7 @@ def run_probe(config: CaptureConfig, text: Text) -> Probe:
     teacher_folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = cached_tokenizer(teacher_folder, teacher.trust_remote_code)
     check_window(teacher_folder, config.window)
-    chunks = next(read_chunks(text.files, size=min(PROBE_RECORDS, config.records_per_shard)))
+    chunks = next(read_chunks(text.files, size=min(PROBE_RECORDS, config.records_per_shard), columns=text.columns))
     with tempfile.TemporaryDirectory() as name:
         path = sequence_file(Path(name), 0)
         write_sequences(path, chunks, text, teacher_folder, teacher.trust_remote_code, config.window, 0)

@@ -32,7 +32,8 @@ from pipeline.core.files import sync_files
 from pipeline.core.object_store import write_json
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Manifest
-from pipeline.data.records import MalformedRecords, RawChunk, Text, open_text, raw_records, read_chunks
+from pipeline.data.records import MalformedRecords
+from pipeline.data.text_files import RawChunk, Text, open_text, raw_records, read_chunks
 from pipeline.data.tokenize import read_sequences, text_hash
 from pipeline.models.compatibility import check_window
 from pipeline.models.loading import resolve_dtype, weights_hash
@@ -182,7 +183,9 @@ def tokenize_corpus(config: CaptureConfig, text: Text, teacher_folder: Path, seq
                 num_rows, num_skipped = num_rows + rows, num_skipped + skipped
 
         try:
-            for index, chunks in enumerate(read_chunks(text.files, size=config.records_per_shard)):
+            for index, chunks in enumerate(
+                read_chunks(text.files, size=config.records_per_shard, columns=text.columns)
+            ):
                 num_records += sum(len(chunk.numbers) for chunk in chunks)
                 first_id = index * config.records_per_shard
                 arguments = (chunks, text, teacher_folder, config.teacher.trust_remote_code, config.window, first_id)

@@ -15,7 +15,7 @@ from pipeline.config.options import identity_options
 from pipeline.config.schema import CaptureConfig
 from pipeline.core.files import content_hash, is_url
 from pipeline.core.types import Manifest
-from pipeline.data.records import open_text
+from pipeline.data.text_files import open_text
 from pipeline.models.paths import model_folder
 
 

@@ -24,11 +24,12 @@ from pipeline.config.schema import CaptureConfig, Dtype
 from pipeline.core.object_store import Location
 from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.runtime import compute_device, keep_allocator_memory
-from pipeline.core.types import InputError, Manifest
+from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
 from pipeline.models.forward import Model
 from pipeline.models.loading import open_model
 from pipeline.models.prepack import prepack
 
+MAX_NAMED_RECORDS = 10  # in a message
 MAX_PENDING_BATCHES = 3  # captured and not yet written: the teacher waits for a slow disk, so memory stays bounded
 
 
@@ -133,8 +134,23 @@ def write_batch(writer: ShardWriter, pending: PendingBatch) -> tuple[int, int, f
     """Wait until a batch is in host memory and write it; returns its sequences, tokens and forward seconds."""
     captured, forward_seconds = finish_copy(pending)
     for sequence, captured_sequence in zip(pending.sequences, captured, strict=True):
+        check_finite(sequence, captured_sequence)
         writer.write(sequence, captured_sequence)
     return len(captured), sum(len(sequence.input_ids_S) for sequence in pending.sequences), forward_seconds
+
+
+def check_finite(sequence: TokenSequence, captured: Captured) -> None:
+    """Refuse the output of a teacher with NaN or infinite logits: where a logit is not finite, nor is the entropy.
+
+    All records of the window are named, because a NaN in one segment can reach the others through masked attention.
+    """
+    if not captured.entropy_N.isfinite().all():
+        records = ", ".join(map(str, sequence.record_ids[:MAX_NAMED_RECORDS]))
+        more = " and more" if len(sequence.record_ids) > MAX_NAMED_RECORDS else ""
+        raise InputError(
+            f"teacher: expected finite logits, found NaN or infinity in the window of the records {records}{more} of "
+            "the corpus (counted from 0); use teacher.dtype=float32, or check the weights of the teacher"
+        )
 
 
 def worker_process(config: CaptureConfig, cache: Location, sequences: Path, shards: Sequence[int], worker: int) -> None:

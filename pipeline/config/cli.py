@@ -118,7 +118,8 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
     except (InputError, RunFailed) as error:
         exit_with_error(error)
     except (OmegaConfBaseException, hydra.errors.HydraException) as error:
-        exit_with_error(InputError(f"{error}{_renamed_hint(str(error))}"))
+        cause = "" if error.__cause__ is None else f": {str(error.__cause__).splitlines()[0]}"
+        exit_with_error(InputError(f"{error}{cause}{_renamed_hint(str(error))}"))
     except AssertionError as error:  # OmegaConf's answer to options below a null
         if "Unexpected type for root: NoneType" not in str(error):
             raise

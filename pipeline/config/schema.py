@@ -88,7 +88,7 @@ class ColumnsConfig:
 class TextConfig:
     files: list[str] = option(
         MISSING,
-        "files, folders or globs of .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .txt",
+        "files, folders or globs of .jsonl, .ndjson, .txt (each plain, .gz or .zst) and .parquet",
         content=True,
     )
     targets: Targets = option(

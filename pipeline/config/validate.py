@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +15,10 @@ from pipeline.config.schema import (
     ModelConfig,
     Targets,
 )
-from pipeline.core.files import is_hub_name, is_url
+from pipeline.core.files import is_hub_name, is_url, matching_paths
 from pipeline.core.types import InputError
+
+MAX_KEPT = 65_535  # kept_counts of a shard is a uint16
 
 
 def check_capture(config: CaptureConfig) -> None:
@@ -24,6 +26,11 @@ def check_capture(config: CaptureConfig) -> None:
     at_least(2, window=config.window)
     at_least(1, k=config.k, draws=config.draws, records_per_shard=config.records_per_shard)
     at_least(1, batch_sequences=config.batch_sequences, num_workers=config.num_workers)
+    plain_name(name=config.name)
+    seeds(seed=config.seed, complete_seed=config.complete.seed)
+    if config.kind is not Kind.topk and config.k + config.draws > MAX_KEPT:
+        raise InputError(f"k and draws: expected a sum of at most {MAX_KEPT}, found {config.k + config.draws}")
+    at_least(1, teacher_num_layers=1 if config.teacher.num_layers is None else config.teacher.num_layers)
     positive(
         lease_seconds=config.lease_seconds,
         temperatures=min(config.temperatures, default=1.0),
@@ -64,6 +71,20 @@ def fraction(**values: float) -> None:
             raise InputError(f"{name}: expected 0 to 1, found {value}")
 
 
+def plain_name(**values: str) -> None:
+    """A name that becomes a part of a folder's name, and that a glob can find again."""
+    for name, value in values.items():
+        if not re.fullmatch(r"[^\s./*?\[\]\x00][^/*?\[\]\x00]*", value):
+            raise InputError(f"{name}: expected a name without / * ? [ ] and not starting with '.', found {value!r}")
+
+
+def seeds(**values: int) -> None:
+    """What a generator takes as a seed: 63 bits."""
+    for name, value in values.items():
+        if not 0 <= value < 2**63:
+            raise InputError(f"{name}: expected 0 to 2^63 - 1, found {value}; choose a smaller seed")
+
+
 def positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
@@ -80,7 +101,7 @@ def check_files(config: Any, prefix: str = "") -> None:
             for pattern in [value] if isinstance(value, str) else value:
                 is_hub_model = isinstance(config, ModelConfig) and is_hub_name(pattern)
                 is_address = item.metadata["address"] and is_url(pattern)
-                if not (is_hub_model or is_address or glob.glob(pattern, recursive=True)):
+                if not (is_hub_model or is_address or matching_paths(pattern)):
                     raise InputError(
                         f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; check the path"
                     )

@@ -16,7 +16,7 @@ from pipeline.config.schema import (
     Tracker,
     TrainConfig,
 )
-from pipeline.config.validate import at_least, fraction, positive
+from pipeline.config.validate import at_least, fraction, plain_name, positive, seeds
 from pipeline.core.types import InputError
 
 TRACKER_PACKAGES = {  # what is imported, what pip calls it
@@ -29,6 +29,9 @@ TRACKER_PACKAGES = {  # what is imported, what pip calls it
 def check_train(config: TrainConfig) -> None:
     """Reject contradictory options before reading any input."""
     kd, terms = config.loss.kd, terms_of(config.loss)
+    plain_name(name=config.name)
+    seeds(seed=config.seed)
+    at_least(1, student_num_layers=1 if config.student.num_layers is None else config.student.num_layers)
     at_least(2, window=config.window)
     at_least(1, global_batch=config.global_batch, micro_batch=config.micro_batch)
     at_least(1, steps=1 if config.steps is None else config.steps)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,12 +96,16 @@ class RunPaths:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace the file by `text`. A reader, or a crash, finds the complete old file or the complete new file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    # a random token, because processes in containers on several machines may share a PID
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -125,8 +130,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def sync_files(folder: Path) -> None:
-    """Flush the files of a folder, and their names, to disk."""
+    """Flush the files of a folder and of its subfolders, and their names, to disk."""
     for path in folder.iterdir():
+        if path.is_dir():
+            sync_files(path)
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(folder)
@@ -165,10 +173,15 @@ def is_hub_name(path: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).is_dir()
 
 
+def matching_paths(pattern: str) -> list[Path]:
+    """The paths that a path or a glob stands for, sorted; what exists under exactly that name is no glob."""
+    return [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+
+
 def one_path(pattern: str, option: str) -> Path:
-    """The only path that matches a glob pattern; InputError, which names `option`, if none or several match."""
-    paths = sorted(glob.glob(pattern))
+    """The only path that matches a path or glob; InputError, which names `option`, if none or several match."""
+    paths = matching_paths(pattern)
     if len(paths) != 1:
-        found = ", ".join(paths) if paths else "nothing"
+        found = ", ".join(map(str, paths)) if paths else "nothing"
         raise InputError(f"{option}: expected {pattern!r} to match one path, found {found}; check or narrow it")
-    return Path(paths[0])
+    return paths[0]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.types import InputError
-from pipeline.data.records import SUFFIXES, Text
+from pipeline.data.text_files import COMPRESSIONS, SUFFIXES, Text
 
 HEAD_BYTES = 4 << 20  # read of each file, to estimate the bytes per record
 
@@ -18,7 +18,7 @@ def count_records(text: Text) -> tuple[bool, float]:
     """(exact, number of records): from the footer of Parquet files; of other files estimated from their beginning."""
     exact, count = True, 0.0
     for file in text.files:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             count += pq.read_metadata(file).num_rows
             continue
         size = file.stat().st_size
@@ -34,7 +34,7 @@ def count_records(text: Text) -> tuple[bool, float]:
 
 def _unpacked(file: Path, head: bytes) -> bytes:
     """The beginning of a file, decompressed as far as it goes."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
+    compression = COMPRESSIONS.get(file.suffix.lower())
     if compression is None:
         return head
     found = io.BytesIO()

@@ -5,28 +5,13 @@ A record that cannot be used is never changed silently: `MalformedRecords` stops
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import glob
-import io
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline.config.schema import TextConfig
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Record
-
-LINES_PER_CHUNK = 1024
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-
-Raw = tuple[str, str, Any]  # (place, "json" | "text" | "row", unparsed bytes or a Parquet row)
+from pipeline.data.text_files import Raw, Text, all_records
 
 
 class MalformedRecords:
@@ -47,137 +32,7 @@ class MalformedRecords:
             log.warning("%s: %d malformed records skipped", what, self.count)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """A text and how it is read; its files exist."""
-
-    what: str
-    """corpus, gold, dev or test, for messages."""
-    files: tuple[Path, ...]
-    columns: Mapping[str, str]
-    """The name of the input's column for each of text, prompt, completion, messages, choices and answer."""
-    targets: str
-    """all, completion or next."""
-    end_token: bool
-    skip_malformed: bool
-    completes: bool = False
-    """Records with a prompt alone are completed by the teacher."""
-
-
 # ---------------------------------------------------------------------------------------------- files
-
-
-def open_text(config: TextConfig, what: str) -> Text:
-    """From options to a value: the files of all paths, folders and globs, sorted within each."""
-    files: list[Path] = []
-    for pattern in config.files:
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-        if not found:
-            raise InputError(f"{what}: expected {pattern!r} to be a file, a folder or a glob, found nothing there")
-        for path in found:
-            if path.is_dir():
-                files += [file for file in sorted(path.rglob("*")) if file.is_file() and file.name.endswith(SUFFIXES)]
-            elif path.name.endswith(SUFFIXES):
-                files.append(path)
-            else:
-                raise InputError(f"{what}: expected a file ending in {', '.join(SUFFIXES)}, found {path}")
-    files = list(dict.fromkeys(files))  # patterns may overlap; a file is read once
-    if not files:
-        raise InputError(f"{what}: expected files ending in {', '.join(SUFFIXES)}, found none in {config.files}")
-    return Text(
-        what=what,
-        files=tuple(files),
-        columns=dataclasses.asdict(config.columns),
-        targets=config.targets.name,
-        end_token=config.end_token,
-        skip_malformed=config.malformed.name == "skip",
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RawChunk:
-    """Consecutive records of one file, not yet parsed: small to send to another process."""
-
-    file: Path
-    kind: str
-    """json or text: `lines` holds them; row: rows of a Parquet file, read when they are needed."""
-    numbers: Sequence[int]
-    """1-based line or row of each record."""
-    lines: tuple[bytes, ...] = ()
-
-
-def read_chunks(files: Sequence[Path], *, size: int) -> Iterator[list[RawChunk]]:
-    """The records of some files in groups of `size` (the last may be smaller); blank lines do not count."""
-    group: list[RawChunk] = []
-    missing = size
-    for file in files:
-        with _readable(file):
-            chunks = _parquet_chunks(file) if file.name.endswith(".parquet") else _line_chunks(file)
-            for chunk in chunks:
-                while len(chunk.numbers) >= missing:
-                    yield [*group, _cut(chunk, 0, missing)]
-                    chunk, group, missing = _cut(chunk, missing, len(chunk.numbers)), [], size
-                if chunk.numbers:
-                    group.append(chunk)
-                    missing -= len(chunk.numbers)
-    if group:
-        yield group
-
-
-def raw_records(group: Iterable[RawChunk]) -> Iterator[Raw]:
-    """Place, kind and unparsed content of the records of some chunks."""
-    for chunk in group:
-        if chunk.kind != "row":
-            for number, line in zip(chunk.numbers, chunk.lines, strict=True):
-                yield f"{chunk.file}, line {number}", chunk.kind, line
-            continue
-        with _readable(chunk.file):
-            for number, row in zip(chunk.numbers, _read_parquet_rows(chunk.file, chunk.numbers), strict=True):
-                yield f"{chunk.file}, row {number}", "row", row
-
-
-def all_records(files: Sequence[Path]) -> Iterator[Raw]:
-    """Every record of some files, in order."""
-    return itertools.chain.from_iterable(map(raw_records, read_chunks(files, size=LINES_PER_CHUNK)))
-
-
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, pa.ArrowException) as error:
-        raise InputError(f"{file}: expected a readable file, found it damaged ({error}); replace it") from None
-
-
-def _cut(chunk: RawChunk, start: int, stop: int) -> RawChunk:
-    return RawChunk(file=chunk.file, kind=chunk.kind, numbers=chunk.numbers[start:stop], lines=chunk.lines[start:stop])
-
-
-def _parquet_chunks(file: Path) -> Iterator[RawChunk]:
-    yield RawChunk(file=file, kind="row", numbers=range(1, pq.read_metadata(file).num_rows + 1))
-
-
-def _read_parquet_rows(file: Path, numbers: Sequence[int]) -> Iterator[Any]:
-    """Rows of a Parquet file, reading only the row groups that hold them."""
-    parquet = pq.ParquetFile(file)
-    sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-    starts = list(itertools.accumulate(sizes, initial=0))
-    first, stop = numbers[0] - 1, numbers[-1]
-    wanted = [g for g, size in enumerate(sizes) if starts[g] < stop and first < starts[g] + size]
-    batches = parquet.iter_batches(1024, row_groups=wanted)
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    return itertools.islice(rows, first - starts[wanted[0]], stop - starts[wanted[0]])
-
-
-def _line_chunks(file: Path) -> Iterator[RawChunk]:
-    kind = "text" if file.suffix == ".txt" else "json"
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
-    with pa.input_stream(str(file), compression=compression) as stream:
-        numbered = enumerate(io.BufferedReader(stream, 1 << 20), 1)
-        while some := list(itertools.islice(numbered, LINES_PER_CHUNK)):
-            records = [(number, line) for number, line in some if line.strip()]
-            numbers, lines = tuple(n for n, _ in records), tuple(line for _, line in records)
-            yield RawChunk(file=file, kind=kind, numbers=numbers, lines=lines)
 
 
 # -------------------------------------------------------------------------------------------- records
@@ -190,7 +45,7 @@ def parse_records(
     for record_id, (where, kind, content) in enumerate(raw, first_id):
         try:
             row = content if kind == "row" else _parse_line(kind, content, text.columns)
-            yield _record_from_row(row, where, record_id, text.columns, tokenizer)
+            yield _record_from_row(_without_nulls(row), where, record_id, text.columns, tokenizer)
         except InputError as error:
             malformed.reject(where, str(error))
 
@@ -198,7 +53,7 @@ def parse_records(
 def read_records(text: Text, tokenizer: Any) -> list[Record]:
     """All records of a text, in memory; refuses an empty one."""
     malformed = MalformedRecords(skip=text.skip_malformed)
-    records = list(parse_records(all_records(text.files), text, tokenizer, malformed))
+    records = list(parse_records(all_records(text.files, text.columns), text, tokenizer, malformed))
     if not records:
         raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
     malformed.log_count(text.what)
@@ -206,17 +61,32 @@ def read_records(text: Text, tokenizer: Any) -> list[Record]:
 
 
 def _parse_line(kind: str, line: bytes, columns: Mapping[str, str]) -> dict[str, Any]:
+    if kind == "text":
+        return {columns["text"]: _parse_text(line)}
     try:
-        if kind == "text":
-            return {columns["text"]: line.decode().rstrip("\r\n")}
         row = json.loads(line)
-    except ValueError as error:
-        raise InputError(
-            f"expected {'UTF-8' if kind == 'text' else 'a JSON object'}, found it broken ({error})"
-        ) from None
+    except (ValueError, RecursionError) as error:  # RecursionError: nested without end
+        raise InputError(f"expected a JSON object, found it broken ({error})") from None
     if not isinstance(row, dict):
         raise InputError(f"expected a JSON object, found {type(row).__name__}")
     return row
+
+
+def _parse_text(line: bytes) -> str:
+    try:
+        text = line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"expected UTF-8, found it broken ({error})") from None
+    if "\r" in text:
+        raise InputError("expected lines that end in LF or CRLF, found a lone CR; convert the file")
+    return text
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row without the fields that are null, at any depth: Arrow adds them, JSON lines may leave them out."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _record_from_row(
@@ -261,6 +131,8 @@ def _chat(messages: Any, tokenizer: Any) -> tuple[str, str | None]:
     )
     if not is_chat or not messages:
         raise InputError("expected messages as a list of {role, content}, found something else")
+    for message in messages:
+        _check_unicode(message["content"], "messages")
     if not tokenizer.chat_template:
         raise InputError("expected a tokenizer with a chat template, because records hold messages, found none")
 
@@ -283,6 +155,8 @@ def _choices(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[tuple[str
     answer = row.get(columns["answer"]) if choices else None
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
         raise InputError(f"column {columns['choices']!r}: expected a list of strings, found {choices!r}")
+    for choice in choices:
+        _check_unicode(choice, columns["choices"])
     if len(set(choices)) != len(choices):
         raise InputError(f"column {columns['choices']!r}: expected different choices, found {choices!r}")
     if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
@@ -295,4 +169,15 @@ def _choices(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[tuple[str
 def _string(row: dict[str, Any], column: str) -> str:
     if not isinstance(row[column], str) or not row[column]:
         raise InputError(f"column {column!r}: expected text, found {row[column]!r}")
-    return row[column]
+    return _check_unicode(row[column], column)
+
+
+def _check_unicode(text: str, column: str) -> str:
+    """A lone surrogate, which JSON can spell, is no character: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"column {column!r}: expected text, found a lone surrogate at character {error.start}"
+        ) from None
+    return text

@@ -11,7 +11,8 @@ from typing import Any
 from pipeline.core.files import file_hash
 from pipeline.core.types import UNKNOWN_TARGET, InputError, Record, TokenSequence
 from pipeline.data.packing import Segment, pack
-from pipeline.data.records import MalformedRecords, Raw, Text, all_records, parse_records
+from pipeline.data.records import MalformedRecords, parse_records
+from pipeline.data.text_files import Raw, Text, all_records
 
 RECORDS_PER_CALL = 1024  # records handed to the tokenizer at once
 
@@ -170,7 +171,9 @@ def load_labeled_sequences(text: Text, tokenizer: Any, *, window: int) -> list[T
     check_end_token(text, tokenizer)
     malformed = MalformedRecords(skip=text.skip_malformed)
     sequences = list(
-        read_sequences(all_records(text.files), text, tokenizer, malformed, window=window, require_targets=True)
+        read_sequences(
+            all_records(text.files, text.columns), text, tokenizer, malformed, window=window, require_targets=True
+        )
     )
     if not sequences:
         files = ", ".join(map(str, text.files))

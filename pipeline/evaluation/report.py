@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import polars as pl
 
 from pipeline.config.options import load_config
 from pipeline.config.schema import ReportConfig, TrainConfig
-from pipeline.core.files import RunPaths, content_hash
+from pipeline.core.files import RunPaths, content_hash, matching_paths
 from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError
 
@@ -39,7 +38,7 @@ ORDER = ("teacher", "gold_only", "weak_only", "combined", "ceiling")  # as one r
 def run(config: ReportConfig) -> pl.DataFrame:
     """Print the table and its conclusions; write report.csv and report.parquet if asked."""
     start_logging()
-    folders = sorted({Path(name) for pattern in config.runs for name in glob.glob(pattern)})
+    folders = sorted({path for pattern in config.runs for path in matching_paths(pattern)})
     table = with_pgr(read_runs(folders, config.runs))
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4, tbl_hide_dataframe_shape=True):
         print(table.drop("run_dir", "gold_fraction", "settings", "train_seconds"))

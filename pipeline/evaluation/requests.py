@@ -13,7 +13,8 @@ from typing import Any
 from pipeline.config.schema import TextConfig
 from pipeline.core.files import write_atomically
 from pipeline.core.types import InputError, Record
-from pipeline.data.records import MalformedRecords, Text, open_text, read_records
+from pipeline.data.records import MalformedRecords, read_records
+from pipeline.data.text_files import Text, open_text
 from pipeline.data.tokenize import EncodedRecord, Targets, encode_records, record_segments, shifted_targets
 from pipeline.models.compatibility import max_positions
 

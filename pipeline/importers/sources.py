@@ -5,7 +5,6 @@ Parquet and Arrow files are read by row group or batch and their values stay Arr
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 from collections.abc import Generator, Iterator, Mapping
@@ -18,8 +17,9 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from pipeline.config.schema import ImportConfig
+from pipeline.core.files import matching_paths
 from pipeline.core.types import InputError
-from pipeline.data.records import all_records
+from pipeline.data.text_files import all_records
 from pipeline.importers.distillkit import Compression, parse_compression
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -70,8 +70,7 @@ def open_source(config: ImportConfig, tokenizer: Any) -> ForeignSource:
 
 
 def _files(pattern: str, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
-    matches = [Path(name) for name in glob.glob(pattern, recursive=True)]
-    candidates = [file for path in matches for file in (path.rglob("*") if path.is_dir() else [path])]
+    candidates = [file for path in matching_paths(pattern) for file in (path.rglob("*") if path.is_dir() else [path])]
     files = [file for file in dict.fromkeys(candidates) if file.is_file() and file.name.endswith(suffixes)]
     if not files:
         raise InputError(f"source: expected files ending in {', '.join(suffixes)}, found none in {pattern!r}")

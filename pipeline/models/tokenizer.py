@@ -26,8 +26,11 @@ def open_tokenizer(config: ModelConfig) -> tuple[Path, Any]:
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """The number of tokens of the tokenizer; a model's head may have more rows, as padding."""
-    return len(tokenizer)
+    """The largest token id plus one; a model's head may have more rows, as padding.
+
+    Not the number of tokens: ids may have gaps, and a row of the head behind a gap is as alive as any other.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -144,7 +144,11 @@ def _publish(run: Run, state: TrainState, folder: Path) -> None:
         world_size=run.ranks.world_size,
         zero_stage=run.config.deepspeed.zero_stage,
         run=run.paths.folder.name,
-        files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != ABOUT},
+        files={
+            str(path.relative_to(folder)): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ABOUT
+        },
     )
     write_json(folder / ABOUT, dataclasses.asdict(published))
     write_json(run.paths.published, dataclasses.asdict(published))

@@ -12,7 +12,7 @@ from pipeline.core.files import content_hash
 from pipeline.core.object_store import one_location
 from pipeline.core.topk import temperature_index
 from pipeline.core.types import InputError, TokenSequence
-from pipeline.data.records import open_text
+from pipeline.data.text_files import open_text
 from pipeline.data.tokenize import load_labeled_sequences, text_hash
 from pipeline.evaluation.predictions import teacher_choices, teacher_score
 from pipeline.evaluation.requests import (

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -119,8 +120,10 @@ def rows(reader: ShardReader) -> list[tuple[bytes, list[int], list[float]]]:
 def test_a_bucket_holds_the_files_of_a_folder(bucket: Any, captured: RemotePath, cache: Path, tmp_path: Path) -> None:
     found = objects(bucket, "tiny")
     shards = sorted((cache / "shards").glob("*.parquet"))
-    named = [f"shards/{path.stem}-{file_hash(path)[:12]}.parquet" for path in shards]
     infos = [f"shards/{path.stem}.json" for path in shards]
+    named = [f"shards/{json.loads(found[info])['file']}" for info in infos]
+    for path, name in zip(shards, named, strict=True):  # index, content, and a token of the upload's own
+        assert re.fullmatch(rf"shards/{path.stem}-{file_hash(path)[:12]}-[0-9a-f]{{8}}\.parquet", name)
     assert sorted(found) == sorted(["manifest.json", *infos, *named])  # no lease, no probe, no unfinished upload
     for path, name, info in zip(shards, named, infos, strict=True):
         assert found[name] == path.read_bytes()
@@ -178,10 +181,10 @@ def test_a_cache_on_an_fsspec_file_system(teacher: Path, data: Path, local_cache
     made = run(config_of(teacher, data, caches_dir="fsspec+memory://caches", name="with space"))
     assert str(made) == f"fsspec+memory://caches/with space-{manifests.load_manifest(local_cache).fingerprint[:12]}"
     assert pickle.loads(pickle.dumps(made)) == made
-    assert object_store.names(made / "shards") == [
-        name for i, path in enumerate(sorted((local_cache / "shards").glob("*.parquet")))
-        for name in (f"{i:05d}-{file_hash(path)[:12]}.parquet", f"{i:05d}.json")
-    ]  # fmt: skip
+    num_shards = len(list((local_cache / "shards").glob("*.parquet")))
+    infos = [manifests.shard_info(made, index) for index in range(num_shards)]
+    files = [name for index, info in enumerate(infos) if info for name in (info.file, f"{index:05d}.json")]
+    assert object_store.names(made / "shards") == files
     folder = Downloads(folder=tmp_path, limit_bytes=1 << 30)
     assert rows(ShardReader(made, downloads=folder)) == rows(ShardReader(local_cache))
 
@@ -302,7 +305,7 @@ def test_an_unfinished_upload_gets_no_shard_info(
             with pytest.raises((InputError, KeyboardInterrupt), match="bytes after the upload, found 100|No space|^$"):
                 manifests.commit_shard(place, temporary, 0)
         assert manifests.shard_info(place, 0) is None
-        assert [len(content) for content in objects(bucket, "short/shards").values()] == [100]
+        assert {len(content) for content in objects(bucket, "short/shards").values()} == {100}
     manifests.commit_shard(place, temporary, 0)
     info = manifests.shard_info(place, 0)
     assert info is not None

@@ -289,3 +289,18 @@ def test_sampled_and_hybrid_caches(kind: Kind, teacher: Path, data: Path, tmp_pa
         ShardReader(cache, k=2)
     with pytest.raises(InputError, match=r"temperatures: expected \[1.0\], because a .* cache is exact only at T = 1"):
         run(config_of(teacher, data / "corpus.jsonl", tmp_path, **{**options, "temperatures": [1.0, 2.0]}))
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+def test_a_teacher_with_nan_stops_before_a_shard_is_committed(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    """One embedding is NaN, that of a token of the third record alone: this record is named."""
+    broken = make_model(tmp_path / "broken", tokenizer, seed=2, tie_word_embeddings=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("z")["input_ids"][0]] = torch.nan
+    model.save_pretrained(broken)
+    rows = [{"text": letters * 12} for letters in ("qxj", "jqx", "zqx", "xjq")]  # one record in each window of 48
+    config = config_of(broken, write_lines(tmp_path / "a.jsonl", rows), tmp_path, kind=Kind[kind], temperatures=[1.0])
+    with pytest.raises(InputError, match="found NaN or infinity in the window of the records 2 of the corpus"):
+        run(config)
+    assert not list(tmp_path.glob("tiny-*/shards/*.parquet"))

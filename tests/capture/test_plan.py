@@ -24,7 +24,7 @@ from pipeline.capture.driver import run
 from pipeline.capture.plan_lookup import plan_folder
 from pipeline.config.schema import Targets, TextConfig
 from pipeline.core.types import InputError
-from pipeline.data.records import all_records, raw_records, read_chunks
+from pipeline.data.text_files import all_records, raw_records, read_chunks
 from support.commands import ROOT, capture_arguments, config_of, script
 from support.tiny import LINES, prompts, text_of, write_lines
 

@@ -222,3 +222,29 @@ def test_a_script_of_another_checkout_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: expected to run the code of {tmp_path / 'pipeline'}, found {ROOT}/pipeline")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["name=../up"], "name: expected a name without / * ? [ ] and not starting with '.', found '../up'"),
+        (["name=''"], "name: expected a name without / * ? [ ] and not starting with '.', found ''"),
+        (["name='*'"], "name: expected a name without / * ? [ ] and not starting with '.', found '*'"),
+        (["seed=99999999999999999999"], "seed: expected 0 to 2^63 - 1, found 99999999999999999999"),
+        (["student.num_layers=0"], "student_num_layers: expected at least 1, found 0"),
+    ],
+)
+def test_names_seeds_and_layers_are_refused_by_the_driver(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_train(composed("train", *overrides))
+
+
+def test_more_entries_than_a_shard_can_count_are_refused() -> None:
+    with pytest.raises(InputError, match=re.escape("k and draws: expected a sum of at most 65535, found 65536")):
+        check_capture(composed("capture", "kind=hybrid", "k=65000", "draws=536"))
+
+
+def test_a_wrong_value_is_refused_with_its_cause(tmp_path: Path) -> None:
+    done = script("train", "optimizer.name=sgd", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "Invalid value 'sgd', expected one of [adamw, muon]" in done.stderr

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.files import content_hash, file_hash, one_path, write_atomically, write_json
+from pipeline.core.files import (
+    atomic_folder,
+    content_hash,
+    file_hash,
+    matching_paths,
+    one_path,
+    write_atomically,
+    write_json,
+)
 from pipeline.core.types import InputError
 from pipeline.monitoring.metrics import MetricsFile
 
@@ -48,3 +56,36 @@ def test_a_pattern_must_match_exactly_one_path(tmp_path: Path) -> None:
         one_path(f"{tmp_path}/run-*", "teacher")
     with pytest.raises(InputError, match="found nothing"):
         one_path(f"{tmp_path}/nothing", "teacher")
+
+
+def test_a_write_leaves_no_temporary_file_and_uses_a_name_of_its_own(tmp_path: Path) -> None:
+    """Processes in containers on several machines may share a PID: the PID alone is no name."""
+    names: set[str] = set()
+    with pytest.MonkeyPatch.context() as patched:
+        replace = Path.replace
+        patched.setattr(Path, "replace", lambda path, target: names.add(path.name) or replace(path, target))
+        for _ in range(2):
+            write_atomically(tmp_path / "a.json", "text")
+        patched.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            write_atomically(tmp_path / "a.json", "other")
+    assert len(names) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "text"
+
+
+def test_a_folder_with_subfolders_appears_complete(tmp_path: Path) -> None:
+    """As a tokenizer with several chat templates is saved."""
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "additional_chat_templates").mkdir(parents=True)
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    assert (tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja").read_text() == "x"
+
+
+def test_what_exists_is_no_glob(tmp_path: Path) -> None:
+    folder = tmp_path / "runs[1]"
+    folder.mkdir()
+    assert one_path(str(folder), "cache") == folder
+    assert matching_paths(f"{tmp_path}/runs*") == [folder]
+    with pytest.raises(InputError, match="expected .* to match one path, found nothing"):
+        one_path(str(tmp_path / "runs[2]"), "cache")

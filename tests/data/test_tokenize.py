@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pipeline.config.schema import ColumnsConfig, MalformedPolicy, Targets, TextConfig
 from pipeline.core.types import UNKNOWN_TARGET, InputError
 from pipeline.data.packing import Segment, collate_inputs, make_sequence, pack
-from pipeline.data.records import MalformedRecords, all_records, open_text, read_records
+from pipeline.data.records import MalformedRecords, read_records
+from pipeline.data.text_files import all_records, open_text
 from pipeline.data.tokenize import load_labeled_sequences, read_sequences, text_hash
 from support.tiny import text_of, write_lines
 

@@ -20,7 +20,13 @@ from pipeline.models.forward import hidden_states, logits
 from pipeline.models.loading import load_model, weights_hash
 from pipeline.models.paths import model_folder
 from pipeline.models.prepack import PrepackedLinear, prepack
-from pipeline.models.tokenizer import chat_template_and_end_token, check_same_tokenizer, load_tokenizer, tokenizer_hash
+from pipeline.models.tokenizer import (
+    chat_template_and_end_token,
+    check_same_tokenizer,
+    load_tokenizer,
+    tokenizer_hash,
+    vocabulary_size,
+)
 from support.tiny import LINES, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -212,3 +218,18 @@ def test_prepacked_weights_give_the_same_bits(name: str) -> None:
 
 def test_float32_layers_are_not_replaced() -> None:
     assert not any(isinstance(module, PrepackedLinear) for module in prepack(tiny("Llama")).modules())
+
+
+def test_the_vocabulary_ends_at_the_largest_id_not_at_the_number_of_tokens() -> None:
+    """Four tokens, the largest id 9: row 9 of the head belongs to a token."""
+
+    class Gaps:
+        def __len__(self) -> int:
+            return 4
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b": 1, "c": 2, "<end>": 9}
+
+    assert vocabulary_size(Gaps()) == 10
+    tokenizer = make_tokenizer()
+    assert vocabulary_size(tokenizer) == len(tokenizer)

@@ -29,7 +29,7 @@ from pipeline.config.schema import (
 from pipeline.core.files import RunPaths
 from pipeline.core.types import TokenSequence
 from pipeline.data.mixture import Mixture
-from pipeline.data.records import open_text
+from pipeline.data.text_files import open_text
 from pipeline.data.tokenize import load_labeled_sequences
 from pipeline.models.tokenizer import open_tokenizer
 from pipeline.training.builders import open_mixture

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.config.schema import TextConfig
-from pipeline.data.records import Text, open_text
+from pipeline.data.text_files import Text, open_text
 
 LINES = [
     "the weak model supervises the strong one",
