@@ -1,7 +1,8 @@
 """The metrics of a training step, and where they go: metrics.jsonl, the trackers, the progress bar.
 
-A new metric is one more key in `loss_metrics` or `engine_metrics` here; speed, memory and the health of gradients come
-from `health.py`, gradient cosines and agreement from `objective/diagnostics.py`.
+A new metric is one more key in `loss_metrics` or `engine_metrics` here. Speed, memory and the health of gradients come
+from `health.py`, gradient cosines and agreement from `objective/diagnostics.py`; `take_step` in `training/steps.py`
+puts them together and adds what only the loop knows.
 """
 
 from __future__ import annotations
