@@ -242,11 +242,17 @@ def test_a_killed_capture_and_then_two_at_once(bucket: Any, teacher: Path, many:
     assert SECRET not in output_text
     assert "of 30 shards into s3://bucket/killed" in output_text
     assert done < 30
-    local = tmp_path / "local" / "shards"
-    expected = {f"{p.stem}-{file_hash(p)[:12]}.parquet": p.read_bytes() for p in local.glob("*.parquet")}
+    local = {path.name: path for path in (tmp_path / "local" / "shards").iterdir()}
     found = objects(bucket, "killed/shards")
-    assert {name: content for name, content in found.items() if name.endswith(".parquet")} == expected
-    assert {name for name in found if name not in expected} == {p.name for p in local.glob("*.json")}
+    infos = {name for name in found if name.endswith(".json")}
+    assert infos == {name for name in local if name.endswith(".json")}
+    for name in infos:  # each info names an object that exists
+        assert json.loads(found[name])["file"].startswith(name.removesuffix(".json"))
+        assert json.loads(found[name])["file"] in found
+    for name in found.keys() - infos:  # whoever uploaded it, and also where another upload was used: the same bytes
+        shard, content_hash, _ = name.split("-")
+        assert content_hash == file_hash(local[f"{shard}.parquet"])[:12]
+        assert found[name] == local[f"{shard}.parquet"].read_bytes()
 
 
 def interrupted_commit(cache: RemotePath, first: Path, second: Path, at: int, patch: pytest.MonkeyPatch) -> bool:
