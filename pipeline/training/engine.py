@@ -13,19 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.schema import Dtype, Offload, Optimizer, TrainConfig
+from pipeline.core.types import Batch
 from pipeline.models.forward import Model, hidden_states
+from pipeline.objective.fused_head import combined_loss
+from pipeline.objective.terms import StepInputs, TermOptions
+from pipeline.training.checkpoints import is_unwrapped
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed  # noqa: E402  (it logs, and chooses its accelerator, while it is imported)
-
-from pipeline.config.schema import Dtype, Offload, Optimizer, TrainConfig  # noqa: E402
-from pipeline.core.types import Batch  # noqa: E402
-from pipeline.objective.fused_head import combined_loss  # noqa: E402
-from pipeline.objective.terms import StepInputs, TermOptions  # noqa: E402
-from pipeline.training.checkpoints import is_unwrapped  # noqa: E402
 
 # A kernel for inference over several CPU ranks, which training never calls: without it no compiler is needed.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

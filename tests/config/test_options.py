@@ -59,8 +59,8 @@ def test_roots_compose(root: str) -> None:
     [(root, key, group, choice) for root, key, group in USES for choice in yaml_choices(group)],
 )
 def test_every_yaml_composes_and_holds_together(root: str, key: str, group: str, choice: str) -> None:
-    said = [f"{key.split('@')[-1]}.{OWN[group]}"] if choice == "own" else []
-    config = composed(root, f"{key}={choice}", *said)
+    own_path = [f"{key.split('@')[-1]}.{OWN[group]}"] if choice == "own" else []
+    config = composed(root, f"{key}={choice}", *own_path)
     if root == "capture":
         check_capture(config)
     if root == "train" and key != "loss":

@@ -78,9 +78,9 @@ def test_settings_are_never_averaged_into_one_number(tmp_path: Path, capsys: pyt
     for kd_weight, accuracy in {0.0: 0.6, 0.5: 0.8, 1.0: 0.9}.items():
         make_run(tmp_path, "combined", accuracy, kd_weight=kd_weight)
     run(ReportConfig(runs=[f"{tmp_path}/*"]))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for kd_weight, pgr in {"0": "0.000", "0.5": "0.500", "1": "0.750"}.items():
-        assert f"kd {kd_weight}, 1 seed; PGR {pgr}" in said
+        assert f"kd {kd_weight}, 1 seed; PGR {pgr}" in output
     make_run(tmp_path, "teacher", 0.7, kd_weight=0.5)
     with pytest.raises(InputError, match="expected one setting of teacher to measure the gap by, found 2"):
         run(ReportConfig(runs=[f"{tmp_path}/*"]))

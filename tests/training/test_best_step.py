@@ -92,9 +92,9 @@ def test_killed_and_resumed_the_best_is_that_of_an_undisturbed_run(
         more = {"steps": 40, "evaluate_every_steps": 4, "checkpoint__every_steps": 3, "micro_batch": 2}
         return train_arguments(student, data, str(cache), **FIRST | more, runs_dir=runs)
 
-    said = script("train", *arguments("undisturbed"), cwd=tmp_path).stderr
-    assert "3 of them while one is saved" in said
-    assert "loading the checkpoint of step 4" in said
+    output = script("train", *arguments("undisturbed"), cwd=tmp_path).stderr
+    assert "3 of them while one is saved" in output
+    assert "loading the checkpoint of step 4" in output
     (run,) = (tmp_path / "undisturbed").iterdir()
     result = json.loads((run / "result.json").read_text())
     assert (result["steps"], result["exported_step"], result["best_step"]) == (40, 4, 4)

@@ -88,7 +88,7 @@ def test_the_confidence_ramp_of_the_paper_does_not_jump() -> None:
     assert max(b - a for a, b in itertools.pairwise(values)) < 0.003
 
 
-def test_overtaken_falls_when_ahead_rises_when_behind_and_noise_does_not_move_it() -> None:
+def test_adaptive_weight_falls_when_ahead_rises_when_behind_and_noise_does_not_move_it() -> None:
     rule = {"teacher": 0.8, "margin": 0.01, "factor": 0.5, "least": 0.1}
     assert adaptive_kd_factor(1.0, student=0.82, **rule) == 0.5
     assert adaptive_kd_factor(0.5, student=0.78, **rule) == 1.0
