@@ -82,7 +82,7 @@ def create_cache(cache: Location, manifest: Manifest) -> None:
     try:
         if isinstance(cache, Path):
             (cache / "shards").mkdir(parents=True, exist_ok=True)
-        write_json(manifest_path(cache), dataclasses.asdict(manifest))
+        write_json(manifest_path(cache), to_plain(manifest))
     except OSError as error:
         raise InputError(f"{cache}: expected a folder to write into, found {error.strerror}; choose another") from error
     # another process may have created another cache here just now
@@ -98,6 +98,12 @@ def load_manifest(cache: Location) -> Manifest:
             f"cache: expected {manifest_path(cache)}, found no such file; capture with scripts/capture.py"
         ) from None
     return Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
+
+
+def to_plain(value: Manifest | ShardInfo) -> dict[str, Any]:
+    """What is written of a manifest or ShardInfo. A tokenizer that is not recorded is left out, as in older caches."""
+    plain = dataclasses.asdict(value)
+    return {name: field for name, field in plain.items() if name != "tokenizer" or field is not None}
 
 
 def check_same_inputs(found: Manifest, made_of: dict[str, Any], cache: Location) -> None:
@@ -160,7 +166,7 @@ def commit_shard(cache: Location, temporary: Path, index: int) -> None:
             raise
     else:
         sync_folder(cache / "shards")
-        write_json(info_path(cache, index), dataclasses.asdict(info))
+        write_json(info_path(cache, index), to_plain(info))
     temporary.unlink(missing_ok=True)
 
 
@@ -175,7 +181,7 @@ def _commit_remote(cache: RemotePath, temporary: Path, index: int) -> None:
     if not info_path(cache, index).exists():
         upload(temporary, cache / "shards" / info.file)
         if not info_path(cache, index).exists():
-            write_json(info_path(cache, index), dataclasses.asdict(info))
+            write_json(info_path(cache, index), to_plain(info))
     temporary.unlink(missing_ok=True)
 
 
@@ -216,7 +222,7 @@ def adopt_orphan(cache: Location, index: int) -> bool:
             info = describe_shard(path, index)
         except ValueError as error:
             raise InputError(f"{path}: expected a complete shard, found it damaged ({error}); delete it") from None
-        write_json(info_path(cache, index), dataclasses.asdict(info))
+        write_json(info_path(cache, index), to_plain(info))
     return True
 
 
@@ -225,7 +231,7 @@ def finalize_cache(cache: Location, manifest: Manifest, *, stale_seconds: float)
     infos = committed_shards(cache, manifest)
     finished = dataclasses.replace(manifest, num_skipped=sum(info.num_skipped for info in infos))
     if load_manifest(cache) != finished:
-        write_json(manifest_path(cache), dataclasses.asdict(finished))
+        write_json(manifest_path(cache), to_plain(finished))
     _delete_stale_files(cache / "shards", stale_seconds)
     return finished
 

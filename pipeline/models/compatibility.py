@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.core.types import InputError
 from pipeline.models.forward import Model, hidden_states, logits
+from pipeline.models.model_files import read_model_config
 
 
 def check_architecture(model: Model) -> None:
@@ -60,17 +61,47 @@ def check_packing(model: Model) -> None:
 
 
 def max_positions(folder: Path) -> int | None:
-    """The largest number of positions that a model's config allows, or None if it sets no limit."""
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder}: expected a model in Hugging Face layout, found no config.json; check the path")
-    config = json.loads((folder / "config.json").read_text())
-    return config.get("max_position_embeddings") or config.get("n_positions")
+    """The largest number of positions that a model can be used with, or None if its config sets no limit."""
+    config = read_model_config(folder)
+    limits = [config.get("max_position_embeddings") or config.get("n_positions"), *_rope_limits(config).values()]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def check_window(folder: Path, window: int) -> None:
-    """InputError if a window is longer than the model's config allows."""
+    """InputError if a window is longer than the model can be used with."""
     longest = max_positions(folder)
-    if longest is not None and window > longest:
-        raise InputError(
-            f"window: expected at most {longest} (the positions of {folder}), found {window}; choose a smaller window"
-        )
+    if longest is None or window <= longest:
+        return
+    ropes = [rope_type for rope_type, limit in _rope_limits(read_model_config(folder)).items() if limit == longest]
+    why = (
+        f"; beyond them, with RoPE of type {ropes[0]}, a text changes with the longest one in its batch"
+        if ropes
+        else ""
+    )
+    raise InputError(
+        f"window: expected at most {longest} (the positions of {folder}{why}), found {window}; choose a smaller window"
+    )
+
+
+def _rope_limits(config: dict[str, Any]) -> dict[str, int]:
+    """Types of RoPE whose frequencies follow the longest sequence of a batch -> the positions up to which they do not.
+
+    transformers 5 writes `rope_parameters`, for some models one per type of layer; before it was `rope_scaling`, with
+    `type` for `rope_type`.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    limits: dict[str, int] = {}
+    for parameters in [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]:
+        rope_type = str(parameters.get("rope_type") or parameters.get("type"))
+        trained = config.get("max_position_embeddings")
+        if rope_type in (
+            "longrope",
+            "su",
+        ):  # Phi-3 called it su at first; its length stands beside the RoPE's parameters
+            original = "original_max_position_embeddings"
+            trained = config.get(original) or parameters.get(original) or trained
+        elif "dynamic" not in rope_type:
+            continue
+        if trained is not None:
+            limits[rope_type] = min(trained, limits.get(rope_type, trained))
+    return limits
