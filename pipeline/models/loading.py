@@ -115,7 +115,7 @@ def load_config(folder: Path, *, num_layers: int | None, trust_remote_code: bool
                 "or null for all"
             )
         config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
+        if len(getattr(config, "layer_types", None) or []) > num_layers:  # in some configs it follows by itself
             config.layer_types = config.layer_types[:num_layers]
     config.use_cache = False  # with a KV cache, packed segments would attend to each other without any error
     return config

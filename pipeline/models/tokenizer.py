@@ -141,7 +141,7 @@ def chat_template_and_end_token(tokenizer: Any) -> dict[str, Any]:
 
 
 def split_option(tokenizer: Any) -> dict[str, bool]:
-    """{"split_special_tokens": True} where special tokens in a text are split into other tokens; no part of the hash."""
+    """{"split_special_tokens": True} where special tokens in a text are split: the hash does not contain it."""
     return {"split_special_tokens": True} if getattr(tokenizer, "split_special_tokens", False) else {}
 
 
