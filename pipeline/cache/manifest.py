@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.cache.plain_manifest import check_seal, to_plain
 from pipeline.core.files import content_hash, file_hash, sync_folder
 from pipeline.core.object_store import Location, RemotePath, age_seconds, names, open_location, upload, write_json
 from pipeline.core.types import InputError, Manifest, ShardInfo
@@ -97,13 +98,9 @@ def load_manifest(cache: Location) -> Manifest:
         raise InputError(
             f"cache: expected {manifest_path(cache)}, found no such file; capture with scripts/capture.py"
         ) from None
-    return Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
-
-
-def to_plain(value: Manifest | ShardInfo) -> dict[str, Any]:
-    """What is written of a manifest or ShardInfo. A tokenizer that is not recorded is left out, as in older caches."""
-    plain = dataclasses.asdict(value)
-    return {name: field for name, field in plain.items() if name != "tokenizer" or field is not None}
+    manifest = Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
+    check_seal(manifest)
+    return manifest
 
 
 def check_same_inputs(found: Manifest, made_of: dict[str, Any], cache: Location) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease
+from pipeline.cache.plain_manifest import sealed
 from pipeline.cache.schema import SCHEMA_VERSION
 from pipeline.cache.sequence_files import sequence_file, write_sequence_file
 from pipeline.capture.plan_lookup import PlanFolder, file_states
@@ -108,7 +109,7 @@ def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanF
             **code_hash(folder, trust_remote_code=config.teacher.trust_remote_code),
         }
         manifest = make_manifest(config, tokenizer, num_records, hashes)
-        manifest = dataclasses.replace(manifest, tokenizer=tokenizer_parts(tokenizer))
+        manifest = dataclasses.replace(manifest, tokenizer=sealed(tokenizer_parts(tokenizer), tokenizer_sha256))
         if file_states([*text.files, folder]) != states_before:
             raise InputError(
                 "corpus: expected files that do not change, found one changed while it was read; run again"

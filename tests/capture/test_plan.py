@@ -227,9 +227,13 @@ def test_a_manifest_records_the_parts_of_the_tokenizer_outside_the_fingerprint(c
     assert [token["content"] for token in manifest.tokenizer["added_tokens"].values()] == ["<bos>", "<eos>"]
     assert "tokenizer_parts" not in manifest.made_of
     older = json.loads((cache / "manifest.json").read_text())
+    older["tokenizer"]["added_tokens"]["1"]["content"] = "<end>"
+    (tmp_path / "manifest.json").write_text(json.dumps(older))
+    with pytest.raises(InputError, match="tokenizer: expected the parts that were recorded, found others"):
+        manifests.load_manifest(tmp_path)
     del older["tokenizer"]  # as a cache of before
     (tmp_path / "manifest.json").write_text(json.dumps(older, indent=2) + "\n")
     loaded = manifests.load_manifest(tmp_path)
     assert loaded.tokenizer is None
-    assert manifests.to_plain(loaded) == older
+    assert json.loads(json.dumps(manifests.to_plain(loaded))) == older
     assert loaded.fingerprint == manifest.fingerprint == manifests.fingerprint(manifest.made_of)
