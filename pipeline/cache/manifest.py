@@ -99,7 +99,7 @@ def load_manifest(cache: Location) -> Manifest:
             f"cache: expected {manifest_path(cache)}, found no such file; capture with scripts/capture.py"
         ) from None
     manifest = Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
-    check_seal(manifest)
+    check_seal(manifest, manifest_path(cache))
     return manifest
 
 

@@ -20,13 +20,13 @@ def sealed(parts: dict[str, Any], tokenizer_sha256: str) -> dict[str, Any]:
     return {**parts, "sha256": content_hash([parts, tokenizer_sha256])}
 
 
-def check_seal(manifest: Manifest) -> None:
-    """InputError if the parts of the tokenizer are not those that were recorded."""
+def check_seal(manifest: Manifest, path: object) -> None:
+    """InputError if the parts of the tokenizer are not those that were recorded; `path` is the manifest's."""
     if manifest.tokenizer is None:
         return
     parts = {name: part for name, part in manifest.tokenizer.items() if name != "sha256"}
-    if manifest.tokenizer != sealed(parts, manifest.made_of["tokenizer"]):
+    if manifest.tokenizer != sealed(parts, manifest.made_of.get("tokenizer", "")):
         raise InputError(
-            "manifest.json: tokenizer: expected the parts that were recorded, found others; restore it from a copy, or "
-            "capture into another folder"
+            f"{path}: expected a manifest, found one that cannot be read (tokenizer: not the parts that were recorded); "
+            "restore it from a copy, or capture into another folder"
         )
