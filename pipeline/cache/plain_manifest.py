@@ -27,6 +27,6 @@ def check_seal(manifest: Manifest, path: object) -> None:
     parts = {name: part for name, part in manifest.tokenizer.items() if name != "sha256"}
     if manifest.tokenizer != sealed(parts, manifest.made_of.get("tokenizer", "")):
         raise InputError(
-            f"{path}: expected a manifest, found one that cannot be read (tokenizer: not the parts that were recorded); "
-            "restore it from a copy, or capture into another folder"
+            f"{path}: expected a manifest, found one that cannot be read (tokenizer: not the parts that were recorded)"
+            "; restore it from a copy, or capture into another folder"
         )
