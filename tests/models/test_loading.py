@@ -131,6 +131,17 @@ def test_a_weak_leak_is_rejected_in_a_mixture_of_experts(monkeypatch: pytest.Mon
         check_packing(model)
 
 
+def test_hidden_states_that_are_no_numbers_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: Any, ids_BS: torch.Tensor, positions_BS: torch.Tensor) -> torch.Tensor:
+        hidden_BSH = hidden_states(model, ids_BS, positions_BS)
+        hidden_BSH[:, 8] = torch.nan
+        return hidden_BSH
+
+    monkeypatch.setattr(compatibility, "hidden_states", broken)
+    with pytest.raises(InputError, match="expected packed segments not to attend to each other"):
+        check_packing(tiny("Llama"))
+
+
 def test_num_layers_keeps_the_first_layers(student: Path) -> None:
     full = load_model(student, dtype="float32", device=CPU)
     cut = load_model(student, dtype="float32", device=CPU, num_layers=1)
