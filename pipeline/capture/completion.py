@@ -58,7 +58,7 @@ def _complete(
         [prompt.input_ids_S for prompt in batch],
         choose,
         max_new_tokens=max_new_tokens,
-        end_ids=[{manifest.made_of["end_token_id"]}] * len(batch),
+        end_ids=[set(manifest.made_of.get("end_token_ids", [manifest.made_of["end_token_id"]]))] * len(batch),
         vocabulary_size=manifest.vocabulary_size,
     )
     return completions, steps

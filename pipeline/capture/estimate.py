@@ -49,7 +49,9 @@ def run(config: CaptureConfig) -> int:
     check_capture(config)
     keep_allocator_memory()
     config = dataclasses.replace(config, teacher=resolve_dtype(config.teacher))
-    text = open_corpus(config)
+    teacher = config.teacher
+    folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
+    text = open_corpus(config, folder)
     is_exact, num_records = count_records(text)
     probe = run_probe(config, text)
     scale = num_records / probe.num_records
@@ -113,7 +115,7 @@ def run_probe(config: CaptureConfig, text: Text) -> Probe:
     teacher_folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = cached_tokenizer(teacher_folder, teacher.trust_remote_code)
     check_window(teacher_folder, config.window)
-    chunks = next(read_chunks(text.files, size=min(PROBE_RECORDS, config.records_per_shard), columns=text.columns))
+    chunks = next(read_chunks(text.files, size=min(PROBE_RECORDS, config.records_per_shard), columns=text.read_columns))
     with tempfile.TemporaryDirectory() as name:
         path = sequence_file(Path(name), 0)
         write_sequences(path, chunks, text, teacher_folder, teacher.trust_remote_code, config.window, 0)

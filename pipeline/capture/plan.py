@@ -32,13 +32,19 @@ from pipeline.core.files import sync_files
 from pipeline.core.object_store import write_json
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Manifest
-from pipeline.data.records import MalformedRecords
+from pipeline.data.records import MalformedRecords, find_shape
 from pipeline.data.text_files import RawChunk, Text, open_text, raw_records, read_chunks
 from pipeline.data.tokenize import read_sequences, text_hash
 from pipeline.models.compatibility import check_window
 from pipeline.models.loading import resolve_dtype, weights_hash
 from pipeline.models.paths import model_folder
-from pipeline.models.tokenizer import chat_template_and_end_token, load_tokenizer, tokenizer_hash, vocabulary_size
+from pipeline.models.tokenizer import (
+    chat_template_and_end_token,
+    load_tokenizer,
+    needs_begin_token,
+    tokenizer_hash,
+    vocabulary_size,
+)
 
 CORPUS_BYTES_PER_PROCESS = 4 << 20  # starting a process takes longer than tokenizing this much
 
@@ -79,7 +85,7 @@ def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool =
 
 def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanFolder) -> Manifest:
     """Tokenize the corpus into the plan's folder and write the manifest last; `folder` is the teacher's."""
-    text = open_corpus(config)
+    text = open_corpus(config, folder)
     states_before = file_states([*text.files, folder])
     for leftover in plan.folder.glob(".*.tmp"):  # of processes that were killed while planning
         if time.time() - leftover.stat().st_mtime > config.lease_seconds:
@@ -112,10 +118,18 @@ def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanF
     return manifest
 
 
-def open_corpus(config: CaptureConfig) -> Text:
-    """The corpus files and how to read them: with `complete`, prompts without a completion are allowed."""
-    completes = config.complete.how is not CompletionMode.none
-    return dataclasses.replace(open_text(config.corpus, "corpus"), completes=completes)
+def open_corpus(config: CaptureConfig, folder: Path) -> Text:
+    """The corpus files and how to read them, for the teacher in a folder.
+
+    With `complete`, prompts without a completion are allowed.
+    """
+    text = find_shape(open_text(config.corpus, "corpus"))
+    begins_windows = config.corpus.window_begin_token
+    return dataclasses.replace(
+        text,
+        completes=config.complete.how is not CompletionMode.none,
+        begins_windows=needs_begin_token(folder) if begins_windows is None else begins_windows,
+    )
 
 
 def make_manifest(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dict[str, str]) -> Manifest:
@@ -184,7 +198,7 @@ def tokenize_corpus(config: CaptureConfig, text: Text, teacher_folder: Path, seq
 
         try:
             for index, chunks in enumerate(
-                read_chunks(text.files, size=config.records_per_shard, columns=text.columns)
+                read_chunks(text.files, size=config.records_per_shard, columns=text.read_columns)
             ):
                 num_records += sum(len(chunk.numbers) for chunk in chunks)
                 first_id = index * config.records_per_shard

@@ -49,6 +49,10 @@ class Record:
     """True if a chat template has already added the special tokens; the tokenizer must then add none."""
     where: str
     """File and line (or row), for error messages."""
+    choice_turns: tuple[str, ...] = ()
+    """Of a chat: the choices as the template writes them, each with its end of turn; else empty."""
+    prompt_spans: tuple[tuple[int, int], ...] = ()
+    """The characters of supervised turns in the prompt of a chat, as (start, end), ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

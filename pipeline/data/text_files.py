@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.schema import TextConfig
+from pipeline.config.schema import ChatConfig, TextConfig
 from pipeline.core.files import matching_paths
 from pipeline.core.types import InputError
+from pipeline.data.messages import ChatRules
 
 LINES_PER_CHUNK = 1024
 SUFFIXES = (
@@ -43,6 +45,15 @@ class Text:
     """all, completion or next."""
     end_token: bool
     skip_malformed: bool
+    chat: ChatRules
+    shape: str = "auto"
+    """A key of `shapes.SHAPES`, once `records.find_shape` has found it."""
+    read_columns: tuple[str, ...] | None = None
+    """The columns of that shape; None before it is found."""
+    too_long: str | None = None
+    """stop, skip or cut_left: what becomes of a prompt longer than the window; None: it counts as malformed."""
+    begins_windows: bool = False
+    """The beginning token stands at the beginning of each window of a long text, not of the first alone."""
     completes: bool = False
     """Records with a prompt alone are completed by the teacher."""
 
@@ -72,6 +83,26 @@ def open_text(config: TextConfig, what: str) -> Text:
         targets=config.targets.name,
         end_token=config.end_token,
         skip_malformed=config.malformed.name == "skip",
+        chat=_chat_rules(config.chat, what, end_token=config.end_token),
+        shape=config.shape.name,
+        too_long=None if config.too_long is None else config.too_long.name,
+        begins_windows=bool(config.window_begin_token),
+    )
+
+
+def _chat_rules(config: ChatConfig, what: str, *, end_token: bool) -> ChatRules:
+    try:
+        date = datetime.date.fromisoformat(config.date)
+    except ValueError:
+        raise InputError(f"{what}.chat.date: expected a date as 2024-07-26, found {config.date!r}") from None
+    return ChatRules(
+        supervise_all=config.supervise.name == "all_turns",
+        supervise_thoughts=config.supervise_thoughts,
+        template_options=dict(config.template_options),
+        date=date,
+        role=config.role,
+        content=config.content,
+        end_token=end_token,
     )
 
 
@@ -96,7 +127,7 @@ class RawChunk:
 
 
 def read_chunks(
-    files: Sequence[Path], *, size: int, columns: Mapping[str, str] | None = None
+    files: Sequence[Path], *, size: int, columns: Collection[str] | None = None
 ) -> Iterator[list[RawChunk]]:
     """The records of some files in groups of `size` (the last may be smaller); blank lines do not count.
 
@@ -130,7 +161,7 @@ def raw_records(group: Iterable[RawChunk]) -> Iterator[Raw]:
             yield f"{chunk.file}, row {number}", "row", row
 
 
-def all_records(files: Sequence[Path], columns: Mapping[str, str] | None = None) -> Iterator[Raw]:
+def all_records(files: Sequence[Path], columns: Collection[str] | None = None) -> Iterator[Raw]:
     """Every record of some files, in order."""
     return itertools.chain.from_iterable(map(raw_records, read_chunks(files, size=LINES_PER_CHUNK, columns=columns)))
 
@@ -148,14 +179,14 @@ def _cut(chunk: RawChunk, start: int, stop: int) -> RawChunk:
     return dataclasses.replace(chunk, numbers=chunk.numbers[start:stop], lines=chunk.lines[start:stop], rows=rows)
 
 
-def _parquet_chunks(file: Path, columns: Mapping[str, str] | None) -> Iterator[RawChunk]:
+def _parquet_chunks(file: Path, columns: Collection[str] | None) -> Iterator[RawChunk]:
     first = 1
     with pq.ParquetFile(file) as parquet:
         present = parquet.schema_arrow.names
-        wanted = present if columns is None else [name for name in present if name in columns.values()]
+        wanted = present if columns is None else [name for name in present if name in columns]
         if present and not wanted:
             raise InputError(
-                f"{file}: expected one of the columns {sorted(columns.values() if columns else [])}, found {present}; "
+                f"{file}: expected one of the columns {sorted(columns or [])}, found {present}; "
                 "name yours with columns.text, columns.prompt or columns.messages"
             )
         for rows in parquet.iter_batches(LINES_PER_CHUNK, columns=wanted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from pipeline.evaluation.requests import (
 )
 from pipeline.models.compatibility import check_window
 from pipeline.models.loading import weights_hash
-from pipeline.models.tokenizer import chat_template_and_end_token, check_same_tokenizer, open_tokenizer, tokenizer_hash
+from pipeline.models.tokenizer import (
+    chat_template_and_end_token,
+    check_same_tokenizer,
+    needs_begin_token,
+    open_tokenizer,
+    tokenizer_hash,
+)
 from pipeline.objective.divergences import NEEDS_EXACT_TAIL
 from pipeline.training.builders import class_ids
 from pipeline.training.inputs import RunInputs
@@ -44,6 +51,8 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     gold: list[TokenSequence] = []
     if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
         text = open_text(config.gold, "gold")
+        if config.gold.window_begin_token is None:
+            text = dataclasses.replace(text, begins_windows=needs_begin_token(folder))
         gold = load_labeled_sequences(text, tokenizer, window=config.window)
         identity["gold"] = text_hash(text)
     held_out = {}

@@ -67,14 +67,14 @@ def test_totals() -> None:
 
 
 def test_choices_of_a_chat_are_scored_as_they_are_trained(tmp_path: Path, tokenizer: Any) -> None:
-    """The template has written the special tokens: neither gets the tokenizer's end token."""
+    """Both as the template writes a turn of the assistant, with the template's end of turn."""
     row = {"messages": [{"role": "user", "content": "the weak"}], "choices": [" one", " two"], "answer": 1}
     text = text_of(write_lines(tmp_path / "a.jsonl", [row]), "test", targets=Targets.completion, end_token=True)
     (trained,) = load_labeled_sequences(text, tokenizer, window=64)
-    held_out = open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=0)
+    held_out = open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=0, end_ids=())
     targets = {request.choice: [token for _, token in request.targets] for request in held_out.likelihoods}
     assert targets[1] == targets[None] == trained.target_ids_N.tolist()
-    assert tokenizer.decode(targets[0]) == " one"
+    assert tokenizer.decode(targets[0]) == " one</>"
 
 
 def test_plain_text_longer_than_the_batch_and_without_choices(student: Path, tmp_path: Path) -> None:
