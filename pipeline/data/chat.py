@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 from pipeline.core.types import InputError
 from pipeline.data.messages import Chat, ChatRules, Message, shown
 
+CLOCK = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")  # a call in a template, with its format
 # what a template writes before an answer that has no thoughts (Qwen3, SmolLM3, DeepSeek)
 EMPTY_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*")
 
@@ -42,14 +44,17 @@ class ChatRenderer:
 
     def render(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool) -> str:
         """The template's text; InputError where the template refuses the messages."""
+        dated = None
+        if reads_clock(self.tokenizer):
+            dated = with_date(self.tokenizer.get_chat_template(tools=tools), self.rules.date)
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     list(messages),
+                    chat_template=dated,
                     tools=tools,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
-                    strftime_now=self.rules.date.strftime,
                     **self.rules.template_options,
                 )
             )
@@ -62,7 +67,7 @@ def open_renderer(tokenizer: Any, rules: ChatRules) -> ChatRenderer:
     template = template_text(tokenizer)
     if not template:
         raise InputError("expected a tokenizer with a chat template, because records hold messages, found none")
-    unread = [name for name in rules.template_options if name not in template]
+    unread = [name for name in rules.template_options if not re.search(rf"\b{re.escape(name)}\b", template)]
     if unread:
         raise InputError(
             f"chat.template_options: expected names that the chat template reads, found {unread}; correct them"
@@ -88,6 +93,14 @@ def template_text(tokenizer: Any) -> str:
 def reads_clock(tokenizer: Any) -> bool:
     """Whether the chat template writes the date of today, unless it is given another."""
     return "strftime_now" in template_text(tokenizer)
+
+
+def with_date(template: str, date: datetime.date) -> str:
+    """The template with a fixed date wherever it asks the clock; InputError where it does so by a computed format."""
+    dated = CLOCK.sub(lambda call: repr(date.strftime(call[2])), template)
+    if re.search(r"strftime_now\s*\(", dated):
+        raise InputError("expected a chat template that writes the date in a fixed format, found a computed one")
+    return dated
 
 
 # ---------------------------------------------------------------------------------------- one record
