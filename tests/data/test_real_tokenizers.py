@@ -1,4 +1,4 @@
-"""The tokenizers that other tests read: each gives the ids of its family's own library, and renders its family's chat."""
+"""The tokenizers that other tests read: each gives the ids of its family's library and its chat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.models.tokenizer import load_tokenizer, vocabulary_size
 from support.tokenizers import TOKENIZERS, real_tokenizer
 from support.trained_tokenizers import metaspace_tokenizer, phi3_tokenizer, unigram_tokenizer
 
-TEXT = "It's 1234 naïve  cats, don't\n\n日本 😀"
+TEXT = "It's 1234 naïve  cats\n\n日本"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,55 +31,28 @@ class Known:
 
 KNOWN = {
     "smollm2": Known(
-        ids=[  # fmt: skip
-            1589,
-            506,
-            216,
-            33,
-            34,
-            35,
-            36,
-            15486,
-            46494,
-            216,
-            7680,
-            28,
-            1326,
-            982,
-            198,
-            198,
-            23274,
-            115,
-            40993,
-            40303,
-            218,
-        ],
+        ids=[1589, 506, 216, 33, 34, 35, 36, 15486, 46494, 216, 7680, 198, 198, 23274, 115, 40993],
         special={"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2},
         begin=[],
         size=49152,
         chat="<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
     ),
     "qwen3": Known(
-        ids=[2132, 594, 220, 16, 17, 18, 19, 94880, 586, 220, 19423, 11, 1513, 944, 271, 101059, 90316],
+        ids=[2132, 594, 220, 16, 17, 18, 19, 94880, 586, 220, 19423, 271, 101059],
         special={"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645},
         begin=[],
         size=151669,
         chat="<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
     ),
     "deepseek_v3": Known(
-        ids=[2107, 734, 223, 6895, 22, 112752, 223, 21624, 14, 2090, 1664, 271, 6392, 53769, 225],
-        special={
-            "<｜begin▁of▁sentence｜>": 0,
-            "<｜end▁of▁sentence｜>": 1,
-            "<｜User｜>": 128803,
-            "<｜Assistant｜>": 128804,
-        },
+        ids=[2107, 734, 223, 6895, 22, 112752, 223, 21624, 271, 6392],
+        special={"<｜begin▁of▁sentence｜>": 0, "<｜end▁of▁sentence｜>": 1, "<｜Assistant｜>": 128804},
         begin=[],
         size=128815,
         chat="<｜begin▁of▁sentence｜>S<｜User｜>hi<｜Assistant｜>",
     ),
     "gpt_oss": Known(
-        ids=[15834, 220, 7633, 19, 153475, 737, 220, 28854, 11, 4128, 279, 9048, 88038],
+        ids=[15834, 220, 7633, 19, 153475, 737, 220, 28854, 279, 9048],
         special={"<|endoftext|>": 199999, "<|return|>": 200002, "<|channel|>": 200005, "<|start|>": 200006}
         | {"<|end|>": 200007, "<|message|>": 200008},
         begin=[],
@@ -91,7 +64,7 @@ KNOWN = {
         "<|start|>user<|message|>hi<|end|><|start|>assistant",
     ),
     "mistral_v1": Known(
-        ids=[  # fmt: skip
+        ids=[
             661,
             28742,
             28713,
@@ -105,16 +78,10 @@ KNOWN = {
             333,
             28705,
             18097,
-            28725,
-            949,
-            28742,
-            28707,
             13,
             13,
             29142,
             29119,
-            28705,
-            30575,
         ],
         special={"<unk>": 0, "<s>": 1, "</s>": 2},
         begin=[1],
@@ -122,7 +89,7 @@ KNOWN = {
         chat="<s>[INST] S\n\nhi [/INST]",
     ),
     "mistral_v3": Known(
-        ids=[  # fmt: skip
+        ids=[
             1429,
             29510,
             29481,
@@ -136,16 +103,10 @@ KNOWN = {
             1101,
             29473,
             18865,
-            29493,
-            1717,
-            29510,
-            29475,
             781,
             781,
             29910,
             29887,
-            29473,
-            31343,
         ],
         special={"<unk>": 0, "<s>": 1, "</s>": 2, "[INST]": 3, "[/INST]": 4},
         begin=[1],
@@ -153,26 +114,7 @@ KNOWN = {
         chat="<s>[INST] S\n\nhi[/INST]",
     ),
     "mistral_tekken": Known(
-        ids=[  # fmt: skip
-            2757,
-            1681,
-            1032,
-            1049,
-            1050,
-            1051,
-            1052,
-            98355,
-            1032,
-            44835,
-            1044,
-            2607,
-            2405,
-            1267,
-            10008,
-            119685,
-            1152,
-            1128,
-        ],
+        ids=[2757, 1681, 1032, 1049, 1050, 1051, 1052, 98355, 1032, 44835, 1267, 10008],
         special={"<unk>": 0, "<s>": 1, "</s>": 2, "[INST]": 3, "[/INST]": 4},
         begin=[1],
         size=131072,

@@ -223,7 +223,7 @@ def merges_of(ranks: dict[str, Any]) -> list[tuple[str, str]]:
 
 # ------------------------------------------------------------------------------------------------- Tekken
 
-TEKKEN_CONTROL = [  # fmt: skip
+TEKKEN_CONTROL = [
     "<unk>",
     "<s>",
     "</s>",
