@@ -98,10 +98,12 @@ def _encoded(
     """A record from its parts; `alone` are the token ids of each part alone."""
     num_parts = 0 if record.prompt is None else 2 * len(record.prompt_spans) + 1
     num_joined = num_parts + (record.completion is not None)
-    joined = join_parts(encoder, texts[:num_joined], alone[:num_joined], templated=record.templated)
+    # of what a chat template wrote, only the supervised turns must decode to themselves: parts 1, 3, 5, ...
+    must_match = [not record.templated or number % 2 == 1 for number in range(num_joined)]
+    joined = join_parts(encoder, texts[:num_joined], alone[:num_joined], must_match)
     prompt_parts, completion = joined[:num_parts], joined[num_parts:]
     spans, prompt_ids = [], list[int]()
-    for number, ids in enumerate(prompt_parts):  # parts 1, 3, 5, ... are the supervised turns
+    for number, ids in enumerate(prompt_parts):
         if number % 2:
             spans.append((len(prompt_ids), len(prompt_ids) + len(ids)))
         prompt_ids += ids

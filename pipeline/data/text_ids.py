@@ -125,24 +125,24 @@ def _missing_bytes(tokenizer: Any) -> re.Pattern[bytes]:
 
 
 def join_parts(
-    encoder: Encoder, parts: Sequence[str], alone: Sequence[list[int]], *, templated: bool
+    encoder: Encoder, parts: Sequence[str], alone: Sequence[list[int]], must_match: Sequence[bool]
 ) -> list[list[int]]:
-    """The ids of the parts of a text; `alone` are the ids of each part alone.
+    """The ids of the parts of a text, each continuing those before it; `alone` are the ids of each part alone.
 
-    InputError where they do not decode to the parts. Of a text that a chat template wrote (`templated`) the first part
-    is not compared: some tokenizers put spaces around its special tokens, and their models were trained so.
+    InputError where a part of `must_match` does not decode to itself. Others are what a chat template wrote: some
+    tokenizers put spaces around its special tokens, or take them away, and their models were trained so.
     """
     if all(map(encoder.is_lossless, parts)):
         return list(alone)
-    if not templated and not is_same_text(encoder.text(alone[0]).lstrip(" "), parts[0].lstrip(" ")):
-        raise InputError(
-            f"expected a text that the tokenizer can write, found {_shown(parts[0])}, which it decodes to "
-            f"{_shown(encoder.text(alone[0]))}"
-        )
-    part_ids = [list(alone[0])]
-    for number in range(1, len(parts)):
-        before = [token for ids in part_ids for token in ids]
-        part_ids.append(continuation(encoder, before, "".join(parts[:number]), parts[number], alone[number]))
+    part_ids: list[list[int]] = []
+    for number, (text, ids) in enumerate(zip(parts, alone, strict=True)):
+        before = [token for earlier in part_ids for token in earlier]
+        try:
+            ids = continuation(encoder, before, "".join(parts[:number]), text, ids)
+        except InputError:
+            if must_match[number]:
+                raise
+        part_ids.append(ids)
     return part_ids
 
 
@@ -150,6 +150,14 @@ def continuation(encoder: Encoder, before: Sequence[int], text_before: str, text
     """The ids of a text that decode to it after the ids `before`; those of the text alone (`alone`) if they do."""
     if encoder.is_lossless(text) and encoder.is_lossless(text_before):
         return alone
+    if not text_before:
+        # a space at the very beginning is the tokenizer's own to lose: SentencePiece puts one there itself
+        if is_same_text(encoder.text(alone).lstrip(" "), text.lstrip(" ")):
+            return alone
+        raise InputError(
+            f"expected a text that the tokenizer can write, found {_shown(text)}, which it decodes to "
+            f"{_shown(encoder.text(alone))}"
+        )
     context = list(before[-CONTEXT_TOKENS:])
     context_text = encoder.text(context)
     for ids in _candidates(encoder, before, text_before, text, alone):
