@@ -17,6 +17,7 @@ from pipeline.data.tokenize import load_labeled_sequences
 from pipeline.evaluation.predictions import scores_of, teacher_score
 from pipeline.evaluation.requests import open_evaluation_set
 from pipeline.evaluation.scoring import score
+from pipeline.models.forward import hidden_states
 from pipeline.models.loading import load_model
 from pipeline.models.tokenizer import load_tokenizer
 from support.commands import script
@@ -193,20 +194,26 @@ def test_the_order_of_the_choices_changes_no_score(tokenizer: Any, tmp_path: Pat
 
 
 def test_a_bfloat16_model_ranks_what_its_logits_round_to_ties(student: Path, tmp_path: Path) -> None:
-    rows = [row | {"choices": [chr(code) for code in range(33, 127)]} for row in prompts(20, labeled=False)]
-    exam = exam_of(student, write_lines(tmp_path / "a.jsonl", rows), end_token=False)
+    """One record at a time, so that its hidden states have the same bits here and there; the head in float64."""
+    choices, num_rounded = [chr(code) for code in range(33, 127)], 0
     model = load_model(student, dtype="bfloat16", device=torch.device("cpu"))
-    scores, table = score(model, exam, batch_tokens=300, teacher_predictions=None, log_every_seconds=60)
-    tokens, num_rounded = exam.tokenizer.convert_tokens_to_ids(rows[0]["choices"]), 0
-    for request, values in zip(exam.likelihoods[:: len(tokens)], table["choice_log_probs"], strict=True):
+    for row in prompts(6, labeled=False):
+        path = write_lines(tmp_path / "a.jsonl", [row | {"choices": choices, "answer": 0}])
+        exam = exam_of(student, path, end_token=False)
+        scores, table = score(model, exam, batch_tokens=300, teacher_predictions=None, log_every_seconds=60)
+        ids_BS = torch.tensor([exam.likelihoods[-1].ids])
         with torch.no_grad():
-            logits_V = model(input_ids=torch.tensor([request.ids])).logits[0, -1]
-        num_rounded += len(tokens) - len(logits_V[tokens].unique())
-        assert len(set(values)) == len(tokens)
-        exact = logits_V.double().log_softmax(0)[tokens]
-        assert (torch.tensor(list(values)) - exact).abs().max() < 0.1
-    assert num_rounded > 100
-    assert scores.num_ties == 0
+            hidden_H = hidden_states(model, ids_BS, torch.arange(ids_BS.shape[1])[None])[0, -1]
+            rounded_V = model.lm_head(hidden_H)
+            logits_V = model.lm_head.weight.double() @ hidden_H.double()
+        tokens = exam.tokenizer.convert_tokens_to_ids(choices)
+        exact = logits_V[: len(exam.tokenizer)].log_softmax(0)[tokens].tolist()
+        assert list(table["choice_log_probs"][0]) == pytest.approx(exact, abs=1e-5)
+        assert table["predicted"][0] == exact.index(max(exact))
+        assert scores.nll == pytest.approx(-exact[0], abs=1e-5)
+        assert scores.num_ties == 0
+        num_rounded += len(tokens) - len(rounded_V[tokens].unique())
+    assert num_rounded > 15
 
 
 def test_a_model_that_computes_nan_is_refused(tokenizer: Any, tmp_path: Path) -> None:
