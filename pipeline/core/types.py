@@ -279,26 +279,3 @@ class ShardInfo:
     """Number of malformed records of this shard that were skipped."""
     retained_mass_histogram: tuple[int, ...]
     """Number of positions per retained mass (sum of p over the kept entries at T = 1): ten equal bins from 0 to 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """The scores of a model on one held-out text; a score is None if no record of the text has it."""
-
-    num_records: int
-    num_targets: int
-    """Number of supervised positions with a known target."""
-    nll: float | None
-    """Mean negative log-likelihood per known target, in nats."""
-    perplexity: float | None
-    """exp(nll)."""
-    num_choice_records: int
-    """Number of records with choices and an answer."""
-    accuracy: float | None
-    """Fraction of these records whose most likely choice is the answer."""
-    num_free_records: int
-    """Number of records for which the model generated a completion."""
-    exact_match: float | None
-    """Fraction of these records whose generated text equals the completion, apart from whitespace at both ends."""
-    agreement: float | None
-    """Fraction of the records with choices for which the teacher's most likely choice is the same."""

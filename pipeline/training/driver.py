@@ -26,9 +26,9 @@ from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths, content_hash, write_json
 from pipeline.core.progress import log, start_logging
-from pipeline.core.types import InputError, RunFailed, Scores
+from pipeline.core.types import InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
-from pipeline.evaluation.predictions import main_score
+from pipeline.evaluation.predictions import Scores, main_score
 from pipeline.models.loading import check_trained_dtype, resolve_dtype
 from pipeline.models.lora import check_adapter
 from pipeline.training import checkpoints

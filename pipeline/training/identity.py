@@ -90,7 +90,10 @@ def _teacher_identity(config: TrainConfig, held_out: dict[str, EvaluationSet]) -
     if "dev" in held_out and adaptive.every_steps > 0 and adaptive.teacher_predictions is not None:
         identity["dev_goal"] = teacher_score(held_out["dev"], adaptive.teacher_predictions)
     if "test" in held_out and choices is not None:
-        identity["teacher_predictions"] = content_hash(teacher_choices(held_out["test"], choices).to_list())
+        found = teacher_choices(held_out["test"], choices)
+        identity["teacher_predictions"] = content_hash(
+            [best if len(best) > 1 else next(iter(best), None) for best in found]
+        )
     return identity
 
 

@@ -9,7 +9,7 @@ import polars as pl
 import torch
 
 from pipeline.config.schema import Targets
-from pipeline.core.types import Scores
+from pipeline.evaluation.predictions import Scores
 from pipeline.evaluation.requests import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.scoring import score
 from pipeline.models.compatibility import max_positions
