@@ -134,7 +134,7 @@ def _verify_manifest(cache: Path, manifest: Manifest, num_planned: int) -> Itera
 
 def _json_bytes(value: Manifest | ShardInfo) -> bytes:
     """The bytes that `files.write_json` writes."""
-    return (json.dumps(dataclasses.asdict(value), indent=2) + "\n").encode()
+    return (json.dumps(manifests.to_plain(value), indent=2) + "\n").encode()
 
 
 def _shard_indices(cache: Path) -> list[int]:

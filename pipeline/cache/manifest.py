@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.cache.plain_manifest import check_seal, to_plain
 from pipeline.core.files import content_hash, file_hash, sync_folder
 from pipeline.core.object_store import Location, RemotePath, age_seconds, names, open_location, upload, write_json
 from pipeline.core.types import InputError, Manifest, ShardInfo
@@ -82,7 +83,7 @@ def create_cache(cache: Location, manifest: Manifest) -> None:
     try:
         if isinstance(cache, Path):
             (cache / "shards").mkdir(parents=True, exist_ok=True)
-        write_json(manifest_path(cache), dataclasses.asdict(manifest))
+        write_json(manifest_path(cache), to_plain(manifest))
     except OSError as error:
         raise InputError(f"{cache}: expected a folder to write into, found {error.strerror}; choose another") from error
     # another process may have created another cache here just now
@@ -97,7 +98,9 @@ def load_manifest(cache: Location) -> Manifest:
         raise InputError(
             f"cache: expected {manifest_path(cache)}, found no such file; capture with scripts/capture.py"
         ) from None
-    return Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
+    manifest = Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
+    check_seal(manifest, manifest_path(cache))
+    return manifest
 
 
 def check_same_inputs(found: Manifest, made_of: dict[str, Any], cache: Location) -> None:
@@ -160,7 +163,7 @@ def commit_shard(cache: Location, temporary: Path, index: int) -> None:
             raise
     else:
         sync_folder(cache / "shards")
-        write_json(info_path(cache, index), dataclasses.asdict(info))
+        write_json(info_path(cache, index), to_plain(info))
     temporary.unlink(missing_ok=True)
 
 
@@ -175,7 +178,7 @@ def _commit_remote(cache: RemotePath, temporary: Path, index: int) -> None:
     if not info_path(cache, index).exists():
         upload(temporary, cache / "shards" / info.file)
         if not info_path(cache, index).exists():
-            write_json(info_path(cache, index), dataclasses.asdict(info))
+            write_json(info_path(cache, index), to_plain(info))
     temporary.unlink(missing_ok=True)
 
 
@@ -216,7 +219,7 @@ def adopt_orphan(cache: Location, index: int) -> bool:
             info = describe_shard(path, index)
         except ValueError as error:
             raise InputError(f"{path}: expected a complete shard, found it damaged ({error}); delete it") from None
-        write_json(info_path(cache, index), dataclasses.asdict(info))
+        write_json(info_path(cache, index), to_plain(info))
     return True
 
 
@@ -225,7 +228,7 @@ def finalize_cache(cache: Location, manifest: Manifest, *, stale_seconds: float)
     infos = committed_shards(cache, manifest)
     finished = dataclasses.replace(manifest, num_skipped=sum(info.num_skipped for info in infos))
     if load_manifest(cache) != finished:
-        write_json(manifest_path(cache), dataclasses.asdict(finished))
+        write_json(manifest_path(cache), to_plain(finished))
     _delete_stale_files(cache / "shards", stale_seconds)
     return finished
 

@@ -6,6 +6,7 @@ called.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -22,6 +23,7 @@ from pipeline.config.validate import check_capture
 from pipeline.core.object_store import Location
 from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError, Manifest
+from pipeline.models.paths import pinned
 
 DEATHS_WITHOUT_PROGRESS = 5  # per worker of num_workers: killed more often between two shards, the capture stops
 
@@ -30,6 +32,7 @@ def run(config: CaptureConfig) -> Location:
     """Capture the shards that are missing; returns the cache's folder or address."""
     start_logging()
     check_capture(config)
+    config = dataclasses.replace(config, teacher=pinned(config.teacher))
     plan = plan_folder(config)
     manifest = plan.load() or read_corpus(config, with_sequences=False)
     cache = manifests.cache_location(manifest, cache=config.cache, caches_dir=config.caches_dir, name=config.name)

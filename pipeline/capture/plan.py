@@ -24,6 +24,7 @@ from typing import Any
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease
+from pipeline.cache.plain_manifest import sealed
 from pipeline.cache.schema import SCHEMA_VERSION
 from pipeline.cache.sequence_files import sequence_file, write_sequence_file
 from pipeline.capture.plan_lookup import PlanFolder, file_states
@@ -36,13 +37,17 @@ from pipeline.data.records import MalformedRecords, find_shape
 from pipeline.data.text_files import RawChunk, Text, open_text, raw_records, read_chunks
 from pipeline.data.tokenize import read_sequences, text_hash
 from pipeline.models.compatibility import check_window
-from pipeline.models.loading import resolve_dtype, weights_hash
+from pipeline.models.loading import resolve_dtype
+from pipeline.models.model_files import code_hash, weights_hash
 from pipeline.models.paths import model_folder
+from pipeline.models.preflight import check_model
 from pipeline.models.tokenizer import (
     chat_template_and_end_token,
     load_tokenizer,
     needs_begin_token,
+    split_option,
     tokenizer_hash,
+    tokenizer_parts,
     vocabulary_size,
 )
 
@@ -58,6 +63,7 @@ def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool =
     teacher = resolve_dtype(config.teacher)
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = cached_tokenizer(folder, teacher.trust_remote_code)
+    check_model(teacher, tokenizer)
     check_window(folder, config.window)
     if config.k > vocabulary_size(tokenizer):
         raise InputError(
@@ -99,7 +105,12 @@ def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanF
             num_records = tokenize_corpus(config, text, folder, unfinished)
             tokenizer_sha256 = tokenizer_hash(tokenizer)
         hashes = {"corpus": corpus_sha256.result(), "teacher_weights": weights_sha256.result()}
-        manifest = make_manifest(config, tokenizer, num_records, {**hashes, "tokenizer": tokenizer_sha256})
+        hashes |= {
+            "tokenizer": tokenizer_sha256,
+            **code_hash(folder, trust_remote_code=config.teacher.trust_remote_code),
+        }
+        manifest = make_manifest(config, tokenizer, num_records, hashes)
+        manifest = dataclasses.replace(manifest, tokenizer=sealed(tokenizer_parts(tokenizer), tokenizer_sha256))
         if file_states([*text.files, folder]) != states_before:
             raise InputError(
                 "corpus: expected files that do not change, found one changed while it was read; run again"
@@ -114,7 +125,7 @@ def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanF
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    write_json(manifests.manifest_path(plan.folder), dataclasses.asdict(manifest))
+    write_json(manifests.manifest_path(plan.folder), manifests.to_plain(manifest))
     return manifest
 
 
@@ -141,6 +152,7 @@ def make_manifest(config: CaptureConfig, tokenizer: Any, num_records: int, hashe
         "teacher_num_layers": config.teacher.num_layers,
         "teacher_dtype": config.teacher.dtype.name,
         **chat_template_and_end_token(tokenizer),
+        **split_option(tokenizer),
         "columns": dataclasses.asdict(config.corpus.columns),
         "targets": config.corpus.targets.name,
         "malformed": config.corpus.malformed.name,

@@ -41,6 +41,8 @@ def plan_folder(config: CaptureConfig) -> PlanFolder:
     teacher = config.teacher
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     files = [*open_text(config.corpus, "corpus").files, *sorted(path for path in folder.iterdir() if path.is_file())]
+    if teacher.trust_remote_code:
+        files += sorted(path for path in folder.rglob("*.py") if path.parent != folder)
     files += sorted(Path(__file__).parents[1].rglob("*.py"))  # another version of this package may plan differently
     # each cache has a plan of its own, because the plan's sequences are deleted when its cache is finished
     cache_options = [config.cache, config.caches_dir]

@@ -248,9 +248,9 @@ class Manifest:
     num_skipped: int | None = None
     """Number of malformed records that were skipped; None until every shard is committed."""
     tail: str = "exact"
-    """How the tail (the mass outside the kept entries) is known. exact: from the full logits, as stage one captures.
-    Imported caches: remainder: 1 - sum p of exact p; approximate: max(0, 1 - sum p) of p stored with rounding errors;
-    renormalised: not known, because the kept entries were scaled to sum to 1."""
+    """How the mass outside the kept entries is known: exact, or otherwise in imported caches (docs/cache-format.md)."""
+    tokenizer: dict[str, Any] | None = None
+    """The teacher's added tokens, and a hash of each other part of its tokenizer; None if they are not recorded."""
 
     @property
     def has_kept_counts(self) -> bool:

@@ -185,3 +185,55 @@ def test_audit_plan_takes_the_options_of_a_capture(teacher: Path, data: Path, tm
     done = script("audit", "plan", *capture_arguments(teacher, data), cwd=tmp_path)
     assert "60 records" in done.stdout
     assert "kind=topk k=8" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------ the teacher
+
+
+def test_a_teacher_that_cannot_be_used_stops_before_the_corpus_is_read(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any) -> None:
+        raise AssertionError("the corpus was tokenized")
+
+    monkeypatch.setattr(plan, "tokenize_corpus", never)
+    folder = Path(shutil.copytree(teacher, tmp_path / "run" / "model"))
+    for path, expected in ((folder.parent, f"found none; give {folder}"), (folder, "as its header describes")):
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        with pytest.raises(InputError, match=expected):
+            run(config_of(path, data / "corpus.jsonl", tmp_path / "caches"))
+
+
+def test_code_of_the_teacher_is_in_the_fingerprint_where_it_is_run(teacher: Path, data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    (folder / "parts").mkdir()
+
+    def planned(code: str, trust: bool) -> Any:
+        (folder / "parts" / "code.py").write_text(code)
+        config = config_of(folder, data / "corpus.jsonl", tmp_path / "caches")
+        config.teacher.trust_remote_code = trust
+        return plan.make_plan(config, plan_folder(config))
+
+    plain, one, other = planned("a = 1", False), planned("a = 1", True), planned("a = 22", True)
+    assert "remote_code" not in plain.made_of
+    assert len({plain.fingerprint, one.fingerprint, other.fingerprint}) == 3
+    assert planned("a = 22", False).fingerprint == plain.fingerprint
+
+
+def test_a_manifest_records_the_parts_of_the_tokenizer_outside_the_fingerprint(cache: Path, tmp_path: Path) -> None:
+    manifest = manifests.load_manifest(cache)
+    assert manifest.tokenizer is not None
+    assert [token["content"] for token in manifest.tokenizer["added_tokens"].values()] == ["<bos>", "<eos>"]
+    assert "tokenizer_parts" not in manifest.made_of
+    older = json.loads((cache / "manifest.json").read_text())
+    older["tokenizer"]["added_tokens"]["1"]["content"] = "<end>"
+    (tmp_path / "manifest.json").write_text(json.dumps(older))
+    with pytest.raises(InputError, match="tokenizer: not the parts that were recorded"):
+        manifests.load_manifest(tmp_path)
+    del older["tokenizer"]  # as a cache of before
+    (tmp_path / "manifest.json").write_text(json.dumps(older, indent=2) + "\n")
+    loaded = manifests.load_manifest(tmp_path)
+    assert loaded.tokenizer is None
+    assert json.loads(json.dumps(manifests.to_plain(loaded))) == older
+    assert loaded.fingerprint == manifest.fingerprint == manifests.fingerprint(manifest.made_of)
