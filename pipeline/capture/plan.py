@@ -184,7 +184,7 @@ def tokenize_corpus(config: CaptureConfig, text: Text, teacher_folder: Path, seq
 
         try:
             for index, chunks in enumerate(
-                read_chunks(text.files, size=config.records_per_shard, columns=text.columns)
+                read_chunks(text.files, size=config.records_per_shard, columns=text.columns.values())
             ):
                 num_records += sum(len(chunk.numbers) for chunk in chunks)
                 first_id = index * config.records_per_shard

@@ -50,14 +50,16 @@ def parse_records(
 def read_records(text: Text, tokenizer: Any) -> list[Record]:
     """All records of a text, in memory; refuses an empty one."""
     malformed = MalformedRecords(skip=text.skip_malformed)
-    records = list(parse_records(all_records(text.files, text.columns), text, tokenizer, malformed))
+    records = list(parse_records(all_records(text.files, text.columns.values()), text, tokenizer, malformed))
     if not records:
         raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
     malformed.log_count(text.what)
     return records
 
 
-def _parse_line(kind: str, line: bytes, columns: Mapping[str, str]) -> dict[str, Any]:
+def _parse_line(kind: str, line: Any, columns: Mapping[str, str]) -> dict[str, Any]:
+    if kind == "bad":
+        raise InputError(line)
     if kind == "text":
         return {columns["text"]: _parse_text(line)}
     try:

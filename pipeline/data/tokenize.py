@@ -172,7 +172,12 @@ def load_labeled_sequences(text: Text, tokenizer: Any, *, window: int) -> list[T
     malformed = MalformedRecords(skip=text.skip_malformed)
     sequences = list(
         read_sequences(
-            all_records(text.files, text.columns), text, tokenizer, malformed, window=window, require_targets=True
+            all_records(text.files, text.columns.values()),
+            text,
+            tokenizer,
+            malformed,
+            window=window,
+            require_targets=True,
         )
     )
     if not sequences:
