@@ -84,10 +84,14 @@ def unpacked(file: Path) -> Iterator[Unpacked]:
             return
         if not packed.peek(1):  # pyarrow would take it for the packed form of nothing
             raise EOFError("a compressed file has at least a head, this one is empty")
-        codec = {".gz": "gzip", ".zst": "zstd"}.get(compression)
-        opened: Any = pa.CompressedInputStream(packed, codec) if codec else lzma.LZMAFile(packed)
-        with io.BufferedReader(opened, BUFFER_BYTES) as stream:
+        with io.BufferedReader(_unpacking(packed, compression), BUFFER_BYTES) as stream:
             yield Unpacked(stream=stream, position=packed.tell)
+
+
+def _unpacking(packed: BinaryIO, compression: str) -> Any:
+    if compression == ".xz":
+        return lzma.LZMAFile(packed)
+    return pa.CompressedInputStream(packed, "gzip" if compression == ".gz" else "zstd")
 
 
 @contextlib.contextmanager

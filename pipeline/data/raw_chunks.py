@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import io
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -143,7 +142,6 @@ def _without_mark(file: Path, start: bytes) -> bytes:
 
 def _csv_chunks(file: Path, columns: Collection[str] | None) -> Iterator[RawChunk]:
     with unpacked(file) as source:
-        _without_mark(file, source.stream.peek(2)[:2])
         yield from _item_chunks(file, "row", "row", _csv_rows(file, source, columns), source)
 
 
@@ -181,11 +179,11 @@ def _csv_row(header: list[str], cells: list[str], wanted: Collection[str]) -> di
 
 
 def _csv_lines(file: Path, source: Unpacked) -> Iterator[str]:
-    text = io.TextIOWrapper(source.stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    for number, line in enumerate(text, 1):
-        if "\0" in line:
+    for number, line in enumerate(source.stream, 1):
+        text = _without_mark(file, line) if number == 1 else line
+        if b"\0" in text:
             raise InputError(f"{file}, line {number}: expected text in UTF-8, found a NUL; convert the file")
-        yield line
+        yield text.decode(errors="surrogateescape")
 
 
 # ------------------------------------------------------------------------------------ Parquet, Arrow
