@@ -115,7 +115,8 @@ def run_probe(config: CaptureConfig, text: Text) -> Probe:
     teacher_folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = cached_tokenizer(teacher_folder, teacher.trust_remote_code)
     check_window(teacher_folder, config.window)
-    chunks = next(read_chunks(text.files, size=min(PROBE_RECORDS, config.records_per_shard), columns=text.read_columns))
+    size = min(PROBE_RECORDS, config.records_per_shard)
+    chunks = next(read_chunks(text.files, size=size, columns=text.read_columns))
     with tempfile.TemporaryDirectory() as name:
         path = sequence_file(Path(name), 0)
         write_sequences(path, chunks, text, teacher_folder, teacher.trust_remote_code, config.window, 0)

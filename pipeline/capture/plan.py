@@ -9,16 +9,18 @@ corpus again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
-import secrets
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,12 @@ from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease
 from pipeline.cache.plain_manifest import sealed
 from pipeline.cache.schema import SCHEMA_VERSION
-from pipeline.cache.sequence_files import sequence_file, write_sequence_file
+from pipeline.cache.sequence_files import open_sequence_file, sequence_file, write_sequence_file
 from pipeline.capture.plan_lookup import PlanFolder, file_states
 from pipeline.config.schema import CaptureConfig, CompletionMode, Kind
 from pipeline.core.files import sync_files
 from pipeline.core.object_store import write_json
-from pipeline.core.progress import log
+from pipeline.core.progress import Progress, log
 from pipeline.core.types import InputError, Manifest
 from pipeline.data.records import MalformedRecords, find_shape
 from pipeline.data.text_files import RawChunk, Text, open_text, raw_records, read_chunks
@@ -52,6 +54,10 @@ from pipeline.models.tokenizer import (
 )
 
 CORPUS_BYTES_PER_PROCESS = 4 << 20  # starting a process takes longer than tokenizing this much
+# Text that was read and is not yet tokenized, whatever the number of cores; beside it there is the shard that is being
+# read. A shard larger than this is tokenized alone.
+MAX_PENDING_BYTES = 256 << 20
+MB = 1_000_000
 
 
 def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool = True) -> Manifest:
@@ -93,12 +99,11 @@ def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanF
     """Tokenize the corpus into the plan's folder and write the manifest last; `folder` is the teacher's."""
     text = open_corpus(config, folder)
     states_before = file_states([*text.files, folder])
-    for leftover in plan.folder.glob(".*.tmp"):  # of processes that were killed while planning
-        if time.time() - leftover.stat().st_mtime > config.lease_seconds:
-            shutil.rmtree(leftover, ignore_errors=True)
-    unfinished = plan.folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    unfinished.mkdir()
+    unfinished = plan.folder / ".unfinished"  # always this name: a plan that was interrupted goes on in it
     try:
+        unfinished.mkdir(exist_ok=True)
+        for leftover in unfinished.glob(".*.tmp"):  # a file that a killed process was writing
+            leftover.unlink(missing_ok=True)
         with ThreadPoolExecutor(2) as hashing:  # while this thread tokenizes
             corpus_sha256 = hashing.submit(text_hash, text)
             weights_sha256 = hashing.submit(weights_hash, folder)
@@ -118,13 +123,19 @@ def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanF
         sync_files(unfinished)
         shutil.rmtree(plan.sequences, ignore_errors=True)
         unfinished.rename(plan.sequences)
+    except InputError:  # the corpus or an option has to be changed, which makes another plan
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    except BrokenProcessPool:
+        raise InputError(
+            "corpus: expected the processes that tokenize it to live, found one killed (often for want of memory); run "
+            "the same command again: it goes on where it was"
+        ) from None
     except OSError as error:
         raise InputError(
-            f"{unfinished}: expected to write the tokenized corpus, found {error.strerror or error}; free disk space, "
-            "or choose another folder with plans_dir="
+            f"{unfinished}: expected to write the tokenized corpus, found {error.strerror or error}; free disk space "
+            "and run the same command again, or choose another folder with plans_dir="
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     write_json(manifests.manifest_path(plan.folder), manifests.to_plain(manifest))
     return manifest
 
@@ -187,50 +198,98 @@ def make_manifest(config: CaptureConfig, tokenizer: Any, num_records: int, hashe
 # ----------------------------------------------------------------------------- one pass over the corpus
 
 
+class PendingShards:
+    """Shards that were read and are being tokenized, bounded by their text."""
+
+    def __init__(self, executor: Executor, progress: Progress) -> None:
+        self._executor, self._progress = executor, progress
+        self._shards: deque[tuple[Future[None], int, float]] = deque()
+        self._num_bytes = 0
+
+    def submit(self, chunks: Sequence[RawChunk], megabytes: float, path: Path, *arguments: Any) -> None:
+        """Let a shard be tokenized as soon as there is room for it; `megabytes` of the corpus are its own."""
+        num_bytes = sum(chunk.num_bytes for chunk in chunks)
+        self.wait(max_bytes=MAX_PENDING_BYTES - num_bytes)
+        self._shards.append((self._executor.submit(write_sequences, path, chunks, *arguments), num_bytes, megabytes))
+        self._num_bytes += num_bytes
+
+    def wait(self, *, max_bytes: int) -> None:
+        """Wait for the oldest shards until the others hold at most `max_bytes`, or none is left."""
+        while self._shards and self._num_bytes > max_bytes:
+            tokenized, num_bytes, megabytes = self._shards.popleft()
+            tokenized.result()
+            self._num_bytes -= num_bytes
+            self._progress.advance(megabytes)
+
+
 def tokenize_corpus(config: CaptureConfig, text: Text, teacher_folder: Path, sequences: Path) -> int:
     """Tokenize and pack each record, and write one file per shard into `sequences`; returns the number of records.
 
-    This process reads the corpus; others tokenize one shard each. At most a few shards are in memory at once.
+    This process reads the corpus; others tokenize one shard each. A shard whose file exists is only read past.
     """
-    started, num_records, num_rows, num_skipped = time.monotonic(), 0, 0, 0
-    corpus_bytes = sum(file.stat().st_size for file in text.files)
-    num_processes = min(len(os.sched_getaffinity(0)), math.ceil(corpus_bytes / CORPUS_BYTES_PER_PROCESS))
-    executor: Executor = ThreadPoolExecutor(1)
-    if num_processes > 1:
-        executor = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
-    with executor:
-        shards: deque[Future[tuple[int, int]]] = deque()
-
-        def wait_until_pending(max_pending: int) -> None:
-            """Wait for the oldest shards until at most `max_pending` are left, and add up their counts."""
-            nonlocal num_rows, num_skipped
-            while len(shards) > max_pending:
-                rows, skipped = shards.popleft().result()
-                num_rows, num_skipped = num_rows + rows, num_skipped + skipped
-
+    started, num_records, num_shards, end = time.monotonic(), 0, 0, 0
+    sizes = [file.stat().st_size for file in text.files]
+    starts = dict(zip(text.files, itertools.accumulate(sizes, initial=0), strict=False))
+    num_finished = len(list(sequences.iterdir()))
+    if num_finished:
+        log.info("planning goes on: %d shards were tokenized before", num_finished)
+    progress = Progress("plan", total=sum(sizes) // MB, unit=" MB", log_every_seconds=config.log_every_seconds)
+    with _tokenizing_processes(sum(sizes)) as executor:
+        pending = PendingShards(executor, progress)
         try:
-            for index, chunks in enumerate(
-                read_chunks(text.files, size=config.records_per_shard, columns=text.read_columns)
-            ):
+            for chunks in read_chunks(text.files, size=config.records_per_shard, columns=text.read_columns):
+                path = sequence_file(sequences, num_shards)
+                start, end = end, starts[chunks[-1].file] + chunks[-1].position
+                first_id, num_shards = num_records, num_shards + 1
                 num_records += sum(len(chunk.numbers) for chunk in chunks)
-                first_id = index * config.records_per_shard
-                arguments = (chunks, text, teacher_folder, config.teacher.trust_remote_code, config.window, first_id)
-                shards.append(executor.submit(write_sequences, sequence_file(sequences, index), *arguments))
-                wait_until_pending(2 * num_processes)
-            wait_until_pending(0)
+                if path.exists():
+                    progress.skip((end - start) / MB)
+                    continue
+                trust = config.teacher.trust_remote_code
+                pending.submit(chunks, (end - start) / MB, path, text, teacher_folder, trust, config.window, first_id)
+            pending.wait(max_bytes=-1)
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise
+        finally:
+            progress.close()
+    num_rows = _count_sequences(text, [sequence_file(sequences, index) for index in range(num_shards)])
+    log.info("planned %d records, %d sequences in %.1f s", num_records, num_rows, time.monotonic() - started)
+    return num_records
+
+
+def _count_sequences(text: Text, paths: Sequence[Path]) -> int:
+    """The number of sequences in all files; InputError if there is none."""
+    files = [open_sequence_file(path) for path in paths]
+    num_rows, num_skipped = sum(file.num_rows for file in files), sum(file.num_skipped for file in files)
     if num_rows == 0:
-        files = ", ".join(map(str, text.files))
         raise InputError(
-            f"corpus: expected usable records, found none in {files} ({num_skipped} malformed); check the files and "
-            "corpus.columns"
+            f"corpus: expected usable records, found none in {', '.join(map(str, text.files))} ({num_skipped} "
+            "malformed); check the files and corpus.columns"
         )
     if num_skipped:
         log.warning("corpus: %d malformed records skipped", num_skipped)
-    log.info("planned %d records, %d sequences in %.1f s", num_records, num_rows, time.monotonic() - started)
-    return num_records
+    return num_rows
+
+
+def _tokenizing_processes(corpus_bytes: int) -> Executor:
+    """One process for each core, if the corpus is large enough; else a thread."""
+    num_processes = min(len(os.sched_getaffinity(0)), math.ceil(corpus_bytes / CORPUS_BYTES_PER_PROCESS))
+    if num_processes > 1:
+        return ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
+    return ThreadPoolExecutor(1)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that reads the corpus has ended, also if that was killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 @lru_cache(maxsize=1)
@@ -247,10 +306,9 @@ def write_sequences(
     trust_remote_code: bool,
     window: int,
     first_id: int,
-) -> tuple[int, int]:
-    """Tokenize and pack the records of a shard into one file; returns the numbers of its rows and skipped records."""
+) -> None:
+    """Tokenize and pack the records of a shard into one file, whose footer has the number of skipped records."""
     tokenizer = cached_tokenizer(teacher_folder, trust_remote_code)
     malformed = MalformedRecords(skip=text.skip_malformed)
     packed = read_sequences(raw_records(chunks), text, tokenizer, malformed, window=window, first_id=first_id)
-    num_rows = write_sequence_file(path, packed, num_skipped=lambda: malformed.count)
-    return num_rows, malformed.count
+    write_sequence_file(path, packed, num_skipped=lambda: malformed.count)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,11 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache import manifest as manifests
+from pipeline.cache import sequence_files
 from pipeline.cache.sequence_files import open_sequence_file, sequence_file
 from pipeline.capture import estimate, plan
 from pipeline.capture.driver import run
 from pipeline.capture.plan_lookup import plan_folder
 from pipeline.config.schema import Targets, TextConfig
+from pipeline.core.progress import Progress
 from pipeline.core.types import InputError
 from pipeline.data.text_files import all_records, raw_records, read_chunks
 from support.commands import ROOT, capture_arguments, config_of, script
@@ -87,6 +93,116 @@ def test_a_bad_record_stops_the_plan_and_leaves_nothing(
         with pytest.raises(InputError, match="a.jsonl, line 51: expected a JSON object, found it broken"):
             run(config)
         assert list((tmp_path / "caches" / ".plans").glob("*/*")) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from pipeline.capture import plan
+from pipeline.capture.plan_lookup import plan_folder
+from support.commands import config_of
+import psutil
+plan.CORPUS_BYTES_PER_PROCESS, plan.MAX_PENDING_BYTES = 1, 2000
+def advance(progress, count, num_tokenized=[0]):
+    num_tokenized[0] += 1
+    if num_tokenized[0] == 3:
+        print(*(child.pid for child in psutil.Process().children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    plan.Progress.advance = advance
+    config = config_of(Path({teacher!r}), Path({files!r}), Path({folder!r}), records_per_shard=5, lease_seconds=0.5)
+    plan.make_plan(config, plan_folder(config))
+"""
+
+
+def test_a_killed_plan_goes_on_where_it_was(teacher: Path, tmp_path: Path) -> None:
+    files = write_lines(tmp_path / "a.jsonl", [{"text": f"{LINES[i % 5]} {i}"} for i in range(200)])
+    script_file = tmp_path / "planning.py"
+    folder = tmp_path / "caches"
+    script_file.write_text(
+        KILLED.format(tests=str(ROOT / "tests"), teacher=str(teacher), files=str(files), folder=str(folder))
+    )
+    with (tmp_path / "printed").open("w") as printed:  # a pipe would stay open as long as a child of it lives
+        killed = subprocess.run([sys.executable, script_file], stdout=printed, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in (tmp_path / "printed").read_text().split()]
+    assert pids
+    alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=60)[1]
+    for child in alive:
+        child.kill()
+    assert not alive  # those that tokenized have noticed that nobody reads the corpus any more
+    (unfinished,) = folder.glob(".plans/*/.unfinished")
+    (unfinished / ".00099.parquet.1.0.tmp").write_bytes(b"the beginning of a file")
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in unfinished.glob("*.parquet")}
+    assert 3 <= len(before) < 40
+
+    config = config_of(teacher, files, folder, records_per_shard=5, lease_seconds=0.5)
+    planned = plan_folder(config)
+    assert planned.folder == unfinished.parent
+    manifest = plan.make_plan(config, planned)
+    after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in planned.sequences.iterdir()}
+    assert before.items() <= after.items()
+    undisturbed = config_of(teacher, files, tmp_path / "other", records_per_shard=5)
+    assert plan.make_plan(undisturbed, plan_folder(undisturbed)) == manifest
+    assert planned_files(planned.sequences) == planned_files(plan_folder(undisturbed).sequences)
+
+
+def test_text_that_waits_for_a_processor_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard larger than the bound waits alone."""
+    waiting: list[int] = []
+    largest = []
+
+    class Tokenized(Future[None]):
+        def result(self, timeout: float | None = None) -> None:
+            waiting.pop(0)
+
+    class Executor(ThreadPoolExecutor):
+        def submit(self, function: Any, path: Path, chunks: Any, *arguments: Any) -> Any:
+            waiting.append(sum(chunk.num_bytes for chunk in chunks))
+            largest.append(sum(waiting))
+            return Tokenized()
+
+    monkeypatch.setattr(plan, "MAX_PENDING_BYTES", 1000)
+    pending = plan.PendingShards(Executor(1), Progress("plan", total=0, unit="", log_every_seconds=1))
+    for length in (200, 200, 300, 5000, 100, 900, 70):
+        (chunks,) = read_chunks([write_lines(tmp_path / "a.jsonl", ["x" * (length - 65)])], size=1)
+        pending.submit(chunks, 1, tmp_path / "0")
+    pending.wait(max_bytes=-1)
+    assert largest == [200, 400, 700, 5000, 100, 1000, 970]
+    assert not waiting
+
+
+def test_progress_of_the_plan_counts_what_it_does_now(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the position in the packed files."""
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        lines = "".join(json.dumps({"text": f"{LINES[i % 5]} {i}"}) + "\n" for i in range(100))
+        (tmp_path / name).write_bytes(gzip.compress(lines.encode()))
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.gz"))
+    monkeypatch.setattr(plan, "MB", 1)
+    config = config_of(teacher, tmp_path, tmp_path / "caches", records_per_shard=20, log_every_seconds=1e-9)
+    with caplog.at_level(logging.INFO, "pipeline"):
+        plan.make_plan(config, plan_folder(config))
+    shown = [message for message in caplog.messages if message.startswith("plan ")]
+    assert f"plan {size}/{size} MB" in shown[-1]
+    assert "0 s left" in shown[-1]
+
+
+def test_a_row_group_ends_by_tokens_too(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = write_lines(tmp_path / "a.jsonl", [{"text": f"{LINES[i % 5]} {i}"} for i in range(100)])
+    config = config_of(teacher, files, tmp_path / "caches", records_per_shard=100)
+    planned = plan_folder(config)
+    plan.make_plan(config, planned)
+    path = sequence_file(planned.sequences, 0)
+    whole = list(open_sequence_file(path))
+    monkeypatch.setattr(sequence_files, "TOKENS_PER_GROUP", 200)
+    sequence_files.write_sequence_file(path, whole, num_skipped=lambda: 0)
+    metadata = pq.read_metadata(path)
+    assert metadata.num_rows == len(whole)
+    assert metadata.row_group(0).num_rows == 200 // 48 + 1  # windows of 48 tokens are nearly full
+    assert [sequence.key for sequence in open_sequence_file(path)] == [sequence.key for sequence in whole]
 
 
 def test_the_plan_is_remembered_until_something_changes(teacher: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -53,10 +54,18 @@ def top(log_p_LV: torch.Tensor, k: int = K) -> tuple[list[list[int]], list[list[
 
 
 def write_table(file: Path, rows: list[dict[str, Any]], **types: pa.DataType) -> None:
-    """Parquet in row groups of two, an Arrow stream as `datasets` writes it, or JSON lines, by the suffix."""
+    """Parquet in row groups of two, an Arrow stream as `datasets` writes it, or JSON, by the suffix; packed by gzip."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".gz":
+        write_table(file.with_suffix(""), rows, **types)
+        file.write_bytes(gzip.compress(file.with_suffix("").read_bytes()))
+        file.with_suffix("").unlink()
+        return
     if file.suffix == ".jsonl":
         write_lines(file, rows)
+        return
+    if file.suffix == ".json":
+        file.write_text(json.dumps(rows))
         return
     table = pa.Table.from_pylist(rows, pa.schema(types.items()) if types else None)
     if file.suffix == ".parquet":
@@ -148,6 +157,8 @@ FORMS: dict[str, Callable[[Path, list[Truth]], dict[str, Any]]] = {
     "raw dicts, JSON": raw("dicts", ".jsonl"),
     "raw dicts, Parquet": raw("dicts", ".parquet"),
     "raw tokens, JSON": raw("tokens", ".jsonl"),
+    "raw tokens, JSON array": raw("tokens", ".json"),
+    "raw token ids, Parquet packed": raw("token ids", ".parquet.gz"),
     "raw token ids, Parquet": raw("token ids", ".parquet"),
     "prepared current, Arrow": prepared("current", ".arrow"),
     "prepared current, JSON": prepared("current", ".jsonl"),
