@@ -7,7 +7,6 @@ called.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -69,19 +68,17 @@ def read_corpus(config: CaptureConfig, *, with_sequences: bool) -> Manifest:
 
 
 def shards_of_share(config: CaptureConfig, num_shards: int) -> list[int]:
-    """The indices of the shards that this process captures: all, or those of its share of a job array.
+    """The indices of the shards that this process may capture: all, unless a share is asked for.
 
     The share INDEX/COUNT has the shards INDEX, INDEX + COUNT, ...; InputError if it is malformed.
     """
-    share = config.share
-    if share is None and "SLURM_ARRAY_TASK_ID" in os.environ:
-        first, count = os.environ["SLURM_ARRAY_TASK_MIN"], os.environ["SLURM_ARRAY_TASK_COUNT"]
-        share = f"{int(os.environ['SLURM_ARRAY_TASK_ID']) - int(first)}/{count}"
-    if share is None:
+    if config.share is None:
         return list(range(num_shards))
-    match = re.fullmatch(r"(\d+)/(\d+)", share)
+    match = re.fullmatch(r"(\d+)/(\d+)", config.share)
     if match is None or int(match[1]) >= int(match[2]):
-        raise InputError(f"share: expected INDEX/COUNT with INDEX from 0 to COUNT - 1, found {share!r}; correct share=")
+        raise InputError(
+            f"share: expected INDEX/COUNT with INDEX from 0 to COUNT - 1, found {config.share!r}; correct share="
+        )
     return list(range(int(match[1]), num_shards, int(match[2])))
 
 

@@ -111,11 +111,14 @@ def finish_copy(pending: PendingBatch) -> tuple[list[Captured], float]:
 
 
 def timestamp(device: torch.device) -> Any:
-    """The present time on a device's clock: seconds on a CPU, a recorded CUDA event on a GPU."""
+    """The present time on a device's clock: seconds on a CPU, a CUDA event in the stream of the forward on a GPU.
+
+    The stream is named, because that of another device is idle: its event would be reached before the forward ends.
+    """
     if device.type != "cuda":
         return time.monotonic()
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 

@@ -23,7 +23,7 @@ from pipeline.capture.teacher import PendingBatch, capture_batch, finish_copy
 from pipeline.config.schema import CaptureConfig, Dtype
 from pipeline.core.object_store import Location
 from pipeline.core.progress import Progress, log, start_logging
-from pipeline.core.runtime import compute_device, keep_allocator_memory
+from pipeline.core.runtime import bind_device, keep_allocator_memory
 from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
 from pipeline.models.forward import Model
 from pipeline.models.loading import open_model
@@ -43,6 +43,7 @@ def run_worker(
 ) -> None:
     """Capture the shards that no other worker holds until all are committed; the teacher is loaded for the first."""
     keep_allocator_memory()
+    device = bind_device(worker)
     manifest = manifests.load_manifest(cache)
     lease_seconds = config.lease_seconds
     missing = manifests.missing_shards(cache, shards)
@@ -59,7 +60,7 @@ def run_worker(
                     continue
                 # the plan's dtype: this machine could resolve `auto` to another one
                 options = dataclasses.replace(config.teacher, dtype=Dtype[manifest.made_of["teacher_dtype"]])
-                teacher = teacher or prepack(open_model(options, compute_device(worker)))
+                teacher = teacher or prepack(open_model(options, device))
                 try:
                     shard = open_sequence_file(sequence_file(sequences, index))
                     capture_shard(teacher, shard, cache, manifest, index, config, progress)

@@ -22,7 +22,7 @@ from pipeline.cache.sequence_files import open_sequence_file, sequence_file
 from pipeline.capture import estimate, plan
 from pipeline.capture.driver import run
 from pipeline.capture.plan_lookup import plan_folder
-from pipeline.config.schema import Targets, TextConfig
+from pipeline.config.schema import MalformedPolicy, Targets, TextConfig
 from pipeline.core.types import InputError
 from pipeline.data.text_files import all_records, raw_records, read_chunks
 from support.commands import ROOT, capture_arguments, config_of, script
@@ -169,6 +169,25 @@ def test_the_estimate_agrees_with_the_capture(mixed: Path, teacher: Path, tmp_pa
     assert "in 2 shards" in printed
     targets = float(printed.split(" targets in")[0].split()[-1].replace(",", ""))
     assert targets == pytest.approx(sum(info.targets for info in infos), rel=0.1)
+
+
+def test_an_estimate_from_a_first_batch_that_takes_longer_than_the_probe(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(estimate, "PROBE_SECONDS", 0.0)
+    config = config_of(teacher, data / "corpus.jsonl", tmp_path / "caches", batch_sequences=1)
+    assert estimate.run(config) == 0
+    printed = capfd.readouterr().out
+    assert 0 < int(printed.split("Measured: ")[1].split(" records")[0]) < 60
+    assert "The corpus has 60 records" in printed
+
+
+def test_an_estimate_without_usable_records_is_refused(teacher: Path, tmp_path: Path) -> None:
+    files = write_lines(tmp_path / "a.jsonl", ["broken", "{}"])
+    corpus = TextConfig(files=[str(files)], malformed=MalformedPolicy.skip)
+    message = r"corpus: expected usable records, found none at its beginning \(2 malformed\)"
+    with pytest.raises(InputError, match=message):
+        estimate.run(config_of(teacher, files, tmp_path / "caches", corpus=corpus))
 
 
 def test_the_estimate_warns_of_a_small_disk(
