@@ -476,7 +476,7 @@ class ReportConfig:
 
 @dataclass
 class AuditConfig:
-    cache: str = option(MISSING, "folder of a capture, or a glob matching one", content=True)
+    cache: str = option(MISSING, "folder or address of a cache, or a glob matching one", content=True, address=True)
     teacher: ModelConfig | None = option(
         None, "replay: the teacher of the cache; show: any model folder with its tokenizer", result=False
     )
