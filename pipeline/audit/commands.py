@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,24 @@ from pipeline.core.types import InputError, Manifest
 from pipeline.models.loading import open_model
 from pipeline.models.tokenizer import open_tokenizer, tokenizer_hash
 
+EXIT_UNREAD = 141  # 128 + SIGPIPE, as the shell reports it of other programs
+
 
 def run(action: str, config: AuditConfig) -> int:
     """Run one action; returns the exit code: 0 if nothing is wrong, 1 if something is wrong with the cache."""
     start_logging()
     check_audit(config)
+    try:
+        code = run_action(action, config)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed when Python exits
+        return EXIT_UNREAD
+    return code
+
+
+def run_action(action: str, config: AuditConfig) -> int:
+    """Run one action; returns its exit code."""
     if action == "verify":
         return verify(open_cache(config.cache), config)
     if action == "summary":
