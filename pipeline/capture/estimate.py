@@ -19,7 +19,7 @@ from pipeline.config.validate import check_capture
 from pipeline.core.files import is_url
 from pipeline.core.progress import readable, start_logging
 from pipeline.core.runtime import compute_device, keep_allocator_memory
-from pipeline.core.types import Manifest
+from pipeline.core.types import InputError, Manifest
 from pipeline.data.record_counts import count_records
 from pipeline.data.text_files import Text, read_chunks
 from pipeline.models.compatibility import check_window
@@ -119,7 +119,13 @@ def run_probe(config: CaptureConfig, text: Text) -> Probe:
     chunks = next(read_chunks(text.files, size=size, columns=text.read_columns))
     with tempfile.TemporaryDirectory() as name:
         path = sequence_file(Path(name), 0)
-        write_sequences(path, chunks, text, teacher_folder, teacher.trust_remote_code, config.window, 0)
+        arguments = (chunks, text, teacher_folder, teacher.trust_remote_code, config.window, 0)
+        num_rows, num_malformed = write_sequences(path, *arguments)
+        if num_rows == 0:
+            raise InputError(
+                f"corpus: expected usable records, found none at its beginning ({num_malformed} malformed); check the "
+                "files and corpus.columns"
+            )
         shard = open_sequence_file(path)
         num_records = sum(len(chunk.numbers) for chunk in chunks)
         manifest = make_manifest(config, tokenizer, num_records, hashes={})
@@ -129,20 +135,20 @@ def run_probe(config: CaptureConfig, text: Text) -> Probe:
 
 
 def _measure(config: CaptureConfig, model: Model, shard: SequenceFile, manifest: Manifest, cache: Path) -> Probe:
-    """Capture the batches of a shard into `cache` until PROBE_SECONDS have passed."""
+    """Capture the batches of a shard into `cache` until PROBE_SECONDS have passed, and at least one."""
     manifests.create_cache(cache, manifest)
-    started, num_tokens, num_records = time.monotonic(), 0, 0
+    started, num_tokens, records = time.monotonic(), 0, set[int]()
     with shard_writer(cache, manifest, 0) as writer:
         for pending in teacher_batches(model, shard, manifest, config):
+            num_tokens += write_batch(writer, pending)[1]
+            records.update(record for sequence in pending.sequences for record in sequence.record_ids)
             if time.monotonic() - started >= PROBE_SECONDS:
                 break
-            num_tokens += write_batch(writer, pending)[1]
-            num_records += len({record for sequence in pending.sequences for record in sequence.record_ids})
         writer.commit(num_skipped=0)
     info = manifests.shard_info(cache, 0)
     assert info is not None
     return Probe(
-        num_records=num_records,
+        num_records=len(records),
         num_tokens=num_tokens,
         num_targets=info.targets,
         bytes=info.bytes,

@@ -178,6 +178,8 @@ def make_manifest(config: CaptureConfig, tokenizer: Any, num_records: int, hashe
     }
     if complete.how is not CompletionMode.none:
         made_of["complete"] = {**dataclasses.asdict(complete), "how": complete.how.name}
+    if complete.how is CompletionMode.sample:  # earlier versions drew the same completion for equal prompts
+        made_of["complete"]["draws_by_record"] = True
     return Manifest(
         schema_version=SCHEMA_VERSION,
         fingerprint=manifests.fingerprint(made_of),

@@ -183,7 +183,7 @@ class CaptureConfig:
     batch_sequences: int = option(16, "sequences in one teacher forward", result=False)
     num_workers: int = option(1, "processes on this machine, each with a GPU or its share of the cores", result=False)
     share: str | None = option(
-        None, "INDEX/COUNT: only these shards (0/16 to 15/16); null: SLURM's array task, else all", result=False
+        None, "INDEX/COUNT: only these shards (0/16 to 15/16); null: all that no other process captures", result=False
     )
     lease_seconds: float = option(
         60.0, "a shard whose worker has not renewed its lease for this long is taken over", result=False
@@ -512,7 +512,7 @@ class ReportConfig:
 
 @dataclass
 class AuditConfig:
-    cache: str = option(MISSING, "folder of a capture, or a glob matching one", content=True)
+    cache: str = option(MISSING, "folder or address of a cache, or a glob matching one", content=True, address=True)
     teacher: ModelConfig | None = option(
         None, "replay: the teacher of the cache; show: any model folder with its tokenizer", result=False
     )

@@ -192,7 +192,7 @@ def run_lock(paths: RunPaths) -> Iterator[int]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise InputError(
                         f"{paths.folder}: expected a free run folder, found {paths.lock.name} held by another "
@@ -200,6 +200,10 @@ def run_lock(paths: RunPaths) -> Iterator[int]:
                     ) from None
                 log.info("%s: the run folder is locked by another process; waiting", paths.folder)
                 time.sleep(2.0)
+            except OSError as error:  # such as ENOLCK or ENOSYS of a network file system
+                raise InputError(
+                    f"{paths.lock}: expected a file system with locks, found {error.strerror}; choose another runs_dir"
+                ) from error
         yield file.fileno()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import logging
@@ -24,10 +25,10 @@ from hypothesis import strategies as st
 from pipeline.cache import manifest as manifests
 from pipeline.cache import sequence_files
 from pipeline.cache.sequence_files import open_sequence_file, sequence_file
-from pipeline.capture import estimate, plan
+from pipeline.capture import estimate, plan, plan_lookup, worker
 from pipeline.capture.driver import run
 from pipeline.capture.plan_lookup import plan_folder
-from pipeline.config.schema import Targets, TextConfig
+from pipeline.config.schema import Dtype, MalformedPolicy, Targets, TextConfig
 from pipeline.core.progress import Progress
 from pipeline.core.types import InputError
 from pipeline.data.text_files import all_records, raw_records, read_chunks
@@ -232,6 +233,43 @@ def test_a_lost_shard_of_a_finished_cache_is_planned_and_captured_again(teacher:
     assert (cache / "shards" / "00001.parquet").read_bytes() == before
 
 
+def test_another_version_of_the_package_leaves_no_tokenized_text(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture is interrupted, a file of the package changes: the second plan is another, and both are cleaned up."""
+    files = write_lines(tmp_path / "a.jsonl", prompts(30, labeled=False))
+    config = config_of(teacher, files, tmp_path / "caches", records_per_shard=10)
+    elsewhere = dataclasses.replace(config, cache=str(tmp_path / "exactly here"), plans_dir=f"{tmp_path}/caches/.plans")
+    plans = [plan_folder(one) for one in (config, elsewhere)]
+    for one, planned in zip((config, elsewhere), plans, strict=True):
+        plan.make_plan(one, planned)
+    states = plan_lookup.file_states
+    monkeypatch.setattr(plan_lookup, "file_states", lambda paths: [*states(paths), ("changed.py",)])
+    later = plan_folder(config)
+    assert later not in plans
+    run(config)
+    assert later.load() == plans[0].load()
+    assert [planned.sequences.exists() for planned in (later, *plans)] == [False, False, True]
+
+
+def test_a_worker_says_where_auto_means_another_dtype(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(teacher, data / "corpus.jsonl", tmp_path)
+    manifest = plan.make_plan(config, plan_folder(config))
+    assert manifest.made_of["teacher_dtype"] == "float32"
+    for here in (Dtype.float32, Dtype.bfloat16):
+        monkeypatch.setattr(
+            worker, "resolve_dtype", lambda teacher, here=here: dataclasses.replace(teacher, dtype=here)
+        )
+        for dtype in (Dtype.float32, Dtype.auto):
+            asked = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, dtype=dtype))
+            caplog.clear()
+            assert worker.planned_teacher(asked, manifest).dtype is Dtype.float32
+            assert bool(caplog.messages) == (here is Dtype.bfloat16 and dtype is Dtype.auto)
+    assert "chose float32, and all workers use it; this one would choose bfloat16" in caplog.text
+
+
 def test_a_damaged_plan_is_rejected(teacher: Path, tmp_path: Path) -> None:
     files = write_lines(tmp_path / "a.jsonl", prompts(3000, labeled=False))
     config = config_of(teacher, files, tmp_path / "caches", records_per_shard=3000)
@@ -285,6 +323,25 @@ def test_the_estimate_agrees_with_the_capture(mixed: Path, teacher: Path, tmp_pa
     assert "in 2 shards" in printed
     targets = float(printed.split(" targets in")[0].split()[-1].replace(",", ""))
     assert targets == pytest.approx(sum(info.targets for info in infos), rel=0.1)
+
+
+def test_an_estimate_from_a_first_batch_that_takes_longer_than_the_probe(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(estimate, "PROBE_SECONDS", 0.0)
+    config = config_of(teacher, data / "corpus.jsonl", tmp_path / "caches", batch_sequences=1)
+    assert estimate.run(config) == 0
+    printed = capfd.readouterr().out
+    assert 0 < int(printed.split("Measured: ")[1].split(" records")[0]) < 60
+    assert "The corpus has 60 records" in printed
+
+
+def test_an_estimate_without_usable_records_is_refused(teacher: Path, tmp_path: Path) -> None:
+    files = write_lines(tmp_path / "a.jsonl", ["broken", "{}"])
+    corpus = TextConfig(files=[str(files)], malformed=MalformedPolicy.skip)
+    message = r"corpus: expected usable records, found none at its beginning \(2 malformed\)"
+    with pytest.raises(InputError, match=message):
+        estimate.run(config_of(teacher, files, tmp_path / "caches", corpus=corpus))
 
 
 def test_the_estimate_warns_of_a_small_disk(
