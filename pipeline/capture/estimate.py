@@ -128,18 +128,18 @@ def run_probe(config: CaptureConfig, text: Text) -> Probe:
 def _measure(config: CaptureConfig, model: Model, shard: SequenceFile, manifest: Manifest, cache: Path) -> Probe:
     """Capture the batches of a shard into `cache` until PROBE_SECONDS have passed."""
     manifests.create_cache(cache, manifest)
-    started, num_tokens, num_records = time.monotonic(), 0, 0
+    started, num_tokens, records = time.monotonic(), 0, set[int]()
     with shard_writer(cache, manifest, 0) as writer:
         for pending in teacher_batches(model, shard, manifest, config):
             if time.monotonic() - started >= PROBE_SECONDS:
                 break
             num_tokens += write_batch(writer, pending)[1]
-            num_records += len({record for sequence in pending.sequences for record in sequence.record_ids})
+            records.update(record for sequence in pending.sequences for record in sequence.record_ids)
         writer.commit(num_skipped=0)
     info = manifests.shard_info(cache, 0)
     assert info is not None
     return Probe(
-        num_records=num_records,
+        num_records=len(records),
         num_tokens=num_tokens,
         num_targets=info.targets,
         bytes=info.bytes,

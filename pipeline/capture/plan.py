@@ -141,6 +141,8 @@ def make_manifest(config: CaptureConfig, tokenizer: Any, num_records: int, hashe
     }
     if complete.how is not CompletionMode.none:
         made_of["complete"] = {**dataclasses.asdict(complete), "how": complete.how.name}
+    if config.corpus.choices is not None:
+        made_of["choices"] = config.corpus.choices
     return Manifest(
         schema_version=SCHEMA_VERSION,
         fingerprint=manifests.fingerprint(made_of),

@@ -14,6 +14,7 @@ from pipeline.config.schema import (
     Kind,
     ModelConfig,
     Targets,
+    TextConfig,
 )
 from pipeline.core.files import is_hub_name, is_url, matching_paths
 from pipeline.core.types import InputError
@@ -27,6 +28,7 @@ def check_capture(config: CaptureConfig) -> None:
     at_least(1, k=config.k, draws=config.draws, records_per_shard=config.records_per_shard)
     at_least(1, batch_sequences=config.batch_sequences, num_workers=config.num_workers)
     plain_name(name=config.name)
+    check_choices(config.corpus, "corpus")
     seeds(seed=config.seed, complete_seed=config.complete.seed)
     if config.kind is not Kind.topk and config.k + config.draws > MAX_KEPT:
         raise InputError(f"k and draws: expected a sum of at most {MAX_KEPT}, found {config.k + config.draws}")
@@ -50,6 +52,17 @@ def check_capture(config: CaptureConfig) -> None:
         )
     if 1.0 not in config.temperatures:
         raise InputError(f"temperatures: expected 1.0 among them, found {config.temperatures}; add it")
+
+
+def check_choices(text: TextConfig, what: str) -> None:
+    """Reject choices of a text among which a completion could not be found."""
+    if text.choices is None:
+        return
+    stripped = [choice.strip() for choice in text.choices]
+    if len(stripped) < 2 or "" in stripped or len(set(stripped)) < len(stripped):
+        raise InputError(
+            f"{what}.choices: expected two or more completions that differ in more than spaces, found {text.choices}"
+        )
 
 
 def check_audit(config: AuditConfig) -> None:

@@ -42,7 +42,7 @@ def parse_records(
     for record_id, (where, kind, content) in enumerate(raw, first_id):
         try:
             row = content if kind == "row" else _parse_line(kind, content, text.columns)
-            yield _record_from_row(_without_nulls(row), where, record_id, text.columns, tokenizer)
+            yield _record_from_row(_without_nulls(row), where, record_id, text, tokenizer)
         except InputError as error:
             malformed.reject(where, str(error))
 
@@ -86,11 +86,13 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _record_from_row(
-    row: dict[str, Any], where: str, record_id: int, columns: Mapping[str, str], tokenizer: Any
-) -> Record:
+def _record_from_row(row: dict[str, Any], where: str, record_id: int, text: Text, tokenizer: Any) -> Record:
+    columns = text.columns
     prompt, completion, templated = _prompt_and_completion(row, columns, tokenizer)
-    choices, answer = _choices(row, columns)
+    common = text.choices if prompt is not None else ()
+    choices, answer = _choices(row, columns, common)
+    if common and choices == common and answer is None and completion is not None:
+        answer = _answer_of(completion, choices)
     if prompt is not None and completion is None and answer is not None:
         completion = choices[answer]
     return Record(
@@ -147,8 +149,10 @@ def _chat(messages: Any, tokenizer: Any) -> tuple[str, str | None]:
     return prompt, chat[len(prompt) :]
 
 
-def _choices(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[tuple[str, ...], int | None]:
-    choices = row.get(columns["choices"]) or []
+def _choices(
+    row: dict[str, Any], columns: Mapping[str, str], common: tuple[str, ...]
+) -> tuple[tuple[str, ...], int | None]:
+    choices = row.get(columns["choices"]) or list(common)
     answer = row.get(columns["answer"]) if choices else None
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
         raise InputError(f"column {columns['choices']!r}: expected a list of strings, found {choices!r}")
@@ -161,6 +165,14 @@ def _choices(row: dict[str, Any], columns: Mapping[str, str]) -> tuple[tuple[str
             f"column {columns['answer']!r}: expected an index into {len(choices)} choices, found {answer!r}"
         )
     return tuple(choices), answer
+
+
+def _answer_of(completion: str, choices: tuple[str, ...]) -> int:
+    """The index of a completion among the choices of its text, whatever the spaces around it."""
+    for index, choice in enumerate(choices):
+        if choice.strip() == completion.strip():
+            return index
+    raise InputError(f"expected a completion that is one of the choices {list(choices)}, found {completion!r}")
 
 
 def _string(row: dict[str, Any], column: str) -> str:

@@ -40,11 +40,13 @@ class Text:
     columns: Mapping[str, str]
     """The name of the input's column for each of text, prompt, completion, messages, choices and answer."""
     targets: str
-    """all, completion or next."""
+    """all, completion, next or choices."""
     end_token: bool
     skip_malformed: bool
     completes: bool = False
     """Records with a prompt alone are completed by the teacher."""
+    choices: tuple[str, ...] = ()
+    """The choices of every record with a prompt that brings none of its own."""
 
 
 def open_text(config: TextConfig, what: str) -> Text:
@@ -72,6 +74,7 @@ def open_text(config: TextConfig, what: str) -> Text:
         targets=config.targets.name,
         end_token=config.end_token,
         skip_malformed=config.malformed.name == "skip",
+        choices=tuple(config.choices or ()),
     )
 
 
