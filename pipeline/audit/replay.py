@@ -27,8 +27,7 @@ FLOAT16_STEP = 2.0**-10  # largest relative distance of two neighbouring float16
 WIDTH_FACTOR = 2  # recomputed k over captured k: a near tie at place k then changes the order, but no entry is missing
 
 ValuesByMeasure = dict[str, Tensor]
-"""Measure -> one value per position or entry: a difference in nats (`draws`, `weights`: of probabilities), for `top-1` 0
-or 1."""
+"""Measure -> its values, per position or entry: differences, in nats (`draws`, `weights`: not logs), `top-1` 0 or 1."""
 
 
 def check_teacher(manifest: Manifest, *, folder: Path, dtype: str, num_layers: int | None) -> None:

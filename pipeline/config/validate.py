@@ -28,7 +28,6 @@ def check_capture(config: CaptureConfig) -> None:
     at_least(1, k=config.k, draws=config.draws, records_per_shard=config.records_per_shard)
     at_least(1, batch_sequences=config.batch_sequences, num_workers=config.num_workers)
     plain_name(name=config.name)
-    check_choices(config.corpus, "corpus")
     seeds(seed=config.seed, complete_seed=config.complete.seed)
     if config.kind is not Kind.topk and config.k + config.draws > MAX_KEPT:
         raise InputError(f"k and draws: expected a sum of at most {MAX_KEPT}, found {config.k + config.draws}")

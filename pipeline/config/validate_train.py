@@ -16,7 +16,7 @@ from pipeline.config.schema import (
     Tracker,
     TrainConfig,
 )
-from pipeline.config.validate import at_least, check_choices, fraction, plain_name, positive, seeds
+from pipeline.config.validate import at_least, fraction, plain_name, positive, seeds
 from pipeline.core.types import InputError
 
 TRACKER_PACKAGES = {  # what is imported, what pip calls it
@@ -59,9 +59,6 @@ def check_train(config: TrainConfig) -> None:
         )
     if config.gold_fraction < 1 and config.cache is None:
         raise InputError(f"gold_fraction is {config.gold_fraction} but cache is null; give a cache or gold_fraction=1")
-    for what in ("gold", "dev", "test"):
-        if getattr(config, what) is not None:
-            check_choices(getattr(config, what), what)
     _check_mixing(config)
     _check_engine(config)
     weights = {name: term.weight for name, term in terms.items()}

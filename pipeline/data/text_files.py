@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.schema import TextConfig
+from pipeline.config.validate import check_choices
 from pipeline.core.files import matching_paths
 from pipeline.core.types import InputError
 
@@ -51,6 +52,7 @@ class Text:
 
 def open_text(config: TextConfig, what: str) -> Text:
     """From options to a value: the files of all paths, folders and globs, sorted within each."""
+    check_choices(config, what)
     files: list[Path] = []
     for pattern in config.files:
         paths = matching_paths(pattern)
