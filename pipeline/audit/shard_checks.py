@@ -45,7 +45,7 @@ def verify_shard(cache: Location, manifest: Manifest, index: int, file: str) -> 
 
 def holds_json(place: Location, value: Manifest | ShardInfo) -> bool:
     """Whether a file has exactly the bytes that `write_json` writes of a value."""
-    expected = json.dumps(dataclasses.asdict(value), indent=2) + "\n"
+    expected = json.dumps(manifests.to_plain(value), indent=2) + "\n"
     # a local file as bytes, because reading text changes the ends of lines
     return place.read_bytes() == expected.encode() if isinstance(place, Path) else place.read_text() == expected
 

@@ -125,11 +125,6 @@ def _verify_manifest(cache: Location, manifest: Manifest, num_planned: int) -> I
         yield f"{path}: expected the bytes that capture writes, found other bytes; {RESTORE_MANIFEST}"
 
 
-def _json_bytes(value: Manifest | ShardInfo) -> bytes:
-    """The bytes that `files.write_json` writes."""
-    return (json.dumps(manifests.to_plain(value), indent=2) + "\n").encode()
-
-
 def _committed_files(cache: Location, found: set[str], num_planned: int) -> dict[int, str]:
     """Of each shard with a file in `found`: the name of its Parquet file, by its ShardInfo where this can be read."""
     indices = {index for name in found if (index := _planned_index(name, num_planned)) is not None}

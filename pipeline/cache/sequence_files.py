@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,12 @@ from pipeline.core.types import InputError, TokenSequence
 ROWS_PER_GROUP, TOKENS_PER_GROUP = 2048, 2 << 20
 
 
-def write_sequence_file(path: Path, sequences: Iterable[TokenSequence], *, num_skipped: Callable[[], int]) -> int:
-    """Write all sequences; returns their number. `num_skipped` is called after the last of them has been read.
+def write_sequence_file(
+    path: Path, sequences: Iterable[TokenSequence], *, summary: Callable[[], Mapping[str, Mapping[str, int]]] = dict
+) -> int:
+    """Write all sequences; returns their number.
+
+    `summary` is called after the last of them has been read: {"skipped": records by reason, "notes": records by note}.
 
     The file appears as a whole: if the process is killed, there is none, or only a hidden one that ends in .tmp.
     """
@@ -33,7 +38,7 @@ def write_sequence_file(path: Path, sequences: Iterable[TokenSequence], *, num_s
                 for rows in _row_groups(sequences):
                     file.write_table(encode_sequences(rows))
                     num_rows += len(rows)
-                file.add_key_value_metadata({"num_skipped": str(num_skipped())})
+                file.add_key_value_metadata({"summary": json.dumps(summary())})
             opened.flush()
             os.fsync(opened.fileno())
         temporary.replace(path)
@@ -62,8 +67,15 @@ class SequenceFile:
 
     path: Path
     num_rows: int
-    num_skipped: int
-    """Malformed records that were skipped."""
+    skipped: Mapping[str, int]
+    """Malformed records that were skipped, by reason."""
+    notes: Mapping[str, int]
+    """Records that were not tokenized as they stand, by what was done."""
+
+    @property
+    def num_skipped(self) -> int:
+        """The number of skipped records."""
+        return sum(self.skipped.values())
 
     def __iter__(self) -> Iterator[TokenSequence]:
         try:
@@ -80,7 +92,10 @@ class SequenceFile:
 def open_sequence_file(path: Path) -> SequenceFile:
     """Read the footer of a file of sequences; FileNotFoundError if there is no file."""
     metadata = pq.read_metadata(path)
-    return SequenceFile(path=path, num_rows=metadata.num_rows, num_skipped=int(metadata.metadata[b"num_skipped"]))
+    summary = json.loads(metadata.metadata[b"summary"])
+    return SequenceFile(
+        path=path, num_rows=metadata.num_rows, skipped=summary.get("skipped", {}), notes=summary.get("notes", {})
+    )
 
 
 def sequence_file(folder: Path, index: int) -> Path:

@@ -12,7 +12,8 @@ from pathlib import Path
 from pipeline.cache import manifest as manifests
 from pipeline.cache.sequence_files import SequenceFile, open_sequence_file, sequence_file
 from pipeline.cache.shards import shard_writer
-from pipeline.capture.plan import cached_tokenizer, make_manifest, open_corpus, write_sequences
+from pipeline.capture.corpus import TokenizedCorpus, cached_tokenizer, open_corpus, write_sequences
+from pipeline.capture.identity import make_manifest
 from pipeline.capture.worker import teacher_batches, write_batch
 from pipeline.config.schema import CaptureConfig, Kind
 from pipeline.config.validate import check_capture
@@ -120,15 +121,16 @@ def run_probe(config: CaptureConfig, text: Text) -> Probe:
     with tempfile.TemporaryDirectory() as name:
         path = sequence_file(Path(name), 0)
         arguments = (chunks, text, teacher_folder, teacher.trust_remote_code, config.window, 0)
-        num_rows, num_malformed = write_sequences(path, *arguments)
-        if num_rows == 0:
-            raise InputError(
-                f"corpus: expected usable records, found none at its beginning ({num_malformed} malformed); check the "
-                "files and corpus.columns"
-            )
+        write_sequences(path, *arguments)
         shard = open_sequence_file(path)
+        if shard.num_rows == 0:
+            raise InputError(
+                f"corpus: expected usable records, found none at its beginning ({shard.num_skipped} malformed); check "
+                "the files and corpus.columns"
+            )
         num_records = sum(len(chunk.numbers) for chunk in chunks)
-        manifest = make_manifest(config, tokenizer, num_records, hashes={})
+        found = TokenizedCorpus(num_records=num_records, skipped={}, notes={})
+        manifest = make_manifest(config, text, tokenizer, teacher_folder, found, hashes={})
         model = prepack(open_model(teacher, compute_device()))
         next(iter(teacher_batches(model, shard, manifest, config)))  # warm-up: the first forward is slower
         return _measure(config, model, shard, manifest, Path(name) / "cache")

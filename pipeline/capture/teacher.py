@@ -40,7 +40,8 @@ def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Mani
     started = timestamp(device)
     input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
     hidden_BSH = hidden_states(teacher, input_ids_BS.to(device), position_ids_BS.to(device))
-    hidden_NH = hidden_BSH.flatten(0, 1)[flat_N.to(device)]
+    hidden_PH = hidden_BSH.flatten(0, 1)
+    hidden_NH = hidden_PH[flat_N.to(device)]
     targets_N = torch.cat([sequence.target_ids_N for sequence in batch])
     draws_ND = torch.cat([position_draws(sequence, manifest) for sequence in batch])
     hidden_parts = hidden_NH.split(HEAD_POSITIONS)
@@ -54,6 +55,10 @@ def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Mani
     if "complete" in manifest.made_of:  # these targets come from the corpus: the teacher did not generate them
         weak_ids_N = torch.full_like(targets_N, UNKNOWN_TARGET)
         captured = dataclasses.replace(captured, weak_ids_N=weak_ids_N)
+    if manifest.made_of.get("targets") == "choices":
+        depths_N = torch.cat([sequence.depths_or_zeros() for sequence in batch])
+        weights_N = reach(teacher, hidden_PH, input_ids_BS.flatten(), flat_N, depths_N, manifest.vocabulary_size)
+        captured = dataclasses.replace(captured, weights_N=weights_N)
     return start_copy(batch, captured, started)
 
 
@@ -85,6 +90,31 @@ def prompt_draw_key(prompt: TokenSequence, manifest: Manifest) -> bytes:
     """What the random numbers of a prompt's completion follow from; of sampled ones, that of equal prompts differs."""
     by_record = manifest.made_of["complete"].get("draws_by_record", False)
     return prompt.key + prompt.record_ids[0].to_bytes(8, "little") if by_record else prompt.key
+
+
+def reach(
+    teacher: Model, hidden_PH: Tensor, input_ids_P: Tensor, flat_N: Tensor, depths_N: Tensor, vocabulary_size: int
+) -> Tensor:
+    """float32 [N]: the teacher's probability of the tokens of choices that each position has read; 1 at depth 0.
+
+    The position s at depth j has read j of them: the product over i = 1 to j of p(token s-j+i | tokens up to s-j+i-1).
+    P are all B * S positions of the batch; `input_ids_P`, `flat_N` and `depths_N` are on the CPU.
+    """
+    # position 7 at depth 2 was reached by the steps from 5 to 6 and from 6 to 7: the places 5 and 6, of owner 7
+    owners_J = torch.arange(len(flat_N)).repeat_interleave(depths_N)
+    steps_back_J = torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.arange(d, 0, -1) for d in depths_N.tolist())])
+    places_L, inverse_J = (flat_N[owners_J] - steps_back_J).unique(return_inverse=True)
+    device = hidden_PH.device
+    log_p_parts = [
+        logits(teacher, hidden_PH[part_L.to(device)], vocabulary_size)
+        .float()
+        .log_softmax(dim=1)
+        .gather(1, input_ids_P[part_L + 1, None].to(device))[:, 0]
+        for part_L in places_L.split(HEAD_POSITIONS)
+    ]
+    log_p_J = torch.cat(log_p_parts)[inverse_J.to(device)]
+    log_reach_N = torch.zeros(len(flat_N), dtype=torch.float64, device=device)
+    return log_reach_N.index_add(0, owners_J.to(device), log_p_J.double()).exp().float()
 
 
 def capture_positions(logits_NV: Tensor, targets_N: Tensor, uniforms_ND: Tensor, manifest: Manifest) -> Captured:

@@ -156,7 +156,7 @@ def check_finite(sequence: TokenSequence, captured: Captured) -> None:
 
     All records of the window are named, because a NaN in one segment can reach the others through masked attention.
     """
-    if not captured.entropy_N.isfinite().all():
+    if not (captured.entropy_N.isfinite().all() and captured.weights_or_ones().isfinite().all()):
         records = ", ".join(map(str, sequence.record_ids[:MAX_NAMED_RECORDS]))
         more = " and more" if len(sequence.record_ids) > MAX_NAMED_RECORDS else ""
         raise InputError(

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from pipeline.config.options import option
 
 Dtype = Enum("Dtype", ["auto", "float32", "bfloat16", "float16"])
-Targets = Enum("Targets", ["all", "completion", "next"])
+Targets = Enum("Targets", ["auto", "all", "completion", "next", "choices"])
 MalformedPolicy = Enum("MalformedPolicy", ["stop", "skip"])
 TooLongPolicy = Enum("TooLongPolicy", ["stop", "skip", "cut_left"])
 Supervise = Enum("Supervise", ["last", "all_turns"])
@@ -113,8 +113,11 @@ class TextConfig:
         content=True,
     )
     targets: Targets = option(
-        Targets.all, "positions to supervise: all, the completion's, or only the next token after the prompt"
+        Targets.auto,
+        "positions to supervise: all, the completion's, only the first after the prompt (next), or the choices'; auto: "
+        "choices where records have them, else all",
     )
+    choices: list[str] | None = option(None, "choices of records with a prompt and none of their own; null: none")
     malformed: MalformedPolicy = option(
         MalformedPolicy.stop, "what to do on a malformed record: stop, or skip and count it"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,11 +69,14 @@ def find_shape(text: Text) -> Text:
     # without a sign of any shape each record is refused with the project's own columns
     name = next(found, "own") if text.shape == "auto" else text.shape
     columns = SHAPES[name].columns(text.columns)
+    has_choices = name == "multiple_choice" or bool(text.choices)
+    has_choices = has_choices or any(text.columns["choices"] in names for names in sampled)
+    targets = text.targets if text.targets != "auto" else "choices" if has_choices else "all"
     unread = sorted(set().union(*sampled) - {*columns, *SHAPES[name].others})
     if name != "own" or unread:
         left = f"; columns that are not read: {', '.join(unread)}" if unread else ""
         log.info("%s: shape=%s%s", text.what, name if name != "own" else "text, prompt_completion or chat", left)
-    return dataclasses.replace(text, shape=name, read_columns=tuple(dict.fromkeys(columns)))
+    return dataclasses.replace(text, shape=name, targets=targets, read_columns=tuple(dict.fromkeys(columns)))
 
 
 def _sampled_columns(text: Text) -> Iterator[set[str]]:
@@ -104,7 +107,7 @@ def parse_records(
     renderer: ChatRenderer | None = None
     for record_id, (where, kind, content) in enumerate(raw, first_id):
         try:
-            fields = SHAPES[text.shape].read(_row(kind, content, text), text.columns)
+            fields = _fields(_row(kind, content, text), text)
             make = partial(Record, record_id=record_id, where=where)
             if fields.messages is None:
                 yield _plain_record(fields, make)
@@ -165,6 +168,30 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _fields(row: dict[str, Any], text: Text) -> Fields:
+    """What a row says; one with a prompt or a chat has the choices of its text if it brings none of its own."""
+    column = text.columns["choices"]
+    is_common = bool(text.choices) and column not in row and text.columns["text"] not in row
+    if not is_common:
+        return SHAPES[text.shape].read(row, text.columns)
+    fields = SHAPES[text.shape].read({**row, column: list(text.choices)}, text.columns)
+    messages = fields.messages or []
+    if messages and isinstance(messages[-1], dict) and messages[-1].get(text.chat.role) == "assistant":
+        answer = _answer_of(str(messages[-1].get(text.chat.content)), fields.choices)
+        return dataclasses.replace(fields, messages=messages[:-1], answer=answer)
+    if fields.answer is None and fields.completion is not None:
+        return dataclasses.replace(fields, answer=_answer_of(fields.completion, fields.choices))
+    return fields
+
+
+def _answer_of(completion: str, choices: Sequence[str]) -> int:
+    """The index of a completion among the choices of its text, whatever the spaces around it."""
+    for index, choice in enumerate(choices):
+        if choice.strip() == completion.strip():
+            return index
+    raise InputError(f"expected a completion that is one of the choices {list(choices)}, found {completion!r}")
 
 
 def _plain_record(fields: Fields, make: Any) -> Record:

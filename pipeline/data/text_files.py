@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import ChatConfig, TextConfig
+from pipeline.config.validate import check_choices
 from pipeline.core.files import matching_paths
 from pipeline.core.types import InputError
 from pipeline.data.file_kinds import endings, file_format, files_in, readable
@@ -33,7 +34,7 @@ class Text:
     columns: Mapping[str, str]
     """The name of the input's column for each of text, prompt, completion, messages, choices and answer."""
     targets: str
-    """all, completion or next."""
+    """all, completion, next or choices."""
     end_token: bool
     skip_malformed: bool
     chat: ChatRules
@@ -47,10 +48,13 @@ class Text:
     """The beginning token stands at the beginning of each window of a long text, not of the first alone."""
     completes: bool = False
     """Records with a prompt alone are completed by the teacher."""
+    choices: tuple[str, ...] = ()
+    """The choices of every record with a prompt that brings none of its own."""
 
 
 def open_text(config: TextConfig, what: str) -> Text:
     """From options to a value: the files of all paths, folders and globs, sorted within each."""
+    check_choices(config, what)
     files: list[Path] = []
     for pattern in config.files:
         paths = matching_paths(pattern)
@@ -78,6 +82,7 @@ def open_text(config: TextConfig, what: str) -> Text:
         shape=config.shape.name,
         too_long=None if config.too_long is None else config.too_long.name,
         begins_windows=bool(config.window_begin_token),
+        choices=tuple(config.choices or ()),
     )
 
 

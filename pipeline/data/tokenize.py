@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.core.files import file_hash
 from pipeline.core.types import UNKNOWN_TARGET, InputError, Record, TokenSequence
+from pipeline.data.choice_tree import choice_segments
 from pipeline.data.encode import EncodedRecord, encode_records
 from pipeline.data.packing import Segment, pack
 from pipeline.data.records import MalformedRecords, find_shape, parse_records
@@ -43,12 +44,15 @@ def segments(
     Plain text longer than the window is split into segments that overlap by one token, so that every token is a target
     once; a record with a prompt must fit. With `require_targets` a record without a known target is rejected.
     """
+    with_choices = text.targets in ("next", "choices")
     begin_ids = open_encoder(tokenizer).begin_ids
-    for whole in encode_records(records, tokenizer, malformed, end_token=text.end_token):
+    for whole in encode_records(records, tokenizer, malformed, end_token=text.end_token, with_choices=with_choices):
         encoded = _fitted(whole, text, malformed, window=window, begin_ids=begin_ids)
         if encoded is None:
             continue
         try:
+            if text.targets == "next":
+                _check_one_token(encoded, tokenizer, end_token=text.end_token)
             if encoded.completion_ids is None and text.completes:
                 yield _prompt_segment(encoded, window)
             else:
@@ -97,6 +101,8 @@ def _fitted(
 
 def _num_after_prompt(encoded: EncodedRecord, text: Text) -> int:
     """The tokens that follow a record's prompt in its longest segment."""
+    if text.targets == "choices":
+        return max((len(ids) - 1 for ids in encoded.choice_ids), default=0)
     if encoded.completion_ids is None:
         return int(text.completes)
     return 0 if text.targets == "next" else len(encoded.completion_ids)
@@ -115,6 +121,9 @@ def record_segments(
     `window_begin` are tokens that begin each further window of a long text.
     """
     prompt_ids, completion_ids, is_text = encoded.prompt_ids, encoded.completion_ids, not encoded.prompt_ids
+    if targets == "choices":
+        yield from _choice_segments(encoded, window, require_targets)
+        return
     if completion_ids is None and not encoded.prompt_spans and (require_targets or targets == "completion"):
         raise InputError("expected a known target, found no completion (nor choices with an answer)")
     if is_text and targets != "all":
@@ -131,8 +140,7 @@ def record_segments(
     if is_text and window is not None:
         yield from _windows(ids, window, window_begin, record_id)
         return
-    if window is not None and len(ids) > window:
-        raise InputError(f"expected at most {window} tokens (window), found {len(ids)}")
+    _check_length(len(ids), window)
     yield Segment(record_id=record_id, ids=tuple(ids), targets=pairs)
 
 
@@ -144,6 +152,39 @@ def _windows(ids: Sequence[int], window: int, begin: Sequence[int], record_id: i
         part = [*before, *ids[start : start + size]]
         yield Segment(record_id=record_id, ids=tuple(part), targets=shifted_targets(part, first=len(before)))
         start, before = start + size - 1, list(begin)
+
+
+def _choice_segments(encoded: EncodedRecord, window: int | None, require_targets: bool) -> Iterator[Segment]:
+    record, choice_ids = encoded.record, encoded.choice_ids
+    if not encoded.prompt_ids:
+        raise InputError("expected a prompt, because targets=choices, found plain text or an empty prompt")
+    if not choice_ids:
+        raise InputError(
+            "expected choices, because targets=choices, found none; the option choices of a text names those of all "
+            "its records"
+        )
+    if require_targets and record.answer is None:
+        raise InputError("expected a known target, found choices without an answer")
+    parts = list(choice_segments(encoded.prompt_ids, choice_ids, answer=record.answer, record_id=record.record_id))
+    _check_length(max(len(part.ids) for part in parts), window)
+    yield from parts
+
+
+def _check_length(num_tokens: int, window: int | None) -> None:
+    if window is not None and num_tokens > window:
+        raise InputError(f"expected at most {window} tokens (window), found {num_tokens}")
+
+
+def _check_one_token(encoded: EncodedRecord, tokenizer: Any, *, end_token: bool) -> None:
+    """Refuse `targets=next` where a choice has several tokens: most of it would be left out."""
+    num_end = 1 if end_token and not encoded.record.templated else 0
+    for choice, ids in zip(encoded.record.choices, encoded.choice_ids, strict=True):
+        if len(ids) - num_end > 1:
+            tokens = [tokenizer.decode([token]) for token in ids[: len(ids) - num_end]]
+            raise InputError(
+                f"expected choices of one token, found {choice!r} of {len(tokens)}: {tokens}; targets=next captures "
+                "the first token alone; use targets=choices"
+            )
 
 
 def _prompt_segment(encoded: EncodedRecord, window: int) -> Segment:

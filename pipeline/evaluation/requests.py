@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 from pipeline.config.schema import TextConfig
 from pipeline.core.files import write_atomically
-from pipeline.core.types import InputError, Record
+from pipeline.core.types import UNKNOWN_TARGET, InputError, Record
+from pipeline.data.choice_tree import check_no_choice_begins_another
 from pipeline.data.records import MalformedRecords, read_records
 from pipeline.data.text_files import Text, open_text
 from pipeline.data.tokenize import EncodedRecord, Targets, encode_records, record_segments, shifted_targets
@@ -126,10 +126,10 @@ def _own_targets(encoded: EncodedRecord, targets: str) -> Iterator[LikelihoodReq
     if encoded.record.completion is None:
         return
     for segment in record_segments(encoded, targets, window=None):
-        last, _ = segment.targets[-1]
-        yield LikelihoodRequest(
-            record_id=segment.record_id, choice=None, ids=segment.ids[: last + 1], targets=segment.targets
-        )
+        known = tuple((s, token) for s, token in segment.targets if token != UNKNOWN_TARGET)
+        if known:  # with targets=choices, only the answer's tokens are
+            ids = segment.ids[: known[-1][0] + 1]
+            yield LikelihoodRequest(record_id=segment.record_id, choice=None, ids=ids, targets=known)
 
 
 def _choices(encoded: EncodedRecord) -> Iterator[LikelihoodRequest]:
@@ -138,9 +138,7 @@ def _choices(encoded: EncodedRecord) -> Iterator[LikelihoodRequest]:
         return
     if record.prompt is None:
         raise InputError("expected a prompt beside the choices, found plain text")
-    for shorter, longer in itertools.permutations(encoded.choice_ids, 2):
-        if longer[: len(shorter)] == shorter:  # the shorter one would always be at least as likely
-            raise InputError("expected choices of which none begins another, found such; set end_token=true")
+    check_no_choice_begins_another(encoded.choice_ids)
     for index, choice_ids in enumerate(encoded.choice_ids):
         ids = prompt_ids + choice_ids
         targets = shifted_targets(ids, first=len(prompt_ids) - 1)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from pipeline.cache import manifest as manifests
 from pipeline.cache import sequence_files
 from pipeline.cache.sequence_files import open_sequence_file, sequence_file
-from pipeline.capture import estimate, plan, plan_lookup, worker
+from pipeline.capture import corpus, estimate, plan, plan_lookup, worker
 from pipeline.capture.driver import run
 from pipeline.capture.plan_lookup import plan_folder
 from pipeline.config.schema import Dtype, MalformedPolicy, Targets, TextConfig
@@ -79,7 +79,7 @@ def test_many_processes_make_the_same_plan_as_one(
     files_of_one = planned_files(planned.sequences)
     assert (manifest.num_records, manifest.num_shards) == (100, 15)
     shutil.rmtree(planned.folder)
-    monkeypatch.setattr(plan, "CORPUS_BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(corpus, "CORPUS_BYTES_PER_PROCESS", 1)
     assert plan.make_plan(config, planned) == manifest
     assert planned_files(planned.sequences) == files_of_one
 
@@ -90,7 +90,7 @@ def test_a_bad_record_stops_the_plan_and_leaves_nothing(
     files = write_lines(tmp_path / "a.jsonl", [*({"text": LINES[0]} for _ in range(50)), "broken"])
     config = config_of(teacher, files, tmp_path / "caches", records_per_shard=5)
     for bytes_per_process in (1 << 30, 1):
-        monkeypatch.setattr(plan, "CORPUS_BYTES_PER_PROCESS", bytes_per_process)
+        monkeypatch.setattr(corpus, "CORPUS_BYTES_PER_PROCESS", bytes_per_process)
         with pytest.raises(InputError, match="a.jsonl, line 51: expected a JSON object, found it broken"):
             run(config)
         assert list((tmp_path / "caches" / ".plans").glob("*/*")) == []
@@ -100,18 +100,18 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from pipeline.capture import plan
+from pipeline.capture import corpus, plan
 from pipeline.capture.plan_lookup import plan_folder
 from support.commands import config_of
 import psutil
-plan.CORPUS_BYTES_PER_PROCESS, plan.MAX_PENDING_BYTES = 1, 2000
+corpus.CORPUS_BYTES_PER_PROCESS, corpus.MAX_PENDING_BYTES = 1, 2000
 def advance(progress, count, num_tokenized=[0]):
     num_tokenized[0] += 1
     if num_tokenized[0] == 3:
         print(*(child.pid for child in psutil.Process().children()), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
-    plan.Progress.advance = advance
+    corpus.Progress.advance = advance
     config = config_of(Path({teacher!r}), Path({files!r}), Path({folder!r}), records_per_shard=5, lease_seconds=0.5)
     plan.make_plan(config, plan_folder(config))
 """
@@ -164,8 +164,8 @@ def test_text_that_waits_for_a_processor_is_bounded(tmp_path: Path, monkeypatch:
             largest.append(sum(waiting))
             return Tokenized()
 
-    monkeypatch.setattr(plan, "MAX_PENDING_BYTES", 1000)
-    pending = plan.PendingShards(Executor(1), Progress("plan", total=0, unit="", log_every_seconds=1))
+    monkeypatch.setattr(corpus, "MAX_PENDING_BYTES", 1000)
+    pending = corpus.PendingShards(Executor(1), Progress("plan", total=0, unit="", log_every_seconds=1))
     for length in (200, 200, 300, 5000, 100, 900, 70):
         (chunks,) = read_chunks([write_lines(tmp_path / "a.jsonl", ["x" * (length - 65)])], size=1)
         pending.submit(chunks, 1, tmp_path / "0")
@@ -182,7 +182,7 @@ def test_progress_of_the_plan_counts_what_it_does_now(
         lines = "".join(json.dumps({"text": f"{LINES[i % 5]} {i}"}) + "\n" for i in range(100))
         (tmp_path / name).write_bytes(gzip.compress(lines.encode()))
     size = sum(path.stat().st_size for path in tmp_path.glob("*.gz"))
-    monkeypatch.setattr(plan, "MB", 1)
+    monkeypatch.setattr(corpus, "MB", 1)
     config = config_of(teacher, tmp_path, tmp_path / "caches", records_per_shard=20, log_every_seconds=1e-9)
     with caplog.at_level(logging.INFO, "pipeline"):
         plan.make_plan(config, plan_folder(config))
@@ -199,7 +199,7 @@ def test_a_row_group_ends_by_tokens_too(teacher: Path, tmp_path: Path, monkeypat
     path = sequence_file(planned.sequences, 0)
     whole = list(open_sequence_file(path))
     monkeypatch.setattr(sequence_files, "TOKENS_PER_GROUP", 200)
-    sequence_files.write_sequence_file(path, whole, num_skipped=lambda: 0)
+    sequence_files.write_sequence_file(path, whole)
     metadata = pq.read_metadata(path)
     assert metadata.num_rows == len(whole)
     assert metadata.row_group(0).num_rows == 200 // 48 + 1  # windows of 48 tokens are nearly full
