@@ -27,7 +27,7 @@ FLOAT16_STEP = 2.0**-10  # largest relative distance of two neighbouring float16
 WIDTH_FACTOR = 2  # recomputed k over captured k: a near tie at place k then changes the order, but no entry is missing
 
 ValuesByMeasure = dict[str, Tensor]
-"""Measure -> one value per position or entry: a difference in nats (`draws`: in probability), for `top-1` 0 or 1."""
+"""Measure -> its values, per position or entry: differences, in nats (`draws`, `weights`: not logs), `top-1` 0 or 1."""
 
 
 def check_teacher(manifest: Manifest, *, folder: Path, dtype: str, num_layers: int | None) -> None:
@@ -82,6 +82,8 @@ def differences(cached: Captured, recomputed: Captured, sequence: TokenSequence,
     if bool(is_known_N.any()):
         difference_N = (cached.next_log_prob_N - recomputed.next_log_prob_N).float().abs()
         values["next_log_prob"] = difference_N[is_known_N]
+    if cached.weights_N is not None:
+        values["weights"] = (cached.weights_N - recomputed.weights_or_ones()).abs()
     if manifest.kind == "topk":
         return values | _topk_differences(cached.top, recomputed.top)
     return values | _drawn_differences(cached.top, recomputed.top)
@@ -152,14 +154,15 @@ def tolerance(measure: str, control: float, samples: Sequence[Sample], manifest:
 
     float16 rounds by up to 2^-10 of a value: of the lowest kept logit, of the target's log-probability, of an entropy;
     sums over entries (tails, draws) by at most that of the log of the vocabulary. In each direction one draw may fall
-    on another token.
+    on another token. Weights are probabilities.
     """
     largest_values = {
         "kept": max(_largest(captured.top.relative_logits_NK) for _, captured in samples),
         "next_log_prob": max(_largest(captured.next_log_prob_N) for _, captured in samples),
         "entropy": max(_largest(captured.entropy_N) for _, captured in samples),
     }
-    rounding = FLOAT16_STEP * max(largest_values.get(measure, 0.0), math.log(manifest.vocabulary_size))
+    largest = max(largest_values.get(measure, 0.0), math.log(manifest.vocabulary_size))
+    rounding = FLOAT16_STEP * (1.0 if measure == "weights" else largest)
     moved_draws = 2 / manifest.draws if measure == "draws" else 0.0
     return CONTROL_MULTIPLE * control + rounding + moved_draws
 

@@ -27,7 +27,7 @@ def check_lists(group: RowGroup, manifest: Manifest) -> Iterator[CheckResult]:
     lengths = group.lengths
     num_targets_R = lengths["target_positions"]
     yield "expected at least one target", np.flatnonzero(num_targets_R < 1)
-    for name in ("target_ids", "next_log_prob", "entropy", "weak_ids"):
+    for name in ("target_ids", "depths", "next_log_prob", "entropy", "weak_ids", "weights"):
         if name in lengths:
             yield f"{name}: expected one value per target position", np.flatnonzero(lengths[name] != num_targets_R)
     num_tails_R = num_targets_R * len(manifest.temperatures)
@@ -89,7 +89,7 @@ def check_sequences(group: RowGroup, manifest: Manifest, records: range) -> Iter
     yield "target_positions: expected positions inside the sequence", rows_of("target_positions", is_wrong_N)
     descends = (np.diff(positions_N) <= 0) & (np.diff(rows_N) == 0)
     yield "target_positions: expected ascending positions", np.unique(rows_N[1:][descends])
-    yield _check_targets(group)
+    yield from _check_depths(group) if "depths" in values else [_check_targets(group)]
     key_columns = ("input_ids", "segment_lengths", "target_positions")
     expected_keys = sequence_keys([(values[name], group.lengths[name]) for name in key_columns])
     differs_R = [found != expected for found, expected in zip(group.keys, expected_keys, strict=True)]
@@ -110,6 +110,26 @@ def _check_targets(group: RowGroup) -> CheckResult:
         expectation = f"weak_ids or {expectation}"
         targets_N = np.where(values["weak_ids"] == UNKNOWN_TARGET, targets_N, values["weak_ids"])
     return expectation, np.unique(rows_N[~is_boundary[next_N] & (next_ids_N != targets_N)])
+
+
+def _check_depths(group: RowGroup) -> Iterator[CheckResult]:
+    """Whether depths and weights fit a tree of choices. Its targets need not follow: the answer may take another path.
+
+    All targets of a segment have read the same prompt, so the position less the depth is the same for all of them.
+    """
+    values, rows_N = group.values, group.row_indices("target_positions")
+    depths_N, weights_N = values["depths"], values["weights"]
+    tokens_N = group.row_starts("input_ids")[rows_N] + values["target_positions"]
+    starts = np.cumsum(values["segment_lengths"]) - values["segment_lengths"]
+    segments_N = np.searchsorted(starts, tokens_N, side="right") - 1
+    roots_N = tokens_N - depths_N
+    is_wrong_N = (depths_N < 0) | (roots_N < starts[segments_N])
+    yield "depths: expected 0 or more tokens of a choice, all in the segment", np.unique(rows_N[is_wrong_N])
+    differs = (np.diff(segments_N) == 0) & (np.diff(roots_N) != 0)
+    yield "depths: expected one prompt for all targets of a segment", np.unique(rows_N[1:][differs])
+    # a very unlikely path may underflow to 0; negated, so that NaN is wrong too
+    is_right_N = np.where(depths_N == 0, weights_N == 1, (weights_N >= 0) & (weights_N <= 1 + MASS_SLACK))
+    yield "weights: expected 1 at depth 0, and 0 to 1 below", np.unique(rows_N[~is_right_N])
 
 
 def check_distributions(group: RowGroup, manifest: Manifest) -> Iterator[CheckResult]:

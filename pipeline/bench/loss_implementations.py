@@ -69,6 +69,8 @@ def make_case(
         gold_N=torch.zeros(num_positions, dtype=torch.bool),
         weak_N=has_target_N,
         weak_ids_N=torch.full((num_positions,), UNKNOWN_TARGET),
+        weights_N=torch.ones(num_positions),
+        depths_N=torch.zeros(num_positions, dtype=torch.int64),
         teacher=TopK.cat(tops),
         entropy_M=None,
         keys_B=torch.zeros(1, dtype=torch.int64),

@@ -26,7 +26,7 @@ from pipeline.cache.shards import ShardReader, shard_writer
 from pipeline.config.schema import DeepspeedConfig, Dtype, OptimizerConfig, StudentConfig, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.runtime import Ranks, StopRequest, keep_allocator_memory, ranks_from_environment
-from pipeline.core.types import Batch, TrainState
+from pipeline.core.types import Batch
 from pipeline.data.mixture import Mixture, prefetch
 from pipeline.data.sampler import SHUFFLE_BLOCKS, BatchSampler, CacheStream
 from pipeline.models.forward import hidden_states
@@ -37,7 +37,7 @@ from pipeline.monitoring.metrics import MetricsFile
 from pipeline.objective.fused_head import combined_loss
 from pipeline.objective.terms import StepInputs, count_positions
 from pipeline.training import engine as engines
-from pipeline.training.run import Run
+from pipeline.training.run import Run, TrainState
 from pipeline.training.steps import take_steps
 
 LEARNING_RATE, MAX_GRAD_NORM, BETAS, EPSILON = 1e-6, 1.0, (0.9, 0.999), 1e-8

@@ -1,13 +1,15 @@
 """The manifest of a cache and its files: fingerprint, plan, the commit and the check of shards.
 
-A local commit links a finished file to its name, which fails if the name exists. An object store has no links: there
-the name holds a part of the content's hash, so that the ShardInfo, put last, always describes the bytes that it names.
+A local commit links a finished file to its name, which fails if the name exists. An object store has no links, and nor
+have some file systems: there the name holds a part of the content's hash and a random token, so that no file replaces
+another, and the ShardInfo, put last, always describes the bytes that it names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -28,6 +30,7 @@ from pipeline.core.types import InputError, Manifest, ShardInfo
 
 REQUESTS_AT_ONCE = 16
 SHARD_FILE = re.compile(r"\d{5,}(-[0-9a-f]+)*\.parquet")
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of exFAT, SMB, FUSE
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -150,36 +153,50 @@ def commit_shard(cache: Location, temporary: Path, index: int) -> None:
     The data is durable before it gets its name, and the ShardInfo is written last. A shard that another worker has
     published meanwhile stays as it is.
     """
-    if isinstance(cache, RemotePath):
-        _commit_remote(cache, temporary, index)
-        return
     try:
         info = describe_shard(temporary, index)
-        os.link(temporary, shard_path(cache, index))
-    except FileExistsError:
-        adopt_orphan(cache, index)
+        if isinstance(cache, RemotePath):
+            _commit_unlinked(cache, temporary, info)
+        else:
+            _commit_local(cache, temporary, info)
     except FileNotFoundError:  # another process took it for a dead worker's and deleted it
         if shard_info(cache, index) is None:
             raise
+    temporary.unlink(missing_ok=True)
+
+
+def _commit_local(cache: Path, temporary: Path, info: ShardInfo) -> None:
+    try:
+        os.link(temporary, shard_path(cache, info.index))
+    except FileExistsError:
+        adopt_orphan(cache, info.index)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        _commit_unlinked(cache, temporary, info)
     else:
         sync_folder(cache / "shards")
-        write_json(info_path(cache, index), to_plain(info))
-    temporary.unlink(missing_ok=True)
+        write_json(info_path(cache, info.index), to_plain(info))
 
 
-def _commit_remote(cache: RemotePath, temporary: Path, index: int) -> None:
-    """Two workers that commit at once leave two objects and one ShardInfo that describes one of them.
+def _commit_unlinked(cache: Location, temporary: Path, info: ShardInfo) -> None:
+    """Commit without links, under a name that no other commit gives.
 
-    The other object stays: the worker that put it may be about to write its ShardInfo. A random token is in the name,
-    because an upload that breaks off may leave a part of an object, which must not replace a complete one.
+    Two workers that commit at once leave two files and one ShardInfo that describes one of them. The other file stays:
+    the worker that put it may be about to write its ShardInfo. A random token is in the name, because an upload that
+    breaks off may leave a part of an object, which must not replace a complete one.
     """
-    info = describe_shard(temporary, index)
-    info = dataclasses.replace(info, file=f"{index:05d}-{info.sha256[:12]}-{secrets.token_hex(4)}.parquet")
-    if not info_path(cache, index).exists():
-        upload(temporary, cache / "shards" / info.file)
-        if not info_path(cache, index).exists():
-            write_json(info_path(cache, index), to_plain(info))
-    temporary.unlink(missing_ok=True)
+    info = dataclasses.replace(info, file=f"{info.index:05d}-{info.sha256[:12]}-{secrets.token_hex(4)}.parquet")
+    if info_path(cache, info.index).exists():
+        return
+    place = shard_file(cache, info)
+    if isinstance(place, RemotePath):
+        upload(temporary, place)
+    else:
+        temporary.rename(place)
+        sync_folder(place.parent)
+    if not info_path(cache, info.index).exists():
+        write_json(info_path(cache, info.index), to_plain(info))
 
 
 def footer_totals(*, targets: int, num_skipped: int, histogram: Sequence[int]) -> dict[str, str]:

@@ -39,13 +39,18 @@ class Column:
     """Whether the shards of a cache have this column."""
 
 
-# name and type in the shard, field and type in memory; all rows have them, before and after the teacher runs
+def _has_choices(manifest: Manifest) -> bool:
+    return manifest.made_of.get("targets") == "choices"
+
+
+# name and type in the shard, field and type in memory; before the teacher runs, rows have all of them
 SEQUENCE_COLUMNS = (
     Column(name="record_ids", type=pa.int64(), field="record_ids", splits_bytes=False),
     Column(name="segment_lengths", type=pa.int32(), field="segment_lengths", splits_bytes=False),
     Column(name="input_ids", type=pa.int32(), field="input_ids_S"),
     Column(name="target_positions", type=pa.int32(), field="target_positions_N", splits_bytes=False),
     Column(name="target_ids", type=pa.int32(), field="target_ids_N"),
+    Column(name="depths", type=pa.int32(), field="depths_N", splits_bytes=False, is_stored=_has_choices),
 )
 
 # A new column of a shard is a field in `core/types.py`, a row here, and the code that computes its values. With split
@@ -67,6 +72,7 @@ CAPTURED_COLUMNS = (
     Column(
         name="weak_ids", type=pa.int32(), field="weak_ids_N", is_stored=lambda manifest: "complete" in manifest.made_of
     ),
+    Column(name="weights", type=pa.float32(), field="weights_N", dtype=torch.float32, is_stored=_has_choices),
 )
 ENTRY_COLUMNS = ("topk_ids", "relative_logits")  # one value an entry; with kept_counts the padding is not stored
 
@@ -81,9 +87,9 @@ def sequence_schema() -> pa.Schema:
 
 def shard_schema(manifest: Manifest) -> pa.Schema:
     """The columns of a cache's shards, and what each shard repeats of the manifest."""
-    stored = [column for column in CAPTURED_COLUMNS if column.is_stored(manifest)]
+    stored = [column for column in (*SEQUENCE_COLUMNS, *CAPTURED_COLUMNS) if column.is_stored(manifest)]
     return pa.schema(
-        [_key_field(), *(_list_field(column) for column in (*SEQUENCE_COLUMNS, *stored))],
+        [_key_field(), *map(_list_field, stored)],
         metadata={
             "fingerprint": manifest.fingerprint,
             "schema_version": str(manifest.schema_version),
@@ -119,7 +125,7 @@ def _list_type(value_type: pa.DataType) -> pa.DataType:
 def encode(rows: Sequence[tuple[TokenSequence, Captured]], schema: pa.Schema) -> pa.Table:
     """A table of one row for each sequence."""
     has_kept_counts = "kept_counts" in schema.names
-    arrays = _sequence_arrays([sequence for sequence, _ in rows])
+    arrays = _sequence_arrays([sequence for sequence, _ in rows], schema)
     for column in CAPTURED_COLUMNS:
         if column.name in schema.names:
             drops_padding = has_kept_counts and column.name in ENTRY_COLUMNS
@@ -130,7 +136,7 @@ def encode(rows: Sequence[tuple[TokenSequence, Captured]], schema: pa.Schema) ->
 
 def encode_sequences(rows: Sequence[TokenSequence]) -> pa.Table:
     """A table of one row for each sequence, before the teacher runs."""
-    return pa.Table.from_arrays(_sequence_arrays(rows), schema=sequence_schema())
+    return pa.Table.from_arrays(_sequence_arrays(rows, sequence_schema()), schema=sequence_schema())
 
 
 def _captured_values(column: Column, captured: Captured, *, drops_padding: bool) -> np.ndarray:
@@ -144,13 +150,18 @@ def _captured_values(column: Column, captured: Captured, *, drops_padding: bool)
     return values.flatten().numpy()
 
 
-def _sequence_arrays(rows: Sequence[TokenSequence]) -> list[pa.Array]:
+def _sequence_arrays(rows: Sequence[TokenSequence], schema: pa.Schema) -> list[pa.Array]:
     keys = pa.array([sequence.key for sequence in rows], pa.binary(16))
     lists = [
-        _list_array([np.asarray(getattr(sequence, column.field)) for sequence in rows], column.type)
+        _list_array([_sequence_values(column, sequence) for sequence in rows], column.type)
         for column in SEQUENCE_COLUMNS
+        if column.name in schema.names
     ]
     return [keys, *lists]
+
+
+def _sequence_values(column: Column, sequence: TokenSequence) -> np.ndarray:
+    return np.asarray(sequence.depths_or_zeros() if column.name == "depths" else getattr(sequence, column.field))
 
 
 def _list_array(rows: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListArray:
@@ -197,6 +208,7 @@ def _sequence(key: bytes, row: dict[str, torch.Tensor]) -> TokenSequence:
         record_ids=tuple(values["record_ids"].tolist()),
         target_positions_N=values["target_positions"],
         target_ids_N=values["target_ids"],
+        depths_N=values.get("depths"),
     )
 
 

@@ -39,14 +39,15 @@ def shuffle_positions(
 ) -> list[tuple[TokenSequence, Captured]]:
     """The same sequences, each position with what was captured at another one: a control whose targets teach nothing.
 
-    The positions of all rows are shuffled together, and none keeps its own.
+    The positions of all rows are shuffled together, and none keeps its own. A weight belongs to the position and stays.
     """
     num_targets = [len(sequence.target_ids_N) for sequence, _ in rows]
     generator = torch.Generator().manual_seed(seed_from_values(*seed))
     order_N = torch.randperm(sum(num_targets), generator=generator)
     source_N = torch.empty_like(order_N)
     source_N[order_N] = order_N.roll(1)  # one cycle. order [2, 0, 1]: position 2 takes from 1, 0 from 2, 1 from 0
-    shuffled = Captured.cat([captured for _, captured in rows]).select(source_N)
+    captured = Captured.cat([captured for _, captured in rows])
+    shuffled = dataclasses.replace(captured.select(source_N), weights_N=captured.weights_N)
     return [(sequence, part) for (sequence, _), part in zip(rows, shuffled.split(num_targets), strict=True)]
 
 
@@ -183,14 +184,27 @@ class ShardReader:
         return sequence, dataclasses.replace(captured, top=narrowed)
 
     def mean_entropies(self) -> list[torch.Tensor]:
-        """For each block, the teacher's mean entropy over the positions of each of its R rows: fp32 [R], nats."""
+        """For each block, the teacher's weighted mean entropy over the positions of each of its R rows: fp32 [R], nats.
+
+        Without weights it is the plain mean.
+        """
         means = []
         for block in range(len(self.blocks)):
-            column = self._table(block, columns=["entropy"]).column(0).combine_chunks()
-            entropy_N = torch.from_numpy(column.flatten().to_numpy().copy()).float()
-            lengths = pc.list_value_length(column).to_pylist()
-            means.append(torch.stack([row_N.mean() for row_N in entropy_N.split(lengths)]))
+            rows = self._column(block, "entropy")
+            if "weights" in shard_schema(self.manifest).names:
+                weights = self._column(block, "weights")
+                means.append(
+                    torch.stack([(h_N * w_N).sum() / w_N.sum() for h_N, w_N in zip(rows, weights, strict=True)])
+                )
+            else:
+                means.append(torch.stack([row_N.mean() for row_N in rows]))
         return means
+
+    def _column(self, block: int, name: str) -> tuple[torch.Tensor, ...]:
+        """The float32 values of a column, one tensor for each row of a block."""
+        column = self._table(block, columns=[name]).column(0).combine_chunks()
+        values = torch.from_numpy(column.flatten().to_numpy().copy()).float()
+        return values.split(pc.list_value_length(column).to_pylist())
 
     @property
     def mean_targets(self) -> Fraction:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.core.topk import hybrid, sampled, top_k_and_entropy, uniform_draws
 from pipeline.core.types import UNKNOWN_TARGET, Captured, Manifest, TokenSequence, map_tensors
-from pipeline.data.packing import collate_inputs
+from pipeline.data.packing import Segment, collate_inputs, make_sequence
 from pipeline.models.forward import HEAD_POSITIONS, Model, hidden_states, logits
 
 
@@ -40,11 +40,10 @@ def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Mani
     started = timestamp(device)
     input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
     hidden_BSH = hidden_states(teacher, input_ids_BS.to(device), position_ids_BS.to(device))
-    hidden_NH = hidden_BSH.flatten(0, 1)[flat_N.to(device)]
+    hidden_PH = hidden_BSH.flatten(0, 1)
+    hidden_NH = hidden_PH[flat_N.to(device)]
     targets_N = torch.cat([sequence.target_ids_N for sequence in batch])
-    draws_ND = torch.cat(
-        [uniform_draws(s.key, len(s.target_ids_N), draws=manifest.draws, seed=manifest.draw_seed) for s in batch]
-    )
+    draws_ND = torch.cat([position_draws(sequence, manifest) for sequence in batch])
     hidden_parts = hidden_NH.split(HEAD_POSITIONS)
     target_parts = targets_N.to(device).split(HEAD_POSITIONS)
     draw_parts = draws_ND.split(HEAD_POSITIONS)
@@ -56,7 +55,66 @@ def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Mani
     if "complete" in manifest.made_of:  # these targets come from the corpus: the teacher did not generate them
         weak_ids_N = torch.full_like(targets_N, UNKNOWN_TARGET)
         captured = dataclasses.replace(captured, weak_ids_N=weak_ids_N)
+    if manifest.made_of.get("targets") == "choices":
+        depths_N = torch.cat([sequence.depths_or_zeros() for sequence in batch])
+        weights_N = reach(teacher, hidden_PH, input_ids_BS.flatten(), flat_N, depths_N, manifest.vocabulary_size)
+        captured = dataclasses.replace(captured, weights_N=weights_N)
     return start_copy(batch, captured, started)
+
+
+def position_draws(sequence: TokenSequence, manifest: Manifest) -> Tensor:
+    """Random numbers for the kept entries of a sequence's N positions: fp64 [N, D] in [0, 1).
+
+    A completion is captured while it is generated, before it is packed, so its numbers follow from its prompt. Its
+    targets are unknown, and the first of them is at the end of the prompt.
+    """
+    draws, seed = manifest.draws, manifest.draw_seed
+    draws_ND = uniform_draws(sequence.key, len(sequence.target_ids_N), draws=draws, seed=seed)
+    if "complete" not in manifest.made_of or not draws:
+        return draws_ND
+    start, positions_N = 0, sequence.target_positions_N
+    for record_id, length in zip(sequence.record_ids, sequence.segment_lengths, strict=True):
+        is_here_N = (positions_N >= start) & (positions_N < start + length)
+        generated_N = torch.nonzero(is_here_N & (sequence.target_ids_N == UNKNOWN_TARGET))[:, 0]
+        if len(generated_N):
+            prompt_ids = sequence.input_ids_S[start : int(positions_N[generated_N[0]]) + 1].tolist()
+            prompt = make_sequence([Segment(record_id=record_id, ids=tuple(prompt_ids), targets=())])
+            draws_ND[generated_N] = uniform_draws(
+                prompt_draw_key(prompt, manifest), len(generated_N), draws=draws, seed=seed
+            )
+        start += length
+    return draws_ND
+
+
+def prompt_draw_key(prompt: TokenSequence, manifest: Manifest) -> bytes:
+    """What the random numbers of a prompt's completion follow from; of sampled ones, that of equal prompts differs."""
+    by_record = manifest.made_of["complete"].get("draws_by_record", False)
+    return prompt.key + prompt.record_ids[0].to_bytes(8, "little") if by_record else prompt.key
+
+
+def reach(
+    teacher: Model, hidden_PH: Tensor, input_ids_P: Tensor, flat_N: Tensor, depths_N: Tensor, vocabulary_size: int
+) -> Tensor:
+    """float32 [N]: the teacher's probability of the tokens of choices that each position has read; 1 at depth 0.
+
+    The position s at depth j has read j of them: the product over i = 1 to j of p(token s-j+i | tokens up to s-j+i-1).
+    P are all B * S positions of the batch; `input_ids_P`, `flat_N` and `depths_N` are on the CPU.
+    """
+    # position 7 at depth 2 was reached by the steps from 5 to 6 and from 6 to 7: the places 5 and 6, of owner 7
+    owners_J = torch.arange(len(flat_N)).repeat_interleave(depths_N)
+    steps_back_J = torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.arange(d, 0, -1) for d in depths_N.tolist())])
+    places_L, inverse_J = (flat_N[owners_J] - steps_back_J).unique(return_inverse=True)
+    device = hidden_PH.device
+    log_p_parts = [
+        logits(teacher, hidden_PH[part_L.to(device)], vocabulary_size)
+        .float()
+        .log_softmax(dim=1)
+        .gather(1, input_ids_P[part_L + 1, None].to(device))[:, 0]
+        for part_L in places_L.split(HEAD_POSITIONS)
+    ]
+    log_p_J = torch.cat(log_p_parts)[inverse_J.to(device)]
+    log_reach_N = torch.zeros(len(flat_N), dtype=torch.float64, device=device)
+    return log_reach_N.index_add(0, owners_J.to(device), log_p_J.double()).exp().float()
 
 
 def capture_positions(logits_NV: Tensor, targets_N: Tensor, uniforms_ND: Tensor, manifest: Manifest) -> Captured:
@@ -111,11 +169,14 @@ def finish_copy(pending: PendingBatch) -> tuple[list[Captured], float]:
 
 
 def timestamp(device: torch.device) -> Any:
-    """The present time on a device's clock: seconds on a CPU, a recorded CUDA event on a GPU."""
+    """The present time on a device's clock: seconds on a CPU, a CUDA event in the stream of the forward on a GPU.
+
+    The stream is named, because that of another device is idle: its event would be reached before the forward ends.
+    """
     if device.type != "cuda":
         return time.monotonic()
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 

@@ -14,6 +14,7 @@ from pipeline.config.schema import (
     Kind,
     ModelConfig,
     Targets,
+    TextConfig,
 )
 from pipeline.core.files import is_hub_name, is_url, matching_paths
 from pipeline.core.types import InputError
@@ -50,6 +51,17 @@ def check_capture(config: CaptureConfig) -> None:
         )
     if 1.0 not in config.temperatures:
         raise InputError(f"temperatures: expected 1.0 among them, found {config.temperatures}; add it")
+
+
+def check_choices(text: TextConfig, what: str) -> None:
+    """Reject choices of a text among which a completion could not be found."""
+    if text.choices is None:
+        return
+    stripped = [choice.strip() for choice in text.choices]
+    if len(stripped) < 2 or "" in stripped or len(set(stripped)) < len(stripped):
+        raise InputError(
+            f"{what}.choices: expected two or more completions that differ in more than spaces, found {text.choices}"
+        )
 
 
 def check_audit(config: AuditConfig) -> None:

@@ -49,6 +49,10 @@ class Record:
     """True if a chat template has already added the special tokens; the tokenizer must then add none."""
     where: str
     """File and line (or row), for error messages."""
+    choice_turns: tuple[str, ...] = ()
+    """Of a chat: the choices as the template writes them, each with its end of turn; else empty."""
+    prompt_spans: tuple[tuple[int, int], ...] = ()
+    """The characters of supervised turns in the prompt of a chat, as (start, end), ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,6 +71,12 @@ class TokenSequence:
     """int64, ascending: the supervised positions, as indices into the S tokens."""
     target_ids_N: Tensor
     """int64: the true next token at each supervised position, or UNKNOWN_TARGET."""
+    depths_N: Tensor | None = None
+    """int64: with `targets=choices`, the number of tokens of choices that the position has read. None: all 0."""
+
+    def depths_or_zeros(self) -> Tensor:
+        """`depths_N`, or that many zeros."""
+        return self.target_ids_N.new_zeros(len(self.target_ids_N)) if self.depths_N is None else self.depths_N
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,10 +140,16 @@ class Captured:
     """float16, nats: entropy of the teacher's full distribution at T = 1; NaN where an imported cache lacks it."""
     weak_ids_N: Tensor | None = None
     """int64: the token that the teacher generated, or UNKNOWN_TARGET. None if the cache holds no completions."""
+    weights_N: Tensor | None = None
+    """float32, 0 to 1: the teacher's probability of the tokens of choices that the position has read. None: all 1."""
 
     def select(self, rows_N: Tensor | slice) -> Captured:
         """The values at the given positions: row indices, a bool mask or a slice."""
         return map_tensors(self, lambda column: column[rows_N])
+
+    def weights_or_ones(self) -> Tensor:
+        """`weights_N`, or that many ones."""
+        return self.entropy_N.float().new_ones(len(self.entropy_N)) if self.weights_N is None else self.weights_N
 
     def split(self, counts: Sequence[int]) -> list[Captured]:
         """Split along N: the first counts[0] positions, the next counts[1] positions, and so on."""
@@ -142,10 +158,12 @@ class Captured:
 
     @staticmethod
     def cat(parts: Sequence[Captured]) -> Captured:
-        """Concatenate along N. `weak_ids_N` is None if one of the parts has none."""
+        """Concatenate along N. `weak_ids_N` is None if one of the parts has none; missing weights are 1."""
         import torch
 
         columns: dict[str, Any] = {"top": TopK.cat([part.top for part in parts])}
+        if any(part.weights_N is not None for part in parts):
+            parts = [dataclasses.replace(part, weights_N=part.weights_or_ones()) for part in parts]
         for name in (field.name for field in dataclasses.fields(Captured) if field.name != "top"):
             tensors = [getattr(part, name) for part in parts]
             columns[name] = None if any(tensor is None for tensor in tensors) else torch.cat(tensors)
@@ -170,6 +188,10 @@ class Batch:
     """bool: True where the teacher's distribution was captured."""
     weak_ids_N: Tensor
     """int64: the token that the teacher generated when it completed the record, or UNKNOWN_TARGET."""
+    weights_N: Tensor
+    """float32: the weight of the position in the terms that read the teacher: see `Captured`; elsewhere 1."""
+    depths_N: Tensor
+    """int64: the tokens of choices that the position has read: see `TokenSequence`; elsewhere 0."""
     teacher: TopK | None
     """The teacher's distributions at the M positions where `weak_N` is True, in the same order; None if M = 0."""
     entropy_M: Tensor | None
@@ -194,24 +216,6 @@ def map_tensors(value: V, change: Callable[[Tensor], Tensor]) -> V:
         elif dataclasses.is_dataclass(content):
             changed[field.name] = map_tensors(content, change)
     return dataclasses.replace(value, **changed)  # type: ignore[type-var]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainState:
-    """What a checkpoint stores besides parameters and optimizer state; the batches follow from the seed and `step`."""
-
-    step: int = 0
-    """Number of finished optimizer steps."""
-    kd_factor: float = 1.0
-    """Factor of the KD weight: 1 at first, smaller as the student becomes better than the teacher (adaptive weight)."""
-    thresholds: tuple[float, ...] = ()
-    """One per class: subtracted from the student's logits before `confidence` takes their argmax as the hard target."""
-    best_score: float | None = None
-    """The best score on dev so far (higher is better); None before the first evaluation."""
-    best_step: int = 0
-    """The step after which `best_score` was measured."""
-    evaluations_since_best: int = 0
-    """Number of evaluations after `best_step`, none of which was better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +249,8 @@ class Manifest:
     """Number of malformed records that were skipped; None until every shard is committed."""
     tail: str = "exact"
     """How the mass outside the kept entries is known: exact, or otherwise in imported caches (docs/cache-format.md)."""
+    skipped: dict[str, Any] | None = None
+    """Number of skipped records by reason, with a hash; None if none was skipped, or in older caches."""
     tokenizer: dict[str, Any] | None = None
     """The teacher's added tokens, and a hash of each other part of its tokenizer; None if they are not recorded."""
 
@@ -275,26 +281,3 @@ class ShardInfo:
     """Number of malformed records of this shard that were skipped."""
     retained_mass_histogram: tuple[int, ...]
     """Number of positions per retained mass (sum of p over the kept entries at T = 1): ten equal bins from 0 to 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """The scores of a model on one held-out text; a score is None if no record of the text has it."""
-
-    num_records: int
-    num_targets: int
-    """Number of supervised positions with a known target."""
-    nll: float | None
-    """Mean negative log-likelihood per known target, in nats."""
-    perplexity: float | None
-    """exp(nll)."""
-    num_choice_records: int
-    """Number of records with choices and an answer."""
-    accuracy: float | None
-    """Fraction of these records whose most likely choice is the answer."""
-    num_free_records: int
-    """Number of records for which the model generated a completion."""
-    exact_match: float | None
-    """Fraction of these records whose generated text equals the completion, apart from whitespace at both ends."""
-    agreement: float | None
-    """Fraction of the records with choices for which the teacher's most likely choice is the same."""

@@ -95,9 +95,15 @@ def collate(rows: Sequence[tuple[TokenSequence, Captured | None]], from_gold: Se
         gold_N=torch.tensor(from_gold).repeat_interleave(counts),
         weak_N=has_teacher.repeat_interleave(counts),
         weak_ids_N=torch.cat(weak_ids),
+        weights_N=torch.cat([_weights(sequence, one) for sequence, one in rows]),
+        depths_N=torch.cat([sequence.depths_or_zeros() for sequence in sequences]),
         teacher=TopK.cat([one.top for one in captured]) if captured else None,
         entropy_M=torch.cat([one.entropy_N for one in captured]).float() if captured else None,
     )
+
+
+def _weights(sequence: TokenSequence, captured: Captured | None) -> torch.Tensor:
+    return torch.ones(len(sequence.target_ids_N)) if captured is None else captured.weights_or_ones()
 
 
 def prefetch(

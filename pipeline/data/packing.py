@@ -23,6 +23,8 @@ class Segment:
     ids: tuple[int, ...]
     targets: tuple[tuple[int, int], ...]
     """(position s, token s+1), ascending in s."""
+    depths: tuple[int, ...] = ()
+    """Of each target the number of tokens of choices before it (see `TokenSequence`); empty: all 0."""
 
 
 def with_completion(prompt: TokenSequence, completion_ids: Sequence[int]) -> Segment:
@@ -66,6 +68,7 @@ def make_sequence(parts: Sequence[Segment]) -> TokenSequence:
     pairs = [(start + s, t) for start, part in zip(starts, parts, strict=False) for s, t in part.targets]
     ids = np.array([i for part in parts for i in part.ids], dtype=np.int64)
     positions = np.array([s for s, _ in pairs], dtype=np.int64)
+    depths = [d for part in parts for d in part.depths or (0,) * len(part.targets)]
     return TokenSequence(
         key=sequence_key(ids, np.array(lengths, dtype=np.int64), positions),
         input_ids_S=torch.from_numpy(ids),
@@ -73,6 +76,7 @@ def make_sequence(parts: Sequence[Segment]) -> TokenSequence:
         record_ids=tuple(part.record_id for part in parts),
         target_positions_N=torch.from_numpy(positions),
         target_ids_N=torch.from_numpy(np.array([t for _, t in pairs], dtype=np.int64)),
+        depths_N=torch.tensor(depths) if any(depths) else None,
     )
 
 

@@ -140,6 +140,38 @@ def chat_template_and_end_token(tokenizer: Any) -> dict[str, Any]:
     return {"chat_template": tokenizer.chat_template, "end_token_id": tokenizer.eos_token_id}
 
 
+def end_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a completion, ascending: the tokenizer's end token, those of generation_config.json, and the
+    token with which the chat template ends a turn of the assistant."""
+    ids = {tokenizer.eos_token_id, _turn_end(tokenizer)}
+    path = folder / "generation_config.json"
+    if path.exists():
+        named = json.loads(path.read_text()).get("eos_token_id")
+        ids |= set(named if isinstance(named, list) else [named])
+    return tuple(sorted(token for token in ids if token is not None))
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    """The first of the special tokens that the chat template writes after an answer, or None."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "Answer"
+    chat = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception:  # a template is a program; one that refuses this chat refuses none of the user's
+        return None
+    after = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return next((token for token in after if token in special), None)
+
+
+def needs_begin_token(folder: Path) -> bool:
+    """Whether each window of a long text should begin with the beginning token: Gemma fails without it."""
+    path = folder / "config.json"
+    return path.exists() and str(json.loads(path.read_text()).get("model_type", "")).startswith("gemma")
+
+
 def split_option(tokenizer: Any) -> dict[str, bool]:
     """{"split_special_tokens": True} where special tokens in a text are split: the hash does not contain it."""
     return {"split_special_tokens": True} if getattr(tokenizer, "split_special_tokens", False) else {}

@@ -37,7 +37,7 @@ def loss_metrics(
         raise FloatingPointError(f"step {step}: expected a finite loss, found {means}; lower the learning rate")
     metrics: StepMetrics = {"step": step, "loss": loss, **means}
     metrics |= {f"{name}_weight": weights[name] for name in counts}
-    return metrics | {f"{name}_count": int(counts[name]) for name in counts}
+    return metrics | {f"{name}_count": int(count) if count.is_integer() else count for name, count in counts.items()}
 
 
 def engine_metrics(engine: Any, ranks: Ranks, batches: Sequence[Batch]) -> StepMetrics:

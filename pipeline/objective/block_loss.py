@@ -63,14 +63,15 @@ class RestExp:
 def group_loss(student: SelectedLogits, group: PositionGroup, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """The loss of a group's positions, and their sums (float64, in the order of `LossInputs.sum_names`)."""
     values = {name: TERMS[name].value(student, group.top, inputs.terms[name]) for name in group.term_names}
-    sums = {name: value_N.sum() for name, value_N in values.items()}
+    weighted = {name: v_N * group.weights_N if TERMS[name].is_weighted else v_N for name, v_N in values.items()}
+    sums = {name: value_N.sum() for name, value_N in weighted.items()}
     loss = torch.stack([inputs.step.coefficients[name] * total for name, total in sums.items()]).sum()
     if inputs.step.diagnose:
-        sums |= diagnostics.sums(student, group.ids_NJ, group.top, values)
+        sums |= diagnostics.sums(student, group, values)
     if inputs.class_ids and "student_top" in group.extra_tokens:
         assert group.top is not None
         predicted_N = group.ids_NJ[:, group.extra_tokens.index("student_top")]
-        student_L, teacher_L = class_sums(predicted_N, group.top, inputs.class_ids)
+        student_L, teacher_L = class_sums(predicted_N, group.top, inputs.class_ids, group.is_root_N)
         sums |= dict(zip(class_names(inputs.class_ids), torch.cat([student_L, teacher_L]), strict=True))
     zero = loss.new_zeros(())
     return loss, torch.stack([sums.get(name, zero).detach().double() for name in inputs.sum_names])

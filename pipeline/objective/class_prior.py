@@ -23,17 +23,19 @@ def harden(logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[flo
     return ids_L[(logits_NV.detach()[:, ids_L] - torch.tensor(thresholds, device=logits_NV.device)).argmax(dim=1)]
 
 
-def class_sums(predicted_N: Tensor, top: TopK, class_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+def class_sums(predicted_N: Tensor, top: TopK, class_ids: Sequence[int], is_root_N: Tensor) -> tuple[Tensor, Tensor]:
     """Two float32 [L]: positions where each class was predicted, and the teacher's probability of each class, summed.
 
-    The teacher's probabilities are normalised over the L classes; they are 1 / L where it kept no class token.
+    Only the positions right after the prompt count (`is_root_N`): there the first token of a class is chosen. The
+    teacher's probabilities are normalised over the L classes; they are 1 / L where it kept no class token.
     """
     ids_L = torch.tensor(class_ids, device=predicted_N.device)
-    counts_L = (predicted_N[:, None] == ids_L).float().sum(dim=0)
+    counts_L = ((predicted_N[:, None] == ids_L) & is_root_N[:, None]).float().sum(dim=0)
     is_class_NKL = top.ids_NK[:, :, None] == ids_L
     mass_NL = (top.relative_logits_NK.float().exp()[:, :, None] * is_class_NKL).sum(dim=1)
     total_N1 = mass_NL.sum(dim=1, keepdim=True)
-    return counts_L, torch.where(total_N1 > 0, mass_NL / total_N1.clamp(min=1e-30), 1.0 / len(ids_L)).sum(dim=0)
+    p_NL = torch.where(total_N1 > 0, mass_NL / total_N1.clamp(min=1e-30), 1.0 / len(ids_L))
+    return counts_L, (p_NL * is_root_N[:, None]).sum(dim=0)
 
 
 def class_names(class_ids: Sequence[int]) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.core.types import TopK
 from pipeline.objective.divergences import forward_kl
 from pipeline.objective.gates import top_token
+from pipeline.objective.position_groups import PositionGroup
 from pipeline.objective.terms import SelectedLogits, log_p_categories
 
 KD_NAMES = ("kd_at_T1", "agreement", "teacher_tail", "student_tail")
@@ -41,9 +41,16 @@ class LogitGradient:
     """[N] on log_rest at each temperature."""
 
 
-def sums(student: SelectedLogits, ids_NJ: Tensor, top: TopK | None, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sums, some of `NAMES`, over positions that the same terms read; `values` are the terms' values, [N] each."""
-    gradients = {name: _logit_gradient(student, ids_NJ, values[name]) for name in ("lm", "kd") if name in values}
+def sums(student: SelectedLogits, group: PositionGroup, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums, some of `NAMES`, over a group's positions; `values` are the terms' values, [N] each, without weights.
+
+    What is divided by the count of kd is weighted as kd is, and so is every gradient of kd. The sums over the positions
+    that lm and kd both read (`BOTH_NAMES`) are otherwise plain.
+    """
+    ids_NJ, top, weights_N = group.ids_NJ, group.top, group.weights_N
+    weighted = {"lm": values["lm"]} if "lm" in values else {}
+    weighted |= {"kd": values["kd"] * weights_N} if "kd" in values else {}
+    gradients = {name: _logit_gradient(student, ids_NJ, value_N) for name, value_N in weighted.items()}
     squares = {f"{name}_square": _inner_product(student, u, u) for name, u in gradients.items()}
     result = {name: square_N.sum() for name, square_N in squares.items()}
     if top is None or "kd" not in values:
@@ -55,10 +62,10 @@ def sums(student: SelectedLogits, ids_NJ: Tensor, top: TopK | None, values: Mapp
         is_teacher_top_NJ = ids_NJ == teacher_top_N[:, None]
         at_teacher_top_N = student.logits_NJ.masked_fill(~is_teacher_top_NJ, -torch.inf).amax(dim=1)
         result |= {
-            "kd_at_T1": forward_kl(log_p_NC, log_q_NC).sum(),
-            "agreement": (at_teacher_top_N >= largest_N).float().sum(),
-            "teacher_tail": log_p_NC[:, -1].exp().sum(),
-            "student_tail": log_q_NC[:, -1].exp().sum(),
+            "kd_at_T1": (forward_kl(log_p_NC, log_q_NC) * weights_N).sum(),
+            "agreement": ((at_teacher_top_N >= largest_N) * weights_N).sum(),
+            "teacher_tail": (log_p_NC[:, -1].exp() * weights_N).sum(),
+            "student_tail": (log_q_NC[:, -1].exp() * weights_N).sum(),
         }
         if "lm" in values:
             is_right_N = ids_NJ[:, student.extra_tokens.index("target")] == teacher_top_N

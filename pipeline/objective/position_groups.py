@@ -33,20 +33,34 @@ class PositionGroup:
     """bool: see `skipped_columns`."""
     top: TopK | None
     """The teacher's distributions at the positions; None if no term reads them."""
+    weights_N: Tensor
+    """float32: see `Batch`."""
+    depths_N: Tensor | None
+    """int64: see `Batch`; None if all are 0."""
+
+    @property
+    def is_root_N(self) -> Tensor:
+        """bool: the position has read no token of a choice."""
+        return torch.ones_like(self.rows_N, dtype=torch.bool) if self.depths_N is None else self.depths_N == 0
 
     def with_student_top(
         self, logits_NV: Tensor, class_ids: Sequence[int], thresholds: Sequence[float]
     ) -> PositionGroup:
         """The same group with the ids of "student_top" filled in, if a term reads them.
 
-        The student's most likely token is taken among the class tokens, or from the full vocabulary without classes.
+        The student's most likely token is taken among the class tokens, which stand right after the prompt, or from the
+        full vocabulary: without classes, and where the position has read a token of a choice already.
         """
         if "student_top" not in self.extra_tokens:
             return self
         ids_NJ = self.ids_NJ.clone()
-        ids_NJ[:, self.extra_tokens.index("student_top")] = (
-            harden(logits_NV, class_ids, thresholds) if class_ids else logits_NV.detach().argmax(dim=1)
-        )
+        if class_ids and self.depths_N is None:
+            top_N = harden(logits_NV, class_ids, thresholds)
+        else:
+            top_N = logits_NV.detach().argmax(dim=1)
+            if class_ids:
+                top_N = torch.where(self.is_root_N, harden(logits_NV, class_ids, thresholds), top_N)
+        ids_NJ[:, self.extra_tokens.index("student_top")] = top_N
         is_skipped_NJ = skipped_columns(ids_NJ, self.is_padding_NJ, len(self.extra_tokens))
         return dataclasses.replace(self, ids_NJ=ids_NJ, is_skipped_NJ=is_skipped_NJ)
 
@@ -60,6 +74,8 @@ class PositionGroup:
             is_padding_NJ=self.is_padding_NJ[rows],
             is_skipped_NJ=self.is_skipped_NJ[rows],
             top=None if self.top is None else self.top.select(rows),
+            weights_N=self.weights_N[rows],
+            depths_N=None if self.depths_N is None else self.depths_N[rows],
         )
 
 
@@ -92,13 +108,19 @@ def _group(batch: Batch, terms: dict[str, TermOptions], term_names: tuple[str, .
         # the teacher has a row only where weak_N is true: weak_N 0 1 0 1 1 -> rows -1 0 0 1 2, read where it is true
         teacher_rows_N = batch.weak_N.cumsum(0) - 1
         top = batch.teacher.select(teacher_rows_N[rows_N])
-    return make_group(rows_N, term_names, extra_ids, top)
+    group, depths_N = make_group(rows_N, term_names, extra_ids, top), batch.depths_N[rows_N]
+    return dataclasses.replace(
+        group, weights_N=batch.weights_N[rows_N], depths_N=depths_N if bool(depths_N.any()) else None
+    )
 
 
 def make_group(
     rows_N: Tensor, term_names: tuple[str, ...], extra_ids: dict[str, Tensor], top: TopK | None
 ) -> PositionGroup:
-    """A group from its positions, the terms that read them, the ids [N] of each extra token and the kept entries."""
+    """A group from its positions, the terms that read them, the ids [N] of each extra token and the kept entries.
+
+    Every position has weight 1 and depth 0.
+    """
     columns = [ids_N[:, None] for ids_N in extra_ids.values()]
     padding = [torch.zeros_like(column, dtype=torch.bool) for column in columns]
     if top is not None:
@@ -115,6 +137,8 @@ def make_group(
         is_padding_NJ=is_padding_NJ,
         is_skipped_NJ=skipped_columns(ids_NJ, is_padding_NJ, len(extra_ids)),
         top=top,
+        weights_N=torch.ones(len(rows_N), device=rows_N.device),
+        depths_N=None,
     )
 
 

@@ -4,7 +4,8 @@
 
 S_term is the sum of the term's values and N_term the number of its positions, both over the global batch: all ranks and
 all accumulation steps. N_term is counted before any forward. (Xiao & Zhu, Foundations of Large Language Models,
-eq. 4.12 and 4.13.)
+eq. 4.12 and 4.13.) The terms that read the teacher weight each position in S and N by `Batch.weights_N`: by 1, or with
+`targets=choices` by the teacher's probability of the choice's tokens that the position has read.
 
 A term never sees the full vocabulary. It reads the student's logits at a few selected tokens (the target, the teacher's
 kept entries, ...) and the log-sum-exp of all other logits, the rest. `fused_head.py` computes both, and the gradient on
@@ -112,6 +113,8 @@ class Term:
     tokens: tuple[str, ...]
     """The tokens whose logits it reads: "target"; "teacher_label", the teacher's hard label; "student_top", the
     student's most likely token; "kept", the teacher's kept entries."""
+    is_weighted: bool = True
+    """Whether `Batch.weights_N` weights its positions: where it reads the teacher."""
 
 
 # ------------------------------------------------------------------------------------ values
@@ -190,7 +193,7 @@ HARD_LABELS: dict[str, Callable[[Batch], Tensor]] = {"generated": generated_labe
 """The teacher's hard labels, by the name of the option loss.hard.take."""
 
 TERMS: dict[str, Term] = {
-    "lm": Term(positions=target_positions, value=lm, tokens=("target",)),
+    "lm": Term(positions=target_positions, value=lm, tokens=("target",), is_weighted=False),
     "kd": Term(positions=teacher_positions, value=kd, tokens=("kept",)),
     "hard": Term(positions=label_positions, value=hard, tokens=("teacher_label",)),
     # with classes, `class_sums` compares its predictions with the teacher's kept entries
@@ -207,8 +210,12 @@ def term_positions(batch: Batch, name: str, options: TermOptions) -> Tensor:
 
 
 def count_positions(batch: Batch, terms: dict[str, TermOptions]) -> Tensor:
-    """int64, one entry for each term: the number of positions that it reads. It needs no forward."""
-    return torch.stack([term_positions(batch, name, options).sum() for name, options in terms.items()])
+    """float64, one entry for each term: the number of positions that it reads, by weight. It needs no forward."""
+    counts = []
+    for name, options in terms.items():
+        is_read_N = term_positions(batch, name, options)
+        counts.append((is_read_N * batch.weights_N if TERMS[name].is_weighted else is_read_N).sum(dtype=torch.float64))
+    return torch.stack(counts)
 
 
 def temperatures_of(terms: dict[str, TermOptions], names: Sequence[str]) -> tuple[float, ...]:

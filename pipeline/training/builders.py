@@ -117,12 +117,13 @@ def steps_of(config: TrainConfig, mixture: Mixture) -> int:
 
 
 def class_ids(choices: list[str] | None, tokenizer: Any) -> tuple[int, ...]:
-    """The first token of each completion; InputError where two are the same."""
-    ids = tuple(tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices or ())
-    if len(set(ids)) < len(ids):
+    """The different first tokens of the completions; InputError where there is only one."""
+    firsts = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in choices or ()]
+    ids = tuple(dict.fromkeys(firsts))
+    if choices is not None and len(ids) < 2:
         raise InputError(
-            f"loss.confidence.choices: expected completions with different first tokens, found {choices} -> {ids}; "
-            "remove those with the same first token, or use choices=null"
+            f"loss.confidence.choices: expected completions with two or more different first tokens, found {choices} "
+            f"-> {firsts}; give such, or use choices=null"
         )
     return ids
 

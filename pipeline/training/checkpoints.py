@@ -22,8 +22,8 @@ from pipeline.config.schema import CheckpointConfig, Dtype, ExportedStep, Optimi
 from pipeline.core.files import RunPaths, sync_files, write_json
 from pipeline.core.progress import log
 from pipeline.core.runtime import full_numel
-from pipeline.core.types import InputError, RunFailed, TrainState
-from pipeline.training.run import Run
+from pipeline.core.types import InputError, RunFailed
+from pipeline.training.run import Run, TrainState
 
 FORMAT = 2  # version of published.json; version 1 did not list the files
 ABOUT = "about.json"  # in each checkpoint's folder: the published.json of the time when it was the newest

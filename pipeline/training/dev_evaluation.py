@@ -13,12 +13,12 @@ import torch
 from pipeline.config.schema import EarlyStoppingConfig, ExportedStep, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import log
-from pipeline.core.types import InputError, TrainState
+from pipeline.core.types import InputError
 from pipeline.evaluation.predictions import main_score, teacher_score
 from pipeline.evaluation.requests import EvaluationSet
 from pipeline.evaluation.scoring import score
 from pipeline.training.inputs import load_held_out
-from pipeline.training.run import DevSet, Run
+from pipeline.training.run import DevSet, Run, TrainState
 from pipeline.training.schedules import adaptive_kd_factor, is_due
 
 DEV_SCORES = ("dev_accuracy", "dev_exact_match", "dev_nll")

@@ -26,9 +26,9 @@ from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths, content_hash, write_json
 from pipeline.core.progress import log, start_logging
-from pipeline.core.types import InputError, RunFailed, Scores
+from pipeline.core.types import InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
-from pipeline.evaluation.predictions import main_score
+from pipeline.evaluation.predictions import Scores, main_score
 from pipeline.models.loading import check_trained_dtype, resolve_dtype
 from pipeline.models.lora import check_adapter
 from pipeline.models.paths import pinned
@@ -192,7 +192,7 @@ def run_lock(paths: RunPaths) -> Iterator[int]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise InputError(
                         f"{paths.folder}: expected a free run folder, found {paths.lock.name} held by another "
@@ -200,6 +200,10 @@ def run_lock(paths: RunPaths) -> Iterator[int]:
                     ) from None
                 log.info("%s: the run folder is locked by another process; waiting", paths.folder)
                 time.sleep(2.0)
+            except OSError as error:  # such as ENOLCK or ENOSYS of a network file system
+                raise InputError(
+                    f"{paths.lock}: expected a file system with locks, found {error.strerror}; choose another runs_dir"
+                ) from error
         yield file.fileno()
 
 

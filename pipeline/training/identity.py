@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline.models.preflight import check_model
 from pipeline.models.tokenizer import (
     chat_template_and_end_token,
     check_same_tokenizer,
+    needs_begin_token,
     open_tokenizer,
     split_option,
     tokenizer_hash,
@@ -54,6 +56,8 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     gold: list[TokenSequence] = []
     if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
         text = open_text(config.gold, "gold")
+        if config.gold.window_begin_token is None:
+            text = dataclasses.replace(text, begins_windows=needs_begin_token(folder))
         gold = load_labeled_sequences(text, tokenizer, window=config.window)
         identity["gold"] = text_hash(text)
     held_out = {}
@@ -91,7 +95,10 @@ def _teacher_identity(config: TrainConfig, held_out: dict[str, EvaluationSet]) -
     if "dev" in held_out and adaptive.every_steps > 0 and adaptive.teacher_predictions is not None:
         identity["dev_goal"] = teacher_score(held_out["dev"], adaptive.teacher_predictions)
     if "test" in held_out and choices is not None:
-        identity["teacher_predictions"] = content_hash(teacher_choices(held_out["test"], choices).to_list())
+        found = teacher_choices(held_out["test"], choices)
+        identity["teacher_predictions"] = content_hash(
+            [best if len(best) > 1 else next(iter(best), None) for best in found]
+        )
     return identity
 
 

@@ -1,4 +1,4 @@
-"""A run as one rank sees it: everything that it has from its start, in one value."""
+"""A run as one rank sees it: everything that it has from its start, in one value, and what changes with the steps."""
 
 from __future__ import annotations
 
@@ -41,3 +41,21 @@ class Run:
     model_size: ModelSize
     dev: DevSet | None
     """None where the run never evaluates on dev."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """What a checkpoint stores besides parameters and optimizer state; the batches follow from the seed and `step`."""
+
+    step: int = 0
+    """Number of finished optimizer steps."""
+    kd_factor: float = 1.0
+    """Factor of the KD weight: 1 at first, smaller as the student becomes better than the teacher (adaptive weight)."""
+    thresholds: tuple[float, ...] = ()
+    """One per class: subtracted from the student's logits before `confidence` takes their argmax as the hard target."""
+    best_score: float | None = None
+    """The best score on dev so far (higher is better); None before the first evaluation."""
+    best_step: int = 0
+    """The step after which `best_score` was measured."""
+    evaluations_since_best: int = 0
+    """Number of evaluations after `best_step`, none of which was better."""

@@ -12,7 +12,7 @@ import torch
 from pipeline.core.progress import log
 from pipeline.core.runtime import Ranks
 from pipeline.core.seeds import seed_from_values
-from pipeline.core.types import Batch, TrainState
+from pipeline.core.types import Batch
 from pipeline.data.mixture import prefetch
 from pipeline.monitoring.metrics import StepLogger, StepMetrics, engine_metrics, loss_metrics
 from pipeline.objective import diagnostics
@@ -24,7 +24,7 @@ from pipeline.training import checkpoints
 from pipeline.training.builders import learning_rate_at, weights_at
 from pipeline.training.dev_evaluation import evaluate_dev, is_over
 from pipeline.training.engine import loss_scale, set_learning_rate
-from pipeline.training.run import Run
+from pipeline.training.run import Run, TrainState
 from pipeline.training.schedules import is_due
 
 Terms = dict[str, TermOptions]
@@ -113,7 +113,7 @@ def take_step(run: Run, state: TrainState, batches: list[Batch]) -> StepMetrics:
     metrics |= {"learning_rate": learning_rate} | engine_metrics(run.engine, run.ranks, batches)
     if inputs.diagnose:
         metrics |= diagnostics.figures(sums, counts, weights)
-    return metrics | class_metrics(terms, sums, counts)
+    return metrics | class_metrics(terms, sums)
 
 
 def step_inputs(run: Run, state: TrainState, weights: dict[str, float], counts: dict[str, float]) -> StepInputs:
@@ -124,7 +124,7 @@ def step_inputs(run: Run, state: TrainState, weights: dict[str, float], counts: 
     """
     world_size = run.ranks.world_size
     return StepInputs(
-        coefficients={name: weights[name] * world_size / max(counts[name], 1.0) for name in run.terms},
+        coefficients={name: weights[name] * world_size / (counts[name] or 1.0) for name in run.terms},
         diagnose=is_due(run.config.loss.diagnostics_every_steps, state.step),
         thresholds=state.thresholds or (0.0,) * len(classes_of(run.terms)),
         loss_scale=loss_scale(run.engine),
@@ -145,9 +145,9 @@ def forward_backward(run: Run, inputs: StepInputs, batches: list[Batch]) -> dict
 
 
 def global_counts(ranks: Ranks, batches: list[Batch], terms: Terms) -> dict[str, float]:
-    """How many positions of the global batch each term reads."""
+    """How many positions of the global batch each term reads, by weight."""
     counts = torch.stack([count_positions(batch, terms) for batch in batches]).sum(dim=0)
-    return dict(zip(terms, ranks.all_reduce(counts).double().tolist(), strict=True))
+    return dict(zip(terms, ranks.all_reduce(counts).tolist(), strict=True))
 
 
 def gated_away_fraction(ranks: Ranks, batches: list[Batch], terms: Terms, counts: dict[str, float]) -> float | None:
@@ -161,12 +161,14 @@ def gated_away_fraction(ranks: Ranks, batches: list[Batch], terms: Terms, counts
 # -------------------------------------------------------------------------------------------- classes
 
 
-def class_metrics(terms: Terms, sums: dict[str, float], counts: dict[str, float]) -> dict[str, list[float]]:
+def class_metrics(terms: Terms, sums: dict[str, float]) -> dict[str, list[float]]:
     """How often the student was hardened to each class, and the teacher's probability of it; empty without classes."""
-    if not classes_of(terms) or not counts["confidence"]:
+    totals = [sums[name] for name in class_names(classes_of(terms))]
+    half = len(totals) // 2
+    num_positions = sum(totals[:half])  # each was hardened to one class
+    if not num_positions:
         return {}
-    fractions = [sums[name] / counts["confidence"] for name in class_names(classes_of(terms))]
-    half = len(fractions) // 2
+    fractions = [total / num_positions for total in totals]
     return {"own_class_fractions": fractions[:half], "teacher_class_fractions": fractions[half:]}
 
 

@@ -17,7 +17,6 @@ from pipeline.config.schema import HeadPath, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import log, start_logging
 from pipeline.core.runtime import Ranks, StopRequest, exit_rank, ranks_from_environment, release_memory
-from pipeline.core.types import TrainState
 from pipeline.data.mixture import Mixture, fitting_micro_batch
 from pipeline.models.compatibility import check_architecture
 from pipeline.models.loading import open_model
@@ -29,7 +28,7 @@ from pipeline.training import engine as engines
 from pipeline.training.builders import class_ids, open_gate, open_mixture, steps_of, term_options
 from pipeline.training.export import export, finish
 from pipeline.training.inputs import load_gold
-from pipeline.training.run import Run
+from pipeline.training.run import Run, TrainState
 from pipeline.training.steps import take_steps
 
 

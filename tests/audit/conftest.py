@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pipeline.capture import driver
-from pipeline.config.schema import CaptureConfig, Dtype, Kind, ModelConfig, TextConfig
+from pipeline.config.schema import CaptureConfig, Dtype, Kind, ModelConfig, Targets, TextConfig
+from support.commands import config_of
 from support.damage import copy_cache
 from support.tiny import prompts, write_lines
 
@@ -45,6 +46,17 @@ def labeled_caches(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> d
         )
         (caches[kind],) = (folder / "caches").glob(f"{kind}-*")
     return caches
+
+
+@pytest.fixture(scope="package")
+def choices_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """A cache of 12 records with choices of several tokens, whose answers are known."""
+    folder = tmp_path_factory.mktemp("choices")
+    corpus = write_lines(folder / "corpus.jsonl", prompts(12, labeled=True))
+    text = TextConfig(files=[str(corpus)], targets=Targets.choices)
+    driver.run(config_of(teacher, corpus, folder, corpus=text, temperatures=[1.0]))
+    (found,) = folder.glob("tiny-*")
+    return found
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from pipeline.audit import commands
 from pipeline.config.schema import AuditConfig, Dtype, ModelConfig
 from pipeline.core.types import InputError
-from support.damage import ChangeOfList, rewrite_first_row
+from support.damage import ChangeOfList, copy_cache, rewrite_first_row
 
 HALF = np.float16
 
@@ -55,6 +55,18 @@ def test_a_changed_value_is_found(
     measures = verdict.split("NOT CONSISTENT in ")[1].split(" (")[0].split(", ")
     assert measure in measures
     assert [line.split()[0] for line in printed.splitlines() if line.endswith("  exceeded")] == measures
+
+
+def test_a_changed_weight_is_found(
+    choices_cache: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A choices cache agrees with its teacher; then the last weight of the first row moves by 0.01."""
+    cache = copy_cache(choices_cache, tmp_path)
+    assert commands.run("replay", replay_config(cache, teacher)) == 0
+    assert "weights" in capsys.readouterr().out
+    rewrite_first_row(cache, 0, weights=lambda weights: [*weights[:-1], weights[-1] + 0.01])
+    assert commands.run("replay", replay_config(cache, teacher)) == 1
+    assert "NOT CONSISTENT in weights (" in capsys.readouterr().out
 
 
 def test_another_teacher_is_refused_before_it_loads(cache: Path, teacher: Path, student: Path) -> None:

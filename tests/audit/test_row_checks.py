@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.audit.row_checks import CheckResult, check_distributions, check_sequences
+from pipeline.audit.row_checks import CheckResult, check_distributions, check_lists, check_sequences
 from pipeline.audit.row_groups import RowGroup, read_row_groups
 from pipeline.audit.verify import load_manifest
 from pipeline.cache.manifest import shard_path, shard_range
@@ -69,3 +69,33 @@ def test_a_generated_token_has_to_follow_where_the_target_is_unknown(labeled_cac
     expectation = "weak_ids or target_ids: expected the token that follows in the segment"
     assert failed_with(unknown_N, wrong_N) == {expectation: [0]}
     assert failed_with(wrong_N, unknown_N) == {expectation: [0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "expected"),
+    [
+        ("weights", 0, 0.5, "weights: expected 1 at depth 0, and 0 to 1 below"),
+        ("weights", 1, 1.5, "weights: expected 1 at depth 0, and 0 to 1 below"),
+        ("weights", 1, np.nan, "weights: expected 1 at depth 0, and 0 to 1 below"),
+        ("depths", 1, 2, "depths: expected one prompt for all targets of a segment"),
+        ("depths", 0, 40, "depths: expected 0 or more tokens of a choice, all in the segment"),
+        ("depths", 1, -1, "depths: expected 0 or more tokens of a choice, all in the segment"),
+    ],
+)
+def test_depths_and_weights_fit_a_tree(choices_cache: Path, name: str, place: int, value: float, expected: str) -> None:
+    manifest, values = load_manifest(choices_cache), first_row_group(choices_cache).values
+    records = shard_range(manifest, 0)
+    assert values["depths"][:2].tolist() == [0, 1]  # the prompt's end and the first inner node
+    assert failed(check_sequences(first_row_group(choices_cache), manifest, records)) == {}
+    changed = values[name].copy()
+    changed[place] = value
+    found = failed(check_sequences(first_row_group(choices_cache, **{name: changed}), manifest, records))
+    assert found[expected] == [0]
+
+
+def test_every_target_has_a_depth_and_a_weight(choices_cache: Path) -> None:
+    manifest, group = load_manifest(choices_cache), first_row_group(choices_cache)
+    for name in ("depths", "weights"):
+        lengths = {**group.lengths, name: group.lengths[name] + 1}
+        shorter = dataclasses.replace(group, lengths=lengths)
+        assert f"{name}: expected one value per target position" in failed(check_lists(shorter, manifest))

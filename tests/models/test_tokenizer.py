@@ -13,7 +13,6 @@ import pytest
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.capture.plan import make_manifest
 from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig, TextConfig
 from pipeline.core.types import InputError, Manifest
 from pipeline.models.tokenizer import (
@@ -26,6 +25,7 @@ from pipeline.models.tokenizer import (
     vocabulary_size,
 )
 from support.tiny import LINES, make_model, make_tokenizer
+from support.tiny import manifest_of as planned
 
 
 def manifest_of(tokenizer: Any) -> Manifest:
@@ -33,7 +33,7 @@ def manifest_of(tokenizer: Any) -> Manifest:
     options = CaptureConfig(
         name="x", teacher=ModelConfig(path="x", dtype=Dtype.float32), corpus=TextConfig(files=["x"]), window=16
     )
-    manifest = make_manifest(options, tokenizer, 1, {"tokenizer": tokenizer_hash(tokenizer)})
+    manifest = planned(options, tokenizer, 1, {"tokenizer": tokenizer_hash(tokenizer)})
     return dataclasses.replace(manifest, tokenizer=json.loads(json.dumps(tokenizer_parts(tokenizer))))
 
 

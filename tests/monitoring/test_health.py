@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM
 from pipeline.config.schema import EarlyStoppingConfig, ExportConfig, ExportedStep, Tracker
 from pipeline.config.validate_train import TRACKER_PACKAGES, check_train
 from pipeline.core.files import RunPaths
-from pipeline.core.types import InputError, TrainState
+from pipeline.core.types import InputError
 from pipeline.monitoring import health
 from pipeline.monitoring.health import GradientMonitor, ModelSize, model_flops, model_size, throughput
 from pipeline.monitoring.trackers import TRACKERS, Trackers
 from pipeline.training import dev_evaluation
+from pipeline.training.run import TrainState
 from support.commands import (
     composed,
     prepare_run,

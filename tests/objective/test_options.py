@@ -234,7 +234,7 @@ def test_options_that_do_not_fit_the_cache_are_rejected_before_any_rank_starts(
         (cache, {"loss.kd.gate.keep_fraction": 0}, "keep_fraction: expected more than 0"),
         (cache, {"loss.kd.beta": 1.5}, "beta: expected 0 to 1"),
         (cache, {"loss.hard.on": "[gold]", "loss.hard.weight": 1}, "gold carries no output of the teacher"),
-        (cache, {"loss.confidence.choices": "[a,ab]"}, "expected completions with different first tokens, found"),
+        (cache, {"loss.confidence.choices": "[a,ab]"}, "expected completions with two or more different first"),
         (cache, {"loss.lm.ramp.start_fraction": 0.5, "loss.lm.ramp.end_fraction": 0.2}, "expected at least start"),
     ]
     for address, changes, message in cases:

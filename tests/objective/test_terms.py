@@ -21,7 +21,7 @@ from pipeline.objective.fused_head import combined_loss, sum_names
 from pipeline.objective.gates import Gate
 from pipeline.objective.position_groups import kd_of_logits
 from pipeline.objective.terms import HARD_LABELS, TERMS, StepInputs, TermOptions, count_positions, term_positions
-from support.twin import make_batch, twin
+from support.twin import make_batch, twin, value_at
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 ALL = ("gold", "corpus")
@@ -389,6 +389,48 @@ def test_thresholds_bring_each_class_to_its_prior(fused: bool) -> None:
     assert leaf.grad is not None
     assert close(value, expected.detach())
     assert close(grad, leaf.grad)
+
+
+# ------------------------------------------------------------------------------- weights of positions
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_weights_are_those_of_the_terms_that_read_the_teacher(fused: bool) -> None:
+    """Value, gradient and count of each term, and what the diagnostics divide by the count of kd."""
+    batch = make_batch(num_gold=4, num_corpus=30, known=0.5, seed=2)
+    weights_N = torch.rand(34, generator=torch.Generator().manual_seed(1))
+    batch = with_fields(batch, weights_N=weights_N)
+    logits_NV = torch.randn(34, 30, generator=torch.Generator().manual_seed(3)).double()
+    terms = {name: TermOptions(on=ALL) for name in TERMS}
+    counts = dict(zip(terms, count_positions(batch, terms).tolist(), strict=True))
+    _, _, sums = ours(logits_NV, batch, terms, dict.fromkeys(terms, 1.0), fused=fused, diagnose=True)
+    for name, options in terms.items():
+        leaf, factors_N = logits_NV.clone().requires_grad_(), torch.ones(34) if name == "lm" else weights_N
+        positions = [int(n) for n in term_positions(batch, name, options).nonzero()]
+        expected = sum(float(factors_N[n]) * value_at(name, leaf[n], batch, n, options) for n in positions)
+        expected.backward()
+        value, grad, _ = ours(logits_NV, batch, {name: options}, {name: 1.0}, fused=fused)
+        assert close(value, expected.detach()), name
+        assert close(grad, leaf.grad), name
+        assert sums[name] == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert counts[name] == pytest.approx(float(factors_N[positions].double().sum()), rel=1e-12)
+    assert sums["kd_at_T1"] == pytest.approx(sums["kd"], rel=1e-6)
+    is_same_N = logits_NV.argmax(1)[batch.weak_N] == batch.teacher.ids_NK[:, 0]
+    assert sums["agreement"] == pytest.approx(float(weights_N[batch.weak_N][is_same_N].sum()), abs=1e-6)
+
+
+def test_a_position_inside_a_choice_is_hardened_to_any_token() -> None:
+    """Only right after the prompt the first tokens of the choices are the candidates, and their frequency counts."""
+    logits_NV = torch.zeros(4, 30)
+    logits_NV[:, 9], logits_NV[:, 4] = 3.0, 1.0  # 9 is no class
+    for fused in (True, False):
+        batch = with_fields(make_batch(num_gold=0, num_corpus=4), depths_N=torch.tensor([0, 1, 2, 0]))
+        terms = {"confidence": TermOptions(on=("corpus",), class_ids=(2, 4, 7))}
+        value, _, sums = ours(logits_NV, batch, terms, {"confidence": 1.0}, fused=fused, thresholds=(0.0,) * 3)
+        log_q_V = torch.log_softmax(logits_NV[0], 0)
+        assert close(value, -2 * (log_q_V[4] + log_q_V[9]).double())
+        assert [sums[f"student_class_{token}"] for token in (2, 4, 7)] == [0, 2, 0]
+        assert sum(sums[f"teacher_class_{token}"] for token in (2, 4, 7)) == pytest.approx(2)
 
 
 # --------------------------------------------------------------------------------- gates and controls

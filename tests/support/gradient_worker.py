@@ -22,13 +22,13 @@ from pipeline.core.files import RunPaths
 from pipeline.core.progress import start_logging
 from pipeline.core.runtime import Ranks, StopRequest, exit_rank, ranks_from_environment
 from pipeline.core.topk import top_k_and_entropy
-from pipeline.core.types import Captured, TokenSequence, TrainState
+from pipeline.core.types import Captured, TokenSequence
 from pipeline.data.mixture import collate
 from pipeline.data.packing import Segment, make_sequence
 from pipeline.objective.gates import Gate
 from pipeline.training import engine as engines
 from pipeline.training.builders import term_options
-from pipeline.training.run import Run
+from pipeline.training.run import Run, TrainState
 from pipeline.training.steps import take_step
 from support.commands import composed
 

@@ -113,6 +113,8 @@ def make_batch(
         gold_N=gold_N,
         weak_N=weak_N,
         weak_ids_N=generated_N,
+        weights_N=torch.ones(total),
+        depths_N=torch.zeros(total, dtype=torch.int64),
         teacher=top,
         entropy_M=torch.special.entr(torch.softmax(teacher_MV, 1)).sum(1) if num_weak else None,
         keys_B=torch.zeros(1, dtype=torch.int64),
