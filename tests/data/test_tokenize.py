@@ -230,9 +230,9 @@ def test_damaged_files_and_strange_names(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "b.parquet"):
         with pytest.raises(InputError, match=f"{name}: expected a readable file, found it damaged"):
             read_records(text_of(tmp_path / name), Letters())
-    (tmp_path / "c.json").write_text("{}")
-    with pytest.raises(InputError, match=r"expected a file ending in \.jsonl, .*, found .*c\.json"):
-        text_of(tmp_path / "c.json")
+    (tmp_path / "c.xml").write_text("{}")
+    with pytest.raises(InputError, match=r"expected a file ending in \.jsonl, .*, found .*c\.xml"):
+        text_of(tmp_path / "c.xml")
 
 
 def test_a_file_that_two_patterns_name_is_read_once(tmp_path: Path) -> None:
