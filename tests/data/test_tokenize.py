@@ -265,7 +265,7 @@ def test_a_chat_template_that_refuses(tmp_path: Path, tokenizer: Any) -> None:
 def test_missing_and_empty(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"corpus: expected '.*nothing.jsonl' to be a file, a folder or a glob"):
         text_of(tmp_path / "nothing.jsonl")
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.xml").write_text("x")
     with pytest.raises(InputError, match=r"expected files ending in \.jsonl, .*, found none"):
         text_of(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n\n")
