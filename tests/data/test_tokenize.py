@@ -233,9 +233,9 @@ def test_damaged_files_and_strange_names(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "b.parquet"):
         with pytest.raises(InputError, match=f"{name}: expected a readable file, found it damaged"):
             read_records(text_of(tmp_path / name), Letters())
-    (tmp_path / "c.json").write_text("{}")
-    with pytest.raises(InputError, match=r"expected a file ending in \.jsonl, .*, found .*c\.json"):
-        text_of(tmp_path / "c.json")
+    (tmp_path / "c.xml").write_text("{}")
+    with pytest.raises(InputError, match=r"expected a file ending in \.jsonl, .*, found .*c\.xml"):
+        text_of(tmp_path / "c.xml")
 
 
 def test_a_file_that_two_patterns_name_is_read_once(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_chat_template_that_refuses(tmp_path: Path, tokenizer: Any) -> None:
 def test_missing_and_empty(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"corpus: expected '.*nothing.jsonl' to be a file, a folder or a glob"):
         text_of(tmp_path / "nothing.jsonl")
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.xml").write_text("x")
     with pytest.raises(InputError, match=r"expected files ending in \.jsonl, .*, found none"):
         text_of(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n\n")

@@ -498,7 +498,7 @@ def test_the_script_and_a_training_on_its_cache(truths: list[Truth], student: Pa
     ("changes", "message"),
     [
         (["source=nowhere"], "source: expected 'nowhere' to exist, found nothing there"),
-        (["source=."], "source: expected files ending in .parquet, found none in '.'"),
+        (["source=."], "source: expected files ending in .parquet (each also with .gz, .zst, .xz), found none in '.'"),
         (["source=.", "++format=other"], "other"),
         ([], "  source: folder or glob of the teacher outputs"),
     ],
