@@ -17,7 +17,6 @@ import torch
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import shard_writer
-from pipeline.capture.plan import make_manifest
 from pipeline.config.schema import (
     CaptureConfig,
     CompletionConfig,
@@ -32,6 +31,7 @@ from pipeline.core.topk import uniform_draws
 from pipeline.core.types import Captured, Manifest, TopK
 from pipeline.data.packing import Segment, make_sequence
 from pipeline.data.sampler import BatchSampler, CacheStream
+from support.tiny import manifest_of as planned
 
 HASHES = {"corpus": "c", "teacher_weights": "w", "tokenizer": "t"}
 
@@ -47,9 +47,9 @@ class Tokenizer(SimpleNamespace):
 
 def manifest_of(**changes: object) -> Manifest:
     teacher = ModelConfig(path="x", dtype=Dtype.float32)
-    chosen = {"corpus": TextConfig(files=["x"]), "window": 16, "k": 4, **changes}
+    chosen = {"corpus": TextConfig(files=["x"], targets=Targets.all), "window": 16, "k": 4, **changes}
     config = CaptureConfig(name="x", teacher=teacher, **chosen)
-    return make_manifest(config, Tokenizer(), 7, HASHES)
+    return planned(config, Tokenizer(), 7, HASHES)
 
 
 COMPLETED = {

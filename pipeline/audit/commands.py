@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,32 @@ from pipeline.audit.verify import findings, load_manifest
 from pipeline.cache import manifest as manifests
 from pipeline.config.schema import AuditConfig, Dtype, ModelConfig
 from pipeline.config.validate import check_audit
-from pipeline.core.files import one_path, write_json
+from pipeline.core.files import write_json
+from pipeline.core.object_store import Location, one_location
 from pipeline.core.progress import Progress, log, readable, start_logging
 from pipeline.core.runtime import compute_device
 from pipeline.core.types import InputError, Manifest
 from pipeline.models.loading import open_model
 from pipeline.models.tokenizer import open_tokenizer, tokenizer_hash
 
+EXIT_UNREAD = 141  # 128 + SIGPIPE, as the shell reports it of other programs
+
 
 def run(action: str, config: AuditConfig) -> int:
     """Run one action; returns the exit code: 0 if nothing is wrong, 1 if something is wrong with the cache."""
     start_logging()
     check_audit(config)
+    try:
+        code = run_action(action, config)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed when Python exits
+        return EXIT_UNREAD
+    return code
+
+
+def run_action(action: str, config: AuditConfig) -> int:
+    """Run one action; returns its exit code."""
     if action == "verify":
         return verify(open_cache(config.cache), config)
     if action == "summary":
@@ -40,12 +56,12 @@ def run(action: str, config: AuditConfig) -> int:
     raise InputError(f"action: expected verify, summary, replay or show, found {action!r}; give one of these")
 
 
-def open_cache(location: str) -> Path:
-    """The folder of a cache, from its path or a glob that matches exactly one."""
-    return one_path(location, "cache")
+def open_cache(location: str) -> Location:
+    """The place of a cache: an address, or a folder from its path or a glob that matches exactly one."""
+    return one_location(location, "cache")
 
 
-def finished_manifest(cache: Path) -> Manifest:
+def finished_manifest(cache: Location) -> Manifest:
     """The manifest of a cache; InputError if a shard is not committed or a ShardInfo cannot be read."""
     manifest = load_manifest(cache)
     try:
@@ -59,7 +75,7 @@ def finished_manifest(cache: Path) -> Manifest:
     return manifest
 
 
-def verify(cache: Path, config: AuditConfig) -> int:
+def verify(cache: Location, config: AuditConfig) -> int:
     """Print every finding; returns 1 if there is one, else 0."""
     lines = findings(cache, log_every_seconds=config.log_every_seconds)
     for line in lines:
@@ -80,7 +96,7 @@ def verify(cache: Path, config: AuditConfig) -> int:
 # -------------------------------------------------------------------------------------------- summary
 
 
-def summary(cache: Path, config: AuditConfig) -> int:
+def summary(cache: Location, config: AuditConfig) -> int:
     """Print the figures of the cache; with `config.out` write them as JSON and as pictures too."""
     figures = summarize(cache, finished_manifest(cache), log_every_seconds=config.log_every_seconds)
     for line in summary_lines(figures, cache):
@@ -97,7 +113,7 @@ def summary(cache: Path, config: AuditConfig) -> int:
 # --------------------------------------------------------------------------------------------- replay
 
 
-def replay_rows(cache: Path, config: AuditConfig) -> int:
+def replay_rows(cache: Location, config: AuditConfig) -> int:
     """Run the teacher again on random sequences; returns 1 if the cached values differ by more than noise, else 0."""
     manifest, teacher_config = finished_manifest(cache), _teacher(config)
     folder, tokenizer = open_tokenizer(teacher_config)
@@ -144,7 +160,7 @@ def _check_tokenizer(manifest: Manifest, tokenizer: Any, folder: Path) -> None:
 # ----------------------------------------------------------------------------------------------- show
 
 
-def show(cache: Path, config: AuditConfig) -> int:
+def show(cache: Location, config: AuditConfig) -> int:
     """Print positions as text: one random position of each of some random sequences, or all positions of a record."""
     manifest = finished_manifest(cache)
     folder, tokenizer = open_tokenizer(_teacher(config))

@@ -20,7 +20,7 @@ from pipeline.core.progress import Progress
 from pipeline.core.topk import log_probabilities, narrow
 from pipeline.core.types import UNKNOWN_TARGET, Captured, InputError, Manifest, TokenSequence, TopK
 from pipeline.models.forward import Model
-from pipeline.models.loading import weights_hash
+from pipeline.models.model_files import weights_hash
 
 CONTROL_MULTIPLE = 4.0  # a difference may be up to this multiple of the control's largest
 FLOAT16_STEP = 2.0**-10  # largest relative distance of two neighbouring float16 values

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache import manifest as manifests
+from pipeline.cache.downloads import local_copy
 from pipeline.cache.schema import decode
-from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
+from pipeline.core.object_store import Location
+from pipeline.core.types import Captured, InputError, Manifest, ShardInfo, TokenSequence
 
 Sample = tuple[TokenSequence, Captured]
 
 
-def random_samples(cache: Path, manifest: Manifest, *, rows: int, seed: int) -> list[Sample]:
+def random_samples(cache: Location, manifest: Manifest, *, rows: int, seed: int) -> list[Sample]:
     """`rows` different sequences (all of them if there are fewer) in the order of the cache; the seed decides which."""
     infos = manifests.committed_shards(cache, manifest)
     groups = [(info, index, size) for info in infos for index, size in enumerate(info.row_groups)]
@@ -26,35 +29,43 @@ def random_samples(cache: Path, manifest: Manifest, *, rows: int, seed: int) -> 
     # row groups of 3, 4 and 2 rows end at 3, 7, 9: row 5 of the cache is in group 1, where it is row 5 - (7 - 4) = 2
     group_of_chosen = np.searchsorted(ends, chosen, side="right")
     samples: list[Sample] = []
-    for group in np.unique(group_of_chosen):
-        info, index, size = groups[group]
-        manifests.check_shard_hash(cache, info)
-        table = pq.ParquetFile(manifests.shard_path(cache, info.index)).read_row_group(index)
-        first = ends[group] - size
-        samples += _decode_rows(table, chosen[group_of_chosen == group] - first, manifest)
+    for info, groups_of_shard in itertools.groupby(np.unique(group_of_chosen), key=lambda group: groups[group][0]):
+        with _open_shard(cache, info) as file:
+            for group in groups_of_shard:
+                _, index, size = groups[group]
+                first = ends[group] - size
+                rows_of_group = chosen[group_of_chosen == group] - first
+                samples += _decode_rows(file.read_row_group(index), rows_of_group, manifest)
     return samples
 
 
-def samples_of_record(cache: Path, manifest: Manifest, record: int) -> list[Sample]:
+def samples_of_record(cache: Location, manifest: Manifest, record: int) -> list[Sample]:
     """The sequences that hold a segment of a record; InputError if the cache does not hold the record."""
     if not 0 <= record < manifest.num_records:
         raise InputError(
             f"record: expected 0 to {manifest.num_records - 1} (the corpus of {cache}), found {record}; choose another"
         )
     info = manifests.committed_shards(cache, manifest)[record // manifest.records_per_shard]
-    manifests.check_shard_hash(cache, info)
-    file = pq.ParquetFile(manifests.shard_path(cache, info.index))
     samples: list[Sample] = []
-    for index in range(file.num_row_groups):
-        ids_of_rows = file.read_row_group(index, columns=["record_ids"]).column(0).to_pylist()
-        rows = [row for row, record_ids in enumerate(ids_of_rows) if record in record_ids]
-        if rows:
-            samples += _decode_rows(file.read_row_group(index), rows, manifest)
+    with _open_shard(cache, info) as file:
+        for index in range(file.num_row_groups):
+            ids_of_rows = file.read_row_group(index, columns=["record_ids"]).column(0).to_pylist()
+            rows = [row for row, record_ids in enumerate(ids_of_rows) if record in record_ids]
+            if rows:
+                samples += _decode_rows(file.read_row_group(index), rows, manifest)
     if not samples:
         raise InputError(
             f"record: expected one that {cache} holds, found {record}, which was skipped as malformed; choose another"
         )
     return samples
+
+
+@contextlib.contextmanager
+def _open_shard(cache: Location, info: ShardInfo) -> Iterator[pq.ParquetFile]:
+    """A shard with the committed bytes; InputError for others."""
+    with local_copy(manifests.shard_file(cache, info)) as path:
+        manifests.check_shard_hash(cache, info, path)
+        yield pq.ParquetFile(path)
 
 
 def _decode_rows(table: pa.Table, rows: Sequence[int] | np.ndarray, manifest: Manifest) -> list[Sample]:

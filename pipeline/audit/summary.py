@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ import torch
 
 from pipeline.audit.row_groups import RowGroup, column_bytes, distributions, read_row_groups
 from pipeline.cache import manifest as manifests
+from pipeline.cache.downloads import local_copy
+from pipeline.core.object_store import Location
 from pipeline.core.progress import Progress
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import UNKNOWN_TARGET, Manifest, TopK
@@ -102,21 +103,21 @@ class CacheTotals:
         return int(np.flatnonzero(self.mass_by_entry_K)[-1]) + 1 if self.mass_by_entry_K.any() else 0
 
 
-def summarize(cache: Path, manifest: Manifest, *, log_every_seconds: float = 10.0) -> dict[str, Any]:
+def summarize(cache: Location, manifest: Manifest, *, log_every_seconds: float = 10.0) -> dict[str, Any]:
     """All figures as plain data; InputError if the cache is not finished or a shard is damaged."""
     infos = manifests.committed_shards(cache, manifest)
     totals, sizes = CacheTotals(manifest), Counter[str]()
     num_rows = sum(info.rows for info in infos)
     progress = Progress("summary", total=num_rows, unit=" sequences", log_every_seconds=log_every_seconds)
     for info in infos:
-        manifests.check_shard_hash(cache, info)
-        path = manifests.shard_path(cache, info.index)
-        sizes_of_shard = column_bytes(path)
-        sizes += sizes_of_shard
-        sizes["(footers)"] += info.bytes - sizes_of_shard.total()
-        for group in read_row_groups(path):
-            totals.add(group)
-            progress.advance(group.num_rows)
+        with local_copy(manifests.shard_file(cache, info)) as path:
+            manifests.check_shard_hash(cache, info, path)
+            sizes_of_shard = column_bytes(path)
+            sizes += sizes_of_shard
+            sizes["(footers)"] += info.bytes - sizes_of_shard.total()
+            for group in read_row_groups(path):
+                totals.add(group)
+                progress.advance(group.num_rows)
     progress.close()
     return summary_figures(manifest, totals, sizes)
 

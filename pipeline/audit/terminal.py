@@ -5,11 +5,11 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pipeline.audit.replay import MeasureResult
 from pipeline.audit.sampling import Sample
+from pipeline.core.object_store import Location
 from pipeline.core.progress import readable
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import UNKNOWN_TARGET, Captured
@@ -25,7 +25,7 @@ def bar(fraction: float, *, width: int = BAR_WIDTH) -> str:
     return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).rstrip()
 
 
-def summary_lines(figures: dict[str, Any], cache: Path) -> Iterator[str]:
+def summary_lines(figures: dict[str, Any], cache: Location) -> Iterator[str]:
     """The summary as lines for a terminal."""
     draws = f", {figures['draws']} draws" if figures["draws"] else ""
     yield f"{cache}: {figures['kind']}, k {figures['k']}{draws}, temperatures {figures['temperatures']}"

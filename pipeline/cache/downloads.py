@@ -7,18 +7,31 @@ import fcntl
 import os
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.core.object_store import RemotePath, download
+from pipeline.core.object_store import Location, RemotePath, download
 from pipeline.core.types import InputError
 
 DOWNLOADED = re.compile(r"[0-9a-f]{64}")
 UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.\d+\.[0-9a-f]{8}\.tmp")
 ABANDONED_SECONDS = 3600.0  # a download that did not grow for this long belongs to a killed process
+
+
+@contextlib.contextmanager
+def local_copy(place: Location) -> Iterator[Path]:
+    """A file itself, or a download of an object that is deleted afterwards; no file where there is none."""
+    if isinstance(place, Path):
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="shard-") as folder:
+        with contextlib.suppress(FileNotFoundError):
+            download(place, Path(folder) / place.name)
+        yield Path(folder) / place.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,15 @@
 """The manifest of a cache and its files: fingerprint, plan, the commit and the check of shards.
 
-A local commit links a finished file to its name, which fails if the name exists. An object store has no links: there
-the name holds a part of the content's hash, so that the ShardInfo, put last, always describes the bytes that it names.
+A local commit links a finished file to its name, which fails if the name exists. An object store has no links, and nor
+have some file systems: there the name holds a part of the content's hash and a random token, so that no file replaces
+another, and the ShardInfo, put last, always describes the bytes that it names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -21,12 +23,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.cache.plain_manifest import check_seal, to_plain
 from pipeline.core.files import content_hash, file_hash, sync_folder
 from pipeline.core.object_store import Location, RemotePath, age_seconds, names, open_location, upload, write_json
 from pipeline.core.types import InputError, Manifest, ShardInfo
 
 REQUESTS_AT_ONCE = 16
 SHARD_FILE = re.compile(r"\d{5,}(-[0-9a-f]+)*\.parquet")
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of exFAT, SMB, FUSE
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -82,7 +86,7 @@ def create_cache(cache: Location, manifest: Manifest) -> None:
     try:
         if isinstance(cache, Path):
             (cache / "shards").mkdir(parents=True, exist_ok=True)
-        write_json(manifest_path(cache), dataclasses.asdict(manifest))
+        write_json(manifest_path(cache), to_plain(manifest))
     except OSError as error:
         raise InputError(f"{cache}: expected a folder to write into, found {error.strerror}; choose another") from error
     # another process may have created another cache here just now
@@ -97,7 +101,9 @@ def load_manifest(cache: Location) -> Manifest:
         raise InputError(
             f"cache: expected {manifest_path(cache)}, found no such file; capture with scripts/capture.py"
         ) from None
-    return Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
+    manifest = Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
+    check_seal(manifest, manifest_path(cache))
+    return manifest
 
 
 def check_same_inputs(found: Manifest, made_of: dict[str, Any], cache: Location) -> None:
@@ -147,36 +153,50 @@ def commit_shard(cache: Location, temporary: Path, index: int) -> None:
     The data is durable before it gets its name, and the ShardInfo is written last. A shard that another worker has
     published meanwhile stays as it is.
     """
-    if isinstance(cache, RemotePath):
-        _commit_remote(cache, temporary, index)
-        return
     try:
         info = describe_shard(temporary, index)
-        os.link(temporary, shard_path(cache, index))
-    except FileExistsError:
-        adopt_orphan(cache, index)
+        if isinstance(cache, RemotePath):
+            _commit_unlinked(cache, temporary, info)
+        else:
+            _commit_local(cache, temporary, info)
     except FileNotFoundError:  # another process took it for a dead worker's and deleted it
         if shard_info(cache, index) is None:
             raise
+    temporary.unlink(missing_ok=True)
+
+
+def _commit_local(cache: Path, temporary: Path, info: ShardInfo) -> None:
+    try:
+        os.link(temporary, shard_path(cache, info.index))
+    except FileExistsError:
+        adopt_orphan(cache, info.index)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        _commit_unlinked(cache, temporary, info)
     else:
         sync_folder(cache / "shards")
-        write_json(info_path(cache, index), dataclasses.asdict(info))
-    temporary.unlink(missing_ok=True)
+        write_json(info_path(cache, info.index), to_plain(info))
 
 
-def _commit_remote(cache: RemotePath, temporary: Path, index: int) -> None:
-    """Two workers that commit at once leave two objects and one ShardInfo that describes one of them.
+def _commit_unlinked(cache: Location, temporary: Path, info: ShardInfo) -> None:
+    """Commit without links, under a name that no other commit gives.
 
-    The other object stays: the worker that put it may be about to write its ShardInfo. A random token is in the name,
-    because an upload that breaks off may leave a part of an object, which must not replace a complete one.
+    Two workers that commit at once leave two files and one ShardInfo that describes one of them. The other file stays:
+    the worker that put it may be about to write its ShardInfo. A random token is in the name, because an upload that
+    breaks off may leave a part of an object, which must not replace a complete one.
     """
-    info = describe_shard(temporary, index)
-    info = dataclasses.replace(info, file=f"{index:05d}-{info.sha256[:12]}-{secrets.token_hex(4)}.parquet")
-    if not info_path(cache, index).exists():
-        upload(temporary, cache / "shards" / info.file)
-        if not info_path(cache, index).exists():
-            write_json(info_path(cache, index), dataclasses.asdict(info))
-    temporary.unlink(missing_ok=True)
+    info = dataclasses.replace(info, file=f"{info.index:05d}-{info.sha256[:12]}-{secrets.token_hex(4)}.parquet")
+    if info_path(cache, info.index).exists():
+        return
+    place = shard_file(cache, info)
+    if isinstance(place, RemotePath):
+        upload(temporary, place)
+    else:
+        temporary.rename(place)
+        sync_folder(place.parent)
+    if not info_path(cache, info.index).exists():
+        write_json(info_path(cache, info.index), to_plain(info))
 
 
 def footer_totals(*, targets: int, num_skipped: int, histogram: Sequence[int]) -> dict[str, str]:
@@ -216,7 +236,7 @@ def adopt_orphan(cache: Location, index: int) -> bool:
             info = describe_shard(path, index)
         except ValueError as error:
             raise InputError(f"{path}: expected a complete shard, found it damaged ({error}); delete it") from None
-        write_json(info_path(cache, index), dataclasses.asdict(info))
+        write_json(info_path(cache, index), to_plain(info))
     return True
 
 
@@ -225,7 +245,7 @@ def finalize_cache(cache: Location, manifest: Manifest, *, stale_seconds: float)
     infos = committed_shards(cache, manifest)
     finished = dataclasses.replace(manifest, num_skipped=sum(info.num_skipped for info in infos))
     if load_manifest(cache) != finished:
-        write_json(manifest_path(cache), dataclasses.asdict(finished))
+        write_json(manifest_path(cache), to_plain(finished))
     _delete_stale_files(cache / "shards", stale_seconds)
     return finished
 

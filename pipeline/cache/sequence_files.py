@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +13,52 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
 from pipeline.cache.schema import decode_sequences, encode_sequences, sequence_schema
+from pipeline.core.files import sync_folder
 from pipeline.core.types import InputError, TokenSequence
 
-ROWS_PER_GROUP = 2048  # sequences written, and later read, at once: bounds the memory for a file of any size
+# Sequences are written, and later read, in row groups of at most so many rows, which also end with the sequence that
+# reaches so many tokens: memory is bounded for a file of any size and for windows of any length.
+ROWS_PER_GROUP, TOKENS_PER_GROUP = 2048, 2 << 20
 
 
-def write_sequence_file(path: Path, sequences: Iterable[TokenSequence], *, num_skipped: Callable[[], int]) -> int:
-    """Write all sequences; returns their number. `num_skipped` is called after the last of them has been read."""
-    num_rows, remaining = 0, iter(sequences)
-    with pq.ParquetWriter(path, sequence_schema(), compression="zstd", write_page_checksum=True) as file:
-        while rows := list(itertools.islice(remaining, ROWS_PER_GROUP)):
-            file.write_table(encode_sequences(rows))
-            num_rows += len(rows)
-        file.add_key_value_metadata({"num_skipped": str(num_skipped())})
+def write_sequence_file(
+    path: Path, sequences: Iterable[TokenSequence], *, summary: Callable[[], Mapping[str, Mapping[str, int]]] = dict
+) -> int:
+    """Write all sequences; returns their number.
+
+    `summary` is called after the last of them has been read: {"skipped": records by reason, "notes": records by note}.
+
+    The file appears as a whole: if the process is killed, there is none, or only a hidden one that ends in .tmp.
+    """
+    num_rows = 0
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as opened:
+            with pq.ParquetWriter(opened, sequence_schema(), compression="zstd", write_page_checksum=True) as file:
+                for rows in _row_groups(sequences):
+                    file.write_table(encode_sequences(rows))
+                    num_rows += len(rows)
+                file.add_key_value_metadata({"summary": json.dumps(summary())})
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
     return num_rows
+
+
+def _row_groups(sequences: Iterable[TokenSequence]) -> Iterator[list[TokenSequence]]:
+    rows: list[TokenSequence] = []
+    num_tokens = 0
+    for sequence in sequences:
+        rows.append(sequence)
+        num_tokens += len(sequence.input_ids_S)
+        if len(rows) == ROWS_PER_GROUP or num_tokens >= TOKENS_PER_GROUP:
+            yield rows
+            rows, num_tokens = [], 0
+    if rows:
+        yield rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +67,21 @@ class SequenceFile:
 
     path: Path
     num_rows: int
-    num_skipped: int
-    """Malformed records that were skipped."""
+    skipped: Mapping[str, int]
+    """Malformed records that were skipped, by reason."""
+    notes: Mapping[str, int]
+    """Records that were not tokenized as they stand, by what was done."""
+
+    @property
+    def num_skipped(self) -> int:
+        """The number of skipped records."""
+        return sum(self.skipped.values())
 
     def __iter__(self) -> Iterator[TokenSequence]:
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(ROWS_PER_GROUP):
-                    yield from decode_sequences(batch)
+                for group in range(file.num_row_groups):
+                    yield from decode_sequences(file.read_row_group(group))
         except (OSError, ArrowException) as error:
             raise InputError(
                 f"{self.path}: expected the tokenized text, found it damaged ({error}); delete {self.path.parent} "
@@ -51,7 +92,10 @@ class SequenceFile:
 def open_sequence_file(path: Path) -> SequenceFile:
     """Read the footer of a file of sequences; FileNotFoundError if there is no file."""
     metadata = pq.read_metadata(path)
-    return SequenceFile(path=path, num_rows=metadata.num_rows, num_skipped=int(metadata.metadata[b"num_skipped"]))
+    summary = json.loads(metadata.metadata[b"summary"])
+    return SequenceFile(
+        path=path, num_rows=metadata.num_rows, skipped=summary.get("skipped", {}), notes=summary.get("notes", {})
+    )
 
 
 def sequence_file(folder: Path, index: int) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.capture.teacher import PendingBatch, capture_positions, start_copy, timestamp
+from pipeline.capture.teacher import PendingBatch, capture_positions, prompt_draw_key, start_copy, timestamp
 from pipeline.core.topk import sampled, uniform_draws
 from pipeline.core.types import UNKNOWN_TARGET, Captured, Manifest, TokenSequence
 from pipeline.data.packing import pack, with_completion
@@ -42,10 +42,11 @@ def _complete(
     options, device = manifest.made_of["complete"], next(teacher.parameters()).device
     max_new_tokens = [min(options["max_new_tokens"], manifest.window - len(prompt.input_ids_S)) for prompt in batch]
     longest = max(max_new_tokens)
+    keys = [prompt_draw_key(prompt, manifest) for prompt in batch]
     draws_BTD = torch.stack(
-        [uniform_draws(p.key, longest, draws=manifest.draws, seed=manifest.draw_seed) for p in batch]
+        [uniform_draws(key, longest, draws=manifest.draws, seed=manifest.draw_seed) for key in keys]
     )
-    sampling_BT1 = torch.stack([uniform_draws(p.key, longest, draws=1, seed=~options["seed"]) for p in batch])
+    sampling_BT1 = torch.stack([uniform_draws(key, longest, draws=1, seed=~options["seed"]) for key in keys])
     unknown_B = torch.full((len(batch),), UNKNOWN_TARGET, device=device)
     steps: list[Captured] = []
 
@@ -58,7 +59,7 @@ def _complete(
         [prompt.input_ids_S for prompt in batch],
         choose,
         max_new_tokens=max_new_tokens,
-        end_ids=[{manifest.made_of["end_token_id"]}] * len(batch),
+        end_ids=[set(manifest.made_of.get("end_token_ids", [manifest.made_of["end_token_id"]]))] * len(batch),
         vocabulary_size=manifest.vocabulary_size,
     )
     return completions, steps

@@ -6,22 +6,22 @@ called.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from pipeline.cache import manifest as manifests
-from pipeline.capture.plan_lookup import plan_folder
+from pipeline.capture.plan_lookup import PlanFolder, plan_folder
 from pipeline.config.schema import CaptureConfig
 from pipeline.config.validate import check_capture
 from pipeline.core.object_store import Location
 from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError, Manifest
+from pipeline.models.paths import pinned
 
 DEATHS_WITHOUT_PROGRESS = 5  # per worker of num_workers: killed more often between two shards, the capture stops
 
@@ -30,16 +30,20 @@ def run(config: CaptureConfig) -> Location:
     """Capture the shards that are missing; returns the cache's folder or address."""
     start_logging()
     check_capture(config)
+    config = dataclasses.replace(config, teacher=pinned(config.teacher))
     plan = plan_folder(config)
-    manifest = plan.load() or read_corpus(config, with_sequences=False)
+    manifest = plan.load() or read_corpus(config, plan, with_sequences=False)
     cache = manifests.cache_location(manifest, cache=config.cache, caches_dir=config.caches_dir, name=config.name)
     manifests.create_cache(cache, manifest)
     shards = shards_of_share(config, manifest.num_shards)
     missing = manifests.missing_shards(cache, shards)
     if missing:
         if not plan.sequences.exists():  # the cache was finished, and a shard of it was lost afterwards
-            read_corpus(config, with_sequences=True)
-        log.info("capturing %d of %d shards into %s", len(missing), manifest.num_shards, cache)
+            read_corpus(config, plan, with_sequences=True)
+        log.info(
+            "capturing %d of %d shards into %s, with the teacher in %s",
+            *(len(missing), manifest.num_shards, cache, manifest.made_of["teacher_dtype"]),
+        )
         if config.num_workers > 1:
             supervise(config, cache, plan.sequences, shards)
         else:
@@ -51,7 +55,7 @@ def run(config: CaptureConfig) -> Location:
         log.info("%s: this share is captured; %d of %d shards are present", cache, present, manifest.num_shards)
         return cache
     finished = manifests.finalize_cache(cache, manifest, stale_seconds=config.lease_seconds)
-    shutil.rmtree(plan.sequences, ignore_errors=True)
+    plan.delete_sequences(finished)
     infos = manifests.committed_shards(cache, manifest)
     log.info(
         "%s: %d records (%d skipped), %d sequences, %d targets, %.1f MB",
@@ -61,27 +65,25 @@ def run(config: CaptureConfig) -> Location:
     return cache
 
 
-def read_corpus(config: CaptureConfig, *, with_sequences: bool) -> Manifest:
+def read_corpus(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool) -> Manifest:
     """Make the plan: read, tokenize and pack the corpus."""
     from pipeline.capture.plan import make_plan
 
-    return make_plan(config, plan_folder(config), with_sequences=with_sequences)
+    return make_plan(config, plan, with_sequences=with_sequences)
 
 
 def shards_of_share(config: CaptureConfig, num_shards: int) -> list[int]:
-    """The indices of the shards that this process captures: all, or those of its share of a job array.
+    """The indices of the shards that this process may capture: all, unless a share is asked for.
 
     The share INDEX/COUNT has the shards INDEX, INDEX + COUNT, ...; InputError if it is malformed.
     """
-    share = config.share
-    if share is None and "SLURM_ARRAY_TASK_ID" in os.environ:
-        first, count = os.environ["SLURM_ARRAY_TASK_MIN"], os.environ["SLURM_ARRAY_TASK_COUNT"]
-        share = f"{int(os.environ['SLURM_ARRAY_TASK_ID']) - int(first)}/{count}"
-    if share is None:
+    if config.share is None:
         return list(range(num_shards))
-    match = re.fullmatch(r"(\d+)/(\d+)", share)
+    match = re.fullmatch(r"(\d+)/(\d+)", config.share)
     if match is None or int(match[1]) >= int(match[2]):
-        raise InputError(f"share: expected INDEX/COUNT with INDEX from 0 to COUNT - 1, found {share!r}; correct share=")
+        raise InputError(
+            f"share: expected INDEX/COUNT with INDEX from 0 to COUNT - 1, found {config.share!r}; correct share="
+        )
     return list(range(int(match[1]), num_shards, int(match[2])))
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from pipeline.cache import manifest as manifests
 from pipeline.cache.sequence_files import SequenceFile, open_sequence_file, sequence_file
 from pipeline.cache.shards import shard_writer
-from pipeline.capture.plan import cached_tokenizer, make_manifest, open_corpus, write_sequences
+from pipeline.capture.corpus import TokenizedCorpus, cached_tokenizer, open_corpus, write_sequences
+from pipeline.capture.identity import make_manifest
 from pipeline.capture.worker import teacher_batches, write_batch
 from pipeline.config.schema import CaptureConfig, Kind
 from pipeline.config.validate import check_capture
 from pipeline.core.files import is_url
 from pipeline.core.progress import readable, start_logging
 from pipeline.core.runtime import compute_device, keep_allocator_memory
-from pipeline.core.types import Manifest
+from pipeline.core.types import InputError, Manifest
 from pipeline.data.record_counts import count_records
 from pipeline.data.text_files import Text, read_chunks
 from pipeline.models.compatibility import check_window
@@ -49,7 +50,9 @@ def run(config: CaptureConfig) -> int:
     check_capture(config)
     keep_allocator_memory()
     config = dataclasses.replace(config, teacher=resolve_dtype(config.teacher))
-    text = open_corpus(config)
+    teacher = config.teacher
+    folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
+    text = open_corpus(config, folder)
     is_exact, num_records = count_records(text)
     probe = run_probe(config, text)
     scale = num_records / probe.num_records
@@ -113,28 +116,36 @@ def run_probe(config: CaptureConfig, text: Text) -> Probe:
     teacher_folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     tokenizer = cached_tokenizer(teacher_folder, teacher.trust_remote_code)
     check_window(teacher_folder, config.window)
-    chunks = next(read_chunks(text.files, size=min(PROBE_RECORDS, config.records_per_shard), columns=text.columns))
+    size = min(PROBE_RECORDS, config.records_per_shard)
+    chunks = next(read_chunks(text.files, size=size, columns=text.read_columns))
     with tempfile.TemporaryDirectory() as name:
         path = sequence_file(Path(name), 0)
-        write_sequences(path, chunks, text, teacher_folder, teacher.trust_remote_code, config.window, 0)
+        arguments = (chunks, text, teacher_folder, teacher.trust_remote_code, config.window, 0)
+        write_sequences(path, *arguments)
         shard = open_sequence_file(path)
+        if shard.num_rows == 0:
+            raise InputError(
+                f"corpus: expected usable records, found none at its beginning ({shard.num_skipped} malformed); check "
+                "the files and corpus.columns"
+            )
         num_records = sum(len(chunk.numbers) for chunk in chunks)
-        manifest = make_manifest(config, tokenizer, num_records, hashes={})
+        found = TokenizedCorpus(num_records=num_records, skipped={}, notes={})
+        manifest = make_manifest(config, text, tokenizer, teacher_folder, found, hashes={})
         model = prepack(open_model(teacher, compute_device()))
         next(iter(teacher_batches(model, shard, manifest, config)))  # warm-up: the first forward is slower
         return _measure(config, model, shard, manifest, Path(name) / "cache")
 
 
 def _measure(config: CaptureConfig, model: Model, shard: SequenceFile, manifest: Manifest, cache: Path) -> Probe:
-    """Capture the batches of a shard into `cache` until PROBE_SECONDS have passed."""
+    """Capture the batches of a shard into `cache` until PROBE_SECONDS have passed, and at least one."""
     manifests.create_cache(cache, manifest)
     started, num_tokens, records = time.monotonic(), 0, set[int]()
     with shard_writer(cache, manifest, 0) as writer:
         for pending in teacher_batches(model, shard, manifest, config):
-            if time.monotonic() - started >= PROBE_SECONDS:
-                break
             num_tokens += write_batch(writer, pending)[1]
             records.update(record for sequence in pending.sequences for record in sequence.record_ids)
+            if time.monotonic() - started >= PROBE_SECONDS:
+                break
         writer.commit(num_skipped=0)
     info = manifests.shard_info(cache, 0)
     assert info is not None

@@ -6,6 +6,9 @@ has changed, the files are read again. Nothing here imports torch, so a finished
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +27,7 @@ class PlanFolder:
     """The folder of one plan: its manifest and, until they are captured, its tokenized sequences."""
 
     folder: Path
-    """Its name is a hash of the options and of each file's path, size, times and inode."""
+    """Its name: a hash of the cache's place, and one of the options and of each file's path, size, times and inode."""
 
     @property
     def sequences(self) -> Path:
@@ -35,17 +38,28 @@ class PlanFolder:
         """The planned manifest, or None if there is no plan yet."""
         return manifests.load_manifest(self.folder) if manifests.manifest_path(self.folder).exists() else None
 
+    def delete_sequences(self, manifest: Manifest) -> None:
+        """Delete the tokenized corpus of a finished cache, also that which another version of this package planned."""
+        for folder in self.folder.parent.glob(f"{self.folder.name.split('-')[0]}-*"):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                planned = json.loads(manifests.manifest_path(folder).read_text())
+                if planned["fingerprint"] == manifest.fingerprint:
+                    shutil.rmtree(folder / self.sequences.name, ignore_errors=True)
+
 
 def plan_folder(config: CaptureConfig) -> PlanFolder:
     """The plan folder of these options and of the files in their present state."""
     teacher = config.teacher
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     files = [*open_text(config.corpus, "corpus").files, *sorted(path for path in folder.iterdir() if path.is_file())]
+    if teacher.trust_remote_code:
+        files += sorted(path for path in folder.rglob("*.py") if path.parent != folder)
     files += sorted(Path(__file__).parents[1].rglob("*.py"))  # another version of this package may plan differently
     # each cache has a plan of its own, because the plan's sequences are deleted when its cache is finished
-    cache_options = [config.cache, config.caches_dir]
-    digest = content_hash([identity_options(config), cache_options, file_states(files)])
-    return PlanFolder(folder=plans_dir(config) / digest[:16])
+    cache = config.cache or f"{config.caches_dir}/{config.name}"
+    place = content_hash(cache if is_url(cache) else str(Path(cache).absolute()))
+    digest = content_hash([identity_options(config), place, file_states(files)])
+    return PlanFolder(folder=plans_dir(config) / f"{place[:8]}-{digest[:16]}")
 
 
 def plans_dir(config: CaptureConfig) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.core.topk import hybrid, sampled, top_k_and_entropy, uniform_draws
 from pipeline.core.types import UNKNOWN_TARGET, Captured, Manifest, TokenSequence, map_tensors
-from pipeline.data.packing import collate_inputs
+from pipeline.data.packing import Segment, collate_inputs, make_sequence
 from pipeline.models.forward import HEAD_POSITIONS, Model, hidden_states, logits
 
 
@@ -43,9 +43,7 @@ def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Mani
     hidden_PH = hidden_BSH.flatten(0, 1)
     hidden_NH = hidden_PH[flat_N.to(device)]
     targets_N = torch.cat([sequence.target_ids_N for sequence in batch])
-    draws_ND = torch.cat(
-        [uniform_draws(s.key, len(s.target_ids_N), draws=manifest.draws, seed=manifest.draw_seed) for s in batch]
-    )
+    draws_ND = torch.cat([position_draws(sequence, manifest) for sequence in batch])
     hidden_parts = hidden_NH.split(HEAD_POSITIONS)
     target_parts = targets_N.to(device).split(HEAD_POSITIONS)
     draw_parts = draws_ND.split(HEAD_POSITIONS)
@@ -62,6 +60,36 @@ def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Mani
         weights_N = reach(teacher, hidden_PH, input_ids_BS.flatten(), flat_N, depths_N, manifest.vocabulary_size)
         captured = dataclasses.replace(captured, weights_N=weights_N)
     return start_copy(batch, captured, started)
+
+
+def position_draws(sequence: TokenSequence, manifest: Manifest) -> Tensor:
+    """Random numbers for the kept entries of a sequence's N positions: fp64 [N, D] in [0, 1).
+
+    A completion is captured while it is generated, before it is packed, so its numbers follow from its prompt. Its
+    targets are unknown, and the first of them is at the end of the prompt.
+    """
+    draws, seed = manifest.draws, manifest.draw_seed
+    draws_ND = uniform_draws(sequence.key, len(sequence.target_ids_N), draws=draws, seed=seed)
+    if "complete" not in manifest.made_of or not draws:
+        return draws_ND
+    start, positions_N = 0, sequence.target_positions_N
+    for record_id, length in zip(sequence.record_ids, sequence.segment_lengths, strict=True):
+        is_here_N = (positions_N >= start) & (positions_N < start + length)
+        generated_N = torch.nonzero(is_here_N & (sequence.target_ids_N == UNKNOWN_TARGET))[:, 0]
+        if len(generated_N):
+            prompt_ids = sequence.input_ids_S[start : int(positions_N[generated_N[0]]) + 1].tolist()
+            prompt = make_sequence([Segment(record_id=record_id, ids=tuple(prompt_ids), targets=())])
+            draws_ND[generated_N] = uniform_draws(
+                prompt_draw_key(prompt, manifest), len(generated_N), draws=draws, seed=seed
+            )
+        start += length
+    return draws_ND
+
+
+def prompt_draw_key(prompt: TokenSequence, manifest: Manifest) -> bytes:
+    """What the random numbers of a prompt's completion follow from; of sampled ones, that of equal prompts differs."""
+    by_record = manifest.made_of["complete"].get("draws_by_record", False)
+    return prompt.key + prompt.record_ids[0].to_bytes(8, "little") if by_record else prompt.key
 
 
 def reach(
@@ -141,11 +169,14 @@ def finish_copy(pending: PendingBatch) -> tuple[list[Captured], float]:
 
 
 def timestamp(device: torch.device) -> Any:
-    """The present time on a device's clock: seconds on a CPU, a recorded CUDA event on a GPU."""
+    """The present time on a device's clock: seconds on a CPU, a CUDA event in the stream of the forward on a GPU.
+
+    The stream is named, because that of another device is idle: its event would be reached before the forward ends.
+    """
     if device.type != "cuda":
         return time.monotonic()
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 

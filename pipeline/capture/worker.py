@@ -20,13 +20,13 @@ from pipeline.cache.sequence_files import SequenceFile, open_sequence_file, sequ
 from pipeline.cache.shards import ShardWriter, shard_writer
 from pipeline.capture.completion import completed_batches
 from pipeline.capture.teacher import PendingBatch, capture_batch, finish_copy
-from pipeline.config.schema import CaptureConfig, Dtype
+from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig
 from pipeline.core.object_store import Location
 from pipeline.core.progress import Progress, log, start_logging
-from pipeline.core.runtime import compute_device, keep_allocator_memory
+from pipeline.core.runtime import bind_device, keep_allocator_memory
 from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
 from pipeline.models.forward import Model
-from pipeline.models.loading import open_model
+from pipeline.models.loading import open_model, resolve_dtype
 from pipeline.models.prepack import prepack
 
 MAX_NAMED_RECORDS = 10  # in a message
@@ -43,6 +43,7 @@ def run_worker(
 ) -> None:
     """Capture the shards that no other worker holds until all are committed; the teacher is loaded for the first."""
     keep_allocator_memory()
+    device = bind_device(worker)
     manifest = manifests.load_manifest(cache)
     lease_seconds = config.lease_seconds
     missing = manifests.missing_shards(cache, shards)
@@ -57,9 +58,7 @@ def run_worker(
             with hold_lease(manifests.lease_path(cache, index), lease_seconds=lease_seconds) as held:
                 if not held or manifests.shard_info(cache, index) or manifests.adopt_orphan(cache, index):
                     continue
-                # the plan's dtype: this machine could resolve `auto` to another one
-                options = dataclasses.replace(config.teacher, dtype=Dtype[manifest.made_of["teacher_dtype"]])
-                teacher = teacher or prepack(open_model(options, compute_device(worker)))
+                teacher = teacher or prepack(open_model(planned_teacher(config, manifest), device))
                 try:
                     shard = open_sequence_file(sequence_file(sequences, index))
                     capture_shard(teacher, shard, cache, manifest, index, config, progress)
@@ -72,6 +71,19 @@ def run_worker(
         if missing:  # other workers hold them: wait, and take over if their leases expire
             time.sleep(min(1.0, lease_seconds / 4))
     progress.close()
+
+
+def planned_teacher(config: CaptureConfig, manifest: Manifest) -> ModelConfig:
+    """The teacher in the dtype of the plan; a warning where `auto` means another one on this machine."""
+    planned = Dtype[manifest.made_of["teacher_dtype"]]
+    own = resolve_dtype(config.teacher).dtype if config.teacher.dtype is Dtype.auto else planned
+    if own is not planned:
+        log.warning(
+            "teacher.dtype=auto: the machine that planned this cache chose %s, and all workers use it; this one would "
+            "choose %s: teacher.dtype=%s makes such a cache",
+            *(planned.name, own.name, own.name),
+        )
+    return dataclasses.replace(config.teacher, dtype=planned)
 
 
 def num_waiting_sequences(sequences: Path, index: int) -> int:

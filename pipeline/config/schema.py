@@ -16,8 +16,14 @@ from omegaconf import MISSING
 from pipeline.config.options import option
 
 Dtype = Enum("Dtype", ["auto", "float32", "bfloat16", "float16"])
-Targets = Enum("Targets", ["all", "completion", "next", "choices"])
+Targets = Enum("Targets", ["auto", "all", "completion", "next", "choices"])
 MalformedPolicy = Enum("MalformedPolicy", ["stop", "skip"])
+TooLongPolicy = Enum("TooLongPolicy", ["stop", "skip", "cut_left"])
+Supervise = Enum("Supervise", ["last", "all_turns"])
+TextShape = Enum(
+    "TextShape",
+    ["auto", "text", "prompt_completion", "chat", "alpaca", "sharegpt", "preference", "multiple_choice"],
+)
 Kind = Enum("Kind", ["topk", "sampled", "hybrid"])
 CompletionMode = Enum("CompletionMode", ["none", "greedy", "sample"])
 Source = Enum("Source", ["gold", "corpus"])
@@ -82,23 +88,55 @@ class ColumnsConfig:
     messages: str = option("messages", "column of a chat, a list of {role, content}")
     choices: str = option("choices", "column of alternative completions, for scoring")
     answer: str = option("answer", "column of the index of the right choice")
+    tools: str = option("tools", "column of the tools that a chat's assistant may call")
+
+
+@dataclass
+class ChatConfig:
+    supervise: Supervise = option(
+        Supervise.last, "targets=completion: the last turn of the assistant, or all its turns; weight 0 excludes one"
+    )
+    supervise_thoughts: bool = option(False, "supervise the empty block of thoughts that some templates insert, too")
+    template_options: dict[str, Any] = option(
+        dict, "given to the chat template, as {enable_thinking: false}; it must read each of them"
+    )
+    date: str = option("2024-07-26", "what templates that write the date of today are given instead: YYYY-MM-DD")
+    role: str = option("role", "field of a message that names who speaks")
+    content: str = option("content", "field of a message with its text, or a list of parts of text")
 
 
 @dataclass
 class TextConfig:
     files: list[str] = option(
         MISSING,
-        "files, folders or globs of .jsonl, .ndjson, .txt (each plain, .gz or .zst) and .parquet",
+        "files, folders or globs of .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet, .arrow; plain, gz, zst or xz",
         content=True,
     )
     targets: Targets = option(
-        Targets.all, "positions to supervise: all, the completion's, only the first after the prompt, or the choices'"
+        Targets.auto,
+        "positions to supervise: all, the completion's, only the first after the prompt (next), or the choices'; auto: "
+        "choices where records have them, else all",
     )
     choices: list[str] | None = option(None, "choices of records with a prompt and none of their own; null: none")
     malformed: MalformedPolicy = option(
         MalformedPolicy.stop, "what to do on a malformed record: stop, or skip and count it"
     )
     end_token: bool = option(True, "append the tokenizer's end token to a text or completion")
+    too_long: TooLongPolicy | None = option(
+        None,
+        "a prompt that does not fit the window: stop, skip and count it, or cut_left; null: as `malformed` says",
+    )
+    window_begin_token: bool | None = option(
+        None,
+        "begin each window of a long text with the tokenizer's beginning token; null: only for models that need it "
+        "(Gemma)",
+    )
+    shape: TextShape = option(
+        TextShape.auto,
+        "how records are read: text, prompt_completion, chat, alpaca, sharegpt, preference (chosen alone), "
+        "multiple_choice; auto: found from their columns, and logged",
+    )
+    chat: ChatConfig = option(ChatConfig, "how chats are rendered and supervised")
     columns: ColumnsConfig = option(ColumnsConfig, "names of the input's columns")
 
 
@@ -148,7 +186,7 @@ class CaptureConfig:
     batch_sequences: int = option(16, "sequences in one teacher forward", result=False)
     num_workers: int = option(1, "processes on this machine, each with a GPU or its share of the cores", result=False)
     share: str | None = option(
-        None, "INDEX/COUNT: only these shards (0/16 to 15/16); null: SLURM's array task, else all", result=False
+        None, "INDEX/COUNT: only these shards (0/16 to 15/16); null: all that no other process captures", result=False
     )
     lease_seconds: float = option(
         60.0, "a shard whose worker has not renewed its lease for this long is taken over", result=False
@@ -477,7 +515,7 @@ class ReportConfig:
 
 @dataclass
 class AuditConfig:
-    cache: str = option(MISSING, "folder of a capture, or a glob matching one", content=True)
+    cache: str = option(MISSING, "folder or address of a cache, or a glob matching one", content=True, address=True)
     teacher: ModelConfig | None = option(
         None, "replay: the teacher of the cache; show: any model folder with its tokenizer", result=False
     )

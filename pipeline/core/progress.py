@@ -57,6 +57,14 @@ class Progress:
             self._logged = now
             self._log_line(now - self._started, shown_figures)
 
+    def skip(self, count: float) -> None:
+        """Add `count` units that were finished before the start, but are found only now: they are no sign of speed."""
+        self._done += count
+        self._done_at_start += count
+        if self._bar is not None:
+            self._bar.initial += count
+            self._bar.update(count)
+
     def _log_line(self, elapsed_seconds: float, shown_figures: str) -> None:
         per_second = (self._done - self._done_at_start) / max(elapsed_seconds, 1e-9)
         left_seconds = (self._total - self._done) / max(per_second, 1e-9)

@@ -59,12 +59,18 @@ def compute_device(local_rank: int = 0) -> torch.device:
     )
 
 
+def bind_device(local_rank: int = 0) -> torch.device:
+    """The device of this local rank, as the current one of this process: CUDA's calls that name no device mean it."""
+    device = compute_device(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 @contextlib.contextmanager
 def ranks_from_environment() -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment variables: NCCL on GPUs, gloo on CPUs."""
-    device = compute_device(int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = bind_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     try:

@@ -49,6 +49,10 @@ class Record:
     """True if a chat template has already added the special tokens; the tokenizer must then add none."""
     where: str
     """File and line (or row), for error messages."""
+    choice_turns: tuple[str, ...] = ()
+    """Of a chat: the choices as the template writes them, each with its end of turn; else empty."""
+    prompt_spans: tuple[tuple[int, int], ...] = ()
+    """The characters of supervised turns in the prompt of a chat, as (start, end), ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -244,9 +248,11 @@ class Manifest:
     num_skipped: int | None = None
     """Number of malformed records that were skipped; None until every shard is committed."""
     tail: str = "exact"
-    """How the tail (the mass outside the kept entries) is known. exact: from the full logits, as stage one captures.
-    Imported caches: remainder: 1 - sum p of exact p; approximate: max(0, 1 - sum p) of p stored with rounding errors;
-    renormalised: not known, because the kept entries were scaled to sum to 1."""
+    """How the mass outside the kept entries is known: exact, or otherwise in imported caches (docs/cache-format.md)."""
+    skipped: dict[str, Any] | None = None
+    """Number of skipped records by reason, with a hash; None if none was skipped, or in older caches."""
+    tokenizer: dict[str, Any] | None = None
+    """The teacher's added tokens, and a hash of each other part of its tokenizer; None if they are not recorded."""
 
     @property
     def has_kept_counts(self) -> bool:
@@ -275,26 +281,3 @@ class ShardInfo:
     """Number of malformed records of this shard that were skipped."""
     retained_mass_histogram: tuple[int, ...]
     """Number of positions per retained mass (sum of p over the kept entries at T = 1): ten equal bins from 0 to 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """The scores of a model on one held-out text; a score is None if no record of the text has it."""
-
-    num_records: int
-    num_targets: int
-    """Number of supervised positions with a known target."""
-    nll: float | None
-    """Mean negative log-likelihood per known target, in nats."""
-    perplexity: float | None
-    """exp(nll)."""
-    num_choice_records: int
-    """Number of records with choices and an answer."""
-    accuracy: float | None
-    """Fraction of these records whose most likely choice is the answer."""
-    num_free_records: int
-    """Number of records for which the model generated a completion."""
-    exact_match: float | None
-    """Fraction of these records whose generated text equals the completion, apart from whitespace at both ends."""
-    agreement: float | None
-    """Fraction of the records with choices for which the teacher's most likely choice is the same."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.types import InputError
-from pipeline.data.text_files import COMPRESSIONS, SUFFIXES, Text
+from pipeline.data.file_kinds import endings, file_format, readable, seekable
+from pipeline.data.raw_chunks import file_chunks
+from pipeline.data.text_files import Text
 
 HEAD_BYTES = 4 << 20  # read of each file, to estimate the bytes per record
 
@@ -18,30 +18,23 @@ def count_records(text: Text) -> tuple[bool, float]:
     """(exact, number of records): from the footer of Parquet files; of other files estimated from their beginning."""
     exact, count = True, 0.0
     for file in text.files:
-        if file.suffix.lower() == ".parquet":
-            count += pq.read_metadata(file).num_rows
-            continue
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            head = stream.read(HEAD_BYTES)
-        lines = sum(bool(line.strip()) for line in _unpacked(file, head).splitlines())
-        exact = exact and len(head) == size
-        count += lines * size / max(len(head), 1)
+        with readable(file):
+            if file_format(file) == "parquet":
+                with seekable(file) as source:
+                    count += pq.read_metadata(source).num_rows
+                continue
+            read_to_end, num_records = _count_from_beginning(file)
+            exact, count = exact and read_to_end, count + num_records
     if not count:
-        raise InputError(f"corpus: expected records in files ending in {', '.join(SUFFIXES)}, found none")
+        raise InputError(f"corpus: expected records in files ending in {endings()}, found none")
     return exact, count
 
 
-def _unpacked(file: Path, head: bytes) -> bytes:
-    """The beginning of a file, decompressed as far as it goes."""
-    compression = COMPRESSIONS.get(file.suffix.lower())
-    if compression is None:
-        return head
-    found = io.BytesIO()
-    with pa.CompressedInputStream(pa.BufferReader(head), compression) as stream:
-        try:
-            while some := stream.read(1 << 16):
-                found.write(some)
-        except (OSError, pa.ArrowException):
-            pass  # the part that was read ends in the middle of a block
-    return found.getvalue()
+def _count_from_beginning(file: Path) -> tuple[bool, float]:
+    """(whether the whole file was read, number of records)."""
+    num_read = 0
+    for chunk in file_chunks(file):
+        num_read += len(chunk.numbers)
+        if chunk.position >= HEAD_BYTES:
+            return False, num_read * file.stat().st_size / chunk.position
+    return True, num_read

@@ -5,31 +5,95 @@ A record that cannot be used is never changed silently: `MalformedRecords` stops
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Record
-from pipeline.data.text_files import Raw, Text, all_records
+from pipeline.data.chat import ChatRenderer, open_renderer, render_chat
+from pipeline.data.messages import Chat, plain_chat
+from pipeline.data.shapes import SHAPES, Fields
+from pipeline.data.text_files import Raw, Text, all_records, raw_records, read_chunks
+
+SAMPLE_RECORDS = 100  # read to find the shape of a text and the columns that nobody reads
 
 
 class MalformedRecords:
     """The policy for a record that cannot be used: stop, or skip and count it."""
 
     def __init__(self, *, skip: bool) -> None:
-        self.skip, self.count = skip, 0
+        self.skip = skip
+        self.reasons: Counter[str] = Counter()
+        """Skipped records by reason: the message without what was found."""
+        self.notes: Counter[str] = Counter()
+        """Records that are used, but not as they would be without their neighbours or the window, by what was done."""
+
+    @property
+    def count(self) -> int:
+        """The number of skipped records."""
+        return self.reasons.total()
 
     def reject(self, where: str, reason: str) -> None:
         """Stop with the place and the reason, or count the record."""
         if not self.skip:
             raise InputError(f"{where}: {reason}; fix the record, or set malformed=skip to skip and count bad records")
-        self.count += 1
+        self.reasons[reason.split(", found")[0]] += 1
 
     def log_count(self, what: str) -> None:
-        """Warn of the number of skipped records."""
-        if self.count:
-            log.warning("%s: %d malformed records skipped", what, self.count)
+        """Warn of the number of skipped records, and say what was done with others."""
+        log_counts(what, self.reasons, self.notes)
+
+
+def log_counts(what: str, reasons: Mapping[str, int], notes: Mapping[str, int]) -> None:
+    """One line for the skipped records of a text by reason, and one for each note."""
+    if reasons:
+        by_reason = "; ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common())
+        log.warning("%s: %d malformed records skipped: %s", what, sum(reasons.values()), by_reason)
+    for note, count in sorted(notes.items()):
+        log.info("%s: %d records with %s", what, count, note)
+
+
+# --------------------------------------------------------------------------------------------- shape
+
+
+def find_shape(text: Text) -> Text:
+    """The text with its shape and the columns that are read; says once which columns of its records nobody reads."""
+    if text.read_columns is not None:
+        return text
+    sampled = list(_sampled_columns(text))
+    found = (name for names in sampled for name, shape in SHAPES.items() if shape.is_found(names, text.columns))
+    # without a sign of any shape each record is refused with the project's own columns
+    name = next(found, "own") if text.shape == "auto" else text.shape
+    columns = SHAPES[name].columns(text.columns)
+    has_choices = name == "multiple_choice" or bool(text.choices)
+    has_choices = has_choices or any(text.columns["choices"] in names for names in sampled)
+    targets = text.targets if text.targets != "auto" else "choices" if has_choices else "all"
+    unread = sorted(set().union(*sampled) - {*columns, *SHAPES[name].others})
+    if name != "own" or unread:
+        left = f"; columns that are not read: {', '.join(unread)}" if unread else ""
+        log.info("%s: shape=%s%s", text.what, name if name != "own" else "text, prompt_completion or chat", left)
+    return dataclasses.replace(text, shape=name, targets=targets, read_columns=tuple(dict.fromkeys(columns)))
+
+
+def _sampled_columns(text: Text) -> Iterator[set[str]]:
+    """The names of the columns of the first records, of a table those that are not null."""
+    for chunk in next(read_chunks(text.files, size=SAMPLE_RECORDS), []):
+        if chunk.rows is not None:  # not as Python values: a column that nobody reads may hold some that Python has not
+            yield {
+                name
+                for name, column in zip(chunk.rows.schema.names, chunk.rows.columns, strict=True)
+                if column.null_count < len(column)
+            }
+            continue
+        for _, kind, content in raw_records([chunk]):
+            try:
+                yield set(_row(kind, content, text))
+            except InputError:
+                continue  # it is rejected, with its place, when the records are read
 
 
 # -------------------------------------------------------------------------------------------- records
@@ -39,10 +103,20 @@ def parse_records(
     raw: Iterable[Raw], text: Text, tokenizer: Any, malformed: MalformedRecords, *, first_id: int = 0
 ) -> Iterator[Record]:
     """Raw lines -> records, numbered from `first_id`; bad ones go to `malformed`."""
+    text = find_shape(text)
+    renderer: ChatRenderer | None = None
     for record_id, (where, kind, content) in enumerate(raw, first_id):
         try:
-            row = content if kind == "row" else _parse_line(kind, content, text.columns)
-            yield _record_from_row(_without_nulls(row), where, record_id, text, tokenizer)
+            fields = _fields(_row(kind, content, text), text)
+            make = partial(Record, record_id=record_id, where=where)
+            if fields.messages is None:
+                yield _plain_record(fields, make)
+                continue
+            chat = plain_chat(fields.messages, text.chat)
+            renderer = renderer or open_renderer(tokenizer, text.chat)
+            record, is_trimmed = _chat_record(fields, chat, renderer, make)
+            malformed.notes["text of the chat template that is not supervised"] += is_trimmed
+            yield record
         except InputError as error:
             malformed.reject(where, str(error))
 
@@ -50,11 +124,21 @@ def parse_records(
 def read_records(text: Text, tokenizer: Any) -> list[Record]:
     """All records of a text, in memory; refuses an empty one."""
     malformed = MalformedRecords(skip=text.skip_malformed)
-    records = list(parse_records(all_records(text.files, text.columns), text, tokenizer, malformed))
+    text = find_shape(text)
+    records = list(parse_records(all_records(text.files, text.read_columns), text, tokenizer, malformed))
     if not records:
         raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
     malformed.log_count(text.what)
     return records
+
+
+def _row(kind: str, content: Any, text: Text) -> dict[str, Any]:
+    """The columns of a raw record, without those that are null."""
+    if kind == "bad":
+        raise InputError(content)
+    row = content if kind == "row" else _parse_line(kind, content, text.columns)
+    found: dict[str, Any] = _without_nulls(row)
+    return found
 
 
 def _parse_line(kind: str, line: bytes, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -86,88 +170,23 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _record_from_row(row: dict[str, Any], where: str, record_id: int, text: Text, tokenizer: Any) -> Record:
-    columns = text.columns
-    prompt, completion, templated = _prompt_and_completion(row, columns, tokenizer)
-    common = text.choices if prompt is not None else ()
-    choices, answer = _choices(row, columns, common)
-    if common and choices == common and answer is None and completion is not None:
-        answer = _answer_of(completion, choices)
-    if prompt is not None and completion is None and answer is not None:
-        completion = choices[answer]
-    return Record(
-        record_id=record_id,
-        prompt=prompt,
-        completion=completion,
-        choices=choices,
-        answer=answer,
-        where=where,
-        templated=templated,
-    )
+def _fields(row: dict[str, Any], text: Text) -> Fields:
+    """What a row says; one with a prompt or a chat has the choices of its text if it brings none of its own."""
+    column = text.columns["choices"]
+    is_common = bool(text.choices) and column not in row and text.columns["text"] not in row
+    if not is_common:
+        return SHAPES[text.shape].read(row, text.columns)
+    fields = SHAPES[text.shape].read({**row, column: list(text.choices)}, text.columns)
+    messages = fields.messages or []
+    if messages and isinstance(messages[-1], dict) and messages[-1].get(text.chat.role) == "assistant":
+        answer = _answer_of(str(messages[-1].get(text.chat.content)), fields.choices)
+        return dataclasses.replace(fields, messages=messages[:-1], answer=answer)
+    if fields.answer is None and fields.completion is not None:
+        return dataclasses.replace(fields, answer=_answer_of(fields.completion, fields.choices))
+    return fields
 
 
-def _prompt_and_completion(
-    row: dict[str, Any], columns: Mapping[str, str], tokenizer: Any
-) -> tuple[str | None, str | None, bool]:
-    kinds = {kind: columns[kind] for kind in ("text", "prompt", "messages")}
-    present = [kind for kind, column in kinds.items() if row.get(column) is not None]
-    if len(present) != 1:
-        raise InputError(
-            f"expected exactly one of the columns {list(kinds.values())}, found {sorted(row)}; "
-            "name yours with columns.text, columns.prompt or columns.messages"
-        )
-    if present == ["messages"]:
-        return *_chat(row[columns["messages"]], tokenizer), True
-    if present == ["text"]:
-        return None, _string(row, columns["text"]), False
-    completion = _string(row, columns["completion"]) if row.get(columns["completion"]) is not None else None
-    return _string(row, columns["prompt"]), completion, False
-
-
-def _chat(messages: Any, tokenizer: Any) -> tuple[str, str | None]:
-    is_chat = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not is_chat or not messages:
-        raise InputError("expected messages as a list of {role, content}, found something else")
-    for message in messages:
-        _check_unicode(message["content"], "messages")
-    if not tokenizer.chat_template:
-        raise InputError("expected a tokenizer with a chat template, because records hold messages, found none")
-
-    def render(part: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template is a program, which may raise anything
-            raise InputError(f"expected messages that the chat template accepts, found: {error}") from None
-
-    if messages[-1]["role"] != "assistant":
-        return render(messages, True), None
-    prompt, chat = render(messages[:-1], True), render(messages, False)
-    if not chat.startswith(prompt):
-        raise InputError("expected the chat template to extend the prompt by the answer, found it rewritten")
-    return prompt, chat[len(prompt) :]
-
-
-def _choices(
-    row: dict[str, Any], columns: Mapping[str, str], common: tuple[str, ...]
-) -> tuple[tuple[str, ...], int | None]:
-    choices = row.get(columns["choices"]) or list(common)
-    answer = row.get(columns["answer"]) if choices else None
-    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-        raise InputError(f"column {columns['choices']!r}: expected a list of strings, found {choices!r}")
-    for choice in choices:
-        _check_unicode(choice, columns["choices"])
-    if len(set(choices)) != len(choices):
-        raise InputError(f"column {columns['choices']!r}: expected different choices, found {choices!r}")
-    if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
-        raise InputError(
-            f"column {columns['answer']!r}: expected an index into {len(choices)} choices, found {answer!r}"
-        )
-    return tuple(choices), answer
-
-
-def _answer_of(completion: str, choices: tuple[str, ...]) -> int:
+def _answer_of(completion: str, choices: Sequence[str]) -> int:
     """The index of a completion among the choices of its text, whatever the spaces around it."""
     for index, choice in enumerate(choices):
         if choice.strip() == completion.strip():
@@ -175,18 +194,30 @@ def _answer_of(completion: str, choices: tuple[str, ...]) -> int:
     raise InputError(f"expected a completion that is one of the choices {list(choices)}, found {completion!r}")
 
 
-def _string(row: dict[str, Any], column: str) -> str:
-    if not isinstance(row[column], str) or not row[column]:
-        raise InputError(f"column {column!r}: expected text, found {row[column]!r}")
-    return _check_unicode(row[column], column)
+def _plain_record(fields: Fields, make: Any) -> Record:
+    """A record of plain text, or of a prompt and its completion."""
+    completion = fields.text if fields.prompt is None else fields.completion
+    if fields.prompt is not None and completion is None and fields.answer is not None:
+        completion = fields.choices[fields.answer]
+    record: Record = make(
+        prompt=fields.prompt, completion=completion, choices=fields.choices, answer=fields.answer, templated=False
+    )
+    return record
 
 
-def _check_unicode(text: str, column: str) -> str:
-    """A lone surrogate, which JSON can spell, is no character: no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"column {column!r}: expected text, found a lone surrogate at character {error.start}"
-        ) from None
-    return text
+def _chat_record(fields: Fields, messages: Chat, renderer: ChatRenderer, make: Any) -> tuple[Record, bool]:
+    """A chat as its template writes it, and whether something that it wrote is not supervised."""
+    chat = render_chat(renderer, messages, tools=fields.tools, choices=fields.choices)
+    completion = chat.completion
+    if completion is None and fields.answer is not None:
+        completion = chat.choices[fields.answer]
+    record: Record = make(
+        prompt=chat.prompt,
+        completion=completion,
+        choices=fields.choices,
+        choice_turns=chat.choices,
+        answer=fields.answer,
+        prompt_spans=chat.prompt_spans,
+        templated=True,
+    )
+    return record, chat.is_trimmed

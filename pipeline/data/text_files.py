@@ -1,34 +1,27 @@
-"""Text files -> raw records: lines of JSON or text and rows of Parquet, read once from beginning to end."""
+"""Text files -> raw records, read once from beginning to end."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
+import datetime
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline.config.schema import TextConfig
+from pipeline.config.schema import ChatConfig, TextConfig
 from pipeline.config.validate import check_choices
 from pipeline.core.files import matching_paths
 from pipeline.core.types import InputError
+from pipeline.data.file_kinds import endings, file_format, files_in, readable
+from pipeline.data.messages import ChatRules
+from pipeline.data.raw_chunks import RawChunk, file_chunks, row_items
 
-LINES_PER_CHUNK = 1024
-SUFFIXES = (
-    *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"),
-    *(".txt", ".txt.gz", ".txt.zst", ".parquet"),
-)
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+RECORDS_PER_GROUP = 1024
 
-
-Raw = tuple[str, str, Any]  # (place, "json" | "text" | "row", unparsed bytes or the row of a Parquet file)
+Raw = tuple[str, str, Any]
+"""(place, kind, content): "json" and "text" have bytes, "row" a dict, "bad" the reason why it cannot be used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +37,15 @@ class Text:
     """all, completion, next or choices."""
     end_token: bool
     skip_malformed: bool
+    chat: ChatRules
+    shape: str = "auto"
+    """A key of `shapes.SHAPES`, once `records.find_shape` has found it."""
+    read_columns: tuple[str, ...] | None = None
+    """The columns of that shape; None before it is found."""
+    too_long: str | None = None
+    """stop, skip or cut_left: what becomes of a prompt longer than the window; None: it counts as malformed."""
+    begins_windows: bool = False
+    """The beginning token stands at the beginning of each window of a long text, not of the first alone."""
     completes: bool = False
     """Records with a prompt alone are completed by the teacher."""
     choices: tuple[str, ...] = ()
@@ -60,15 +62,15 @@ def open_text(config: TextConfig, what: str) -> Text:
             raise InputError(f"{what}: expected {pattern!r} to be a file, a folder or a glob, found nothing there")
         for path in paths:
             if path.is_dir():
-                files += _files_in(path)
-            elif path.is_file() and path.name.lower().endswith(SUFFIXES):
+                files += files_in(path)
+            elif path.is_file() and file_format(path):
                 files.append(path)
             else:
-                raise InputError(f"{what}: expected a file ending in {', '.join(SUFFIXES)}, found {path}")
+                raise InputError(f"{what}: expected a file ending in {endings()}, found {path}")
     # patterns may overlap, and a file may have two names (links): it is read once
     files = list({file.resolve(): file for file in reversed(files)}.values())[::-1]
     if not files:
-        raise InputError(f"{what}: expected files ending in {', '.join(SUFFIXES)}, found none in {config.files}")
+        raise InputError(f"{what}: expected files ending in {endings()}, found none in {config.files}")
     return Text(
         what=what,
         files=tuple(files),
@@ -76,44 +78,43 @@ def open_text(config: TextConfig, what: str) -> Text:
         targets=config.targets.name,
         end_token=config.end_token,
         skip_malformed=config.malformed.name == "skip",
+        chat=_chat_rules(config.chat, what, end_token=config.end_token),
+        shape=config.shape.name,
+        too_long=None if config.too_long is None else config.too_long.name,
+        begins_windows=bool(config.window_begin_token),
         choices=tuple(config.choices or ()),
     )
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """The files of a folder and its subfolders that can be read; hidden ones (.ipynb_checkpoints, ._name) are not."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.lower().endswith(SUFFIXES))
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RawChunk:
-    """Consecutive records of one file, not yet parsed: small to send to another process."""
-
-    file: Path
-    kind: str
-    """json or text: `lines` holds them; row: `rows` does."""
-    numbers: Sequence[int]
-    """1-based line or row of each record."""
-    lines: tuple[bytes, ...] = ()
-    rows: pa.RecordBatch | None = None
-    """Of a Parquet file, only the columns that are read."""
+def _chat_rules(config: ChatConfig, what: str, *, end_token: bool) -> ChatRules:
+    try:
+        date = datetime.date.fromisoformat(config.date)
+    except ValueError:
+        raise InputError(f"{what}.chat.date: expected a date as 2024-07-26, found {config.date!r}") from None
+    return ChatRules(
+        supervise_all=config.supervise.name == "all_turns",
+        supervise_thoughts=config.supervise_thoughts,
+        template_options=dict(config.template_options),
+        date=date,
+        role=config.role,
+        content=config.content,
+        end_token=end_token,
+    )
 
 
 def read_chunks(
-    files: Sequence[Path], *, size: int, columns: Mapping[str, str] | None = None
+    files: Sequence[Path], *, size: int, columns: Collection[str] | None = None
 ) -> Iterator[list[RawChunk]]:
     """The records of some files in groups of `size` (the last may be smaller); blank lines do not count.
 
-    Each file is read once, from its beginning to its end. Of a Parquet file only `columns` are decoded, if given.
+    Each file is read once, from its beginning to its end. Of tables (CSV, Parquet, Arrow) only `columns` are decoded;
+    None: all.
     """
     group: list[RawChunk] = []
     missing = size
     for file in files:
-        with _readable(file):
-            is_parquet = file.name.lower().endswith(".parquet")
-            chunks = _parquet_chunks(file, columns) if is_parquet else _line_chunks(file)
-            for chunk in chunks:
+        with readable(file):
+            for chunk in file_chunks(file, columns):
                 while len(chunk.numbers) >= missing:
                     yield [*group, _cut(chunk, 0, missing)]
                     chunk, group, missing = _cut(chunk, missing, len(chunk.numbers)), [], size
@@ -124,65 +125,19 @@ def read_chunks(
         yield group
 
 
+def _cut(chunk: RawChunk, start: int, stop: int) -> RawChunk:
+    rows = None if chunk.rows is None else chunk.rows.slice(start, stop - start)
+    return dataclasses.replace(chunk, numbers=chunk.numbers[start:stop], items=chunk.items[start:stop], rows=rows)
+
+
 def raw_records(group: Iterable[RawChunk]) -> Iterator[Raw]:
     """Place, kind and unparsed content of the records of some chunks."""
     for chunk in group:
-        if chunk.rows is None:
-            for number, line in zip(chunk.numbers, chunk.lines, strict=True):
-                yield f"{chunk.file}, line {number}", chunk.kind, line
-            continue
-        for number, row in zip(chunk.numbers, chunk.rows.to_pylist(), strict=True):
-            yield f"{chunk.file}, row {number}", "row", row
+        items = chunk.items if chunk.rows is None else row_items(chunk.rows)
+        for number, item in zip(chunk.numbers, items, strict=True):
+            yield f"{chunk.file}, {chunk.unit} {number}", "bad" if isinstance(item, str) else chunk.kind, item
 
 
-def all_records(files: Sequence[Path], columns: Mapping[str, str] | None = None) -> Iterator[Raw]:
+def all_records(files: Sequence[Path], columns: Collection[str] | None = None) -> Iterator[Raw]:
     """Every record of some files, in order."""
-    return itertools.chain.from_iterable(map(raw_records, read_chunks(files, size=LINES_PER_CHUNK, columns=columns)))
-
-
-@contextlib.contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, pa.ArrowException) as error:
-        raise InputError(f"{file}: expected a readable file, found it damaged ({error}); replace it") from None
-
-
-def _cut(chunk: RawChunk, start: int, stop: int) -> RawChunk:
-    rows = None if chunk.rows is None else chunk.rows.slice(start, stop - start)
-    return dataclasses.replace(chunk, numbers=chunk.numbers[start:stop], lines=chunk.lines[start:stop], rows=rows)
-
-
-def _parquet_chunks(file: Path, columns: Mapping[str, str] | None) -> Iterator[RawChunk]:
-    first = 1
-    with pq.ParquetFile(file) as parquet:
-        present = parquet.schema_arrow.names
-        wanted = present if columns is None else [name for name in present if name in columns.values()]
-        if present and not wanted:
-            raise InputError(
-                f"{file}: expected one of the columns {sorted(columns.values() if columns else [])}, found {present}; "
-                "name yours with columns.text, columns.prompt or columns.messages"
-            )
-        for rows in parquet.iter_batches(LINES_PER_CHUNK, columns=wanted):
-            yield RawChunk(file=file, kind="row", numbers=range(first, first + rows.num_rows), rows=rows)
-            first += rows.num_rows
-
-
-def _line_chunks(file: Path) -> Iterator[RawChunk]:
-    kind = "text" if ".txt" in file.name.lower()[-len(".txt.zst") :] else "json"
-    compression = COMPRESSIONS.get(file.suffix.lower())
-    with pa.input_stream(str(file), compression=compression) as stream:
-        numbered = enumerate(io.BufferedReader(stream, 1 << 20), 1)
-        while block := list(itertools.islice(numbered, LINES_PER_CHUNK)):
-            if block[0][0] == 1:
-                block[0] = (1, _without_mark(file, block[0][1]))
-            records = [(number, line) for number, line in block if line.strip()]
-            numbers, lines = tuple(n for n, _ in records), tuple(line for _, line in records)
-            yield RawChunk(file=file, kind=kind, numbers=numbers, lines=lines)
-
-
-def _without_mark(file: Path, line: bytes) -> bytes:
-    """The first line without a UTF-8 byte order mark; a file in UTF-16 is refused."""
-    if line.startswith(UTF16_MARKS):
-        raise InputError(f"{file}: expected UTF-8, found UTF-16; convert the file")
-    return line.removeprefix(UTF8_MARK)
+    return itertools.chain.from_iterable(map(raw_records, read_chunks(files, size=RECORDS_PER_GROUP, columns=columns)))

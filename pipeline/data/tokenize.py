@@ -2,87 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.files import file_hash
 from pipeline.core.types import UNKNOWN_TARGET, InputError, Record, TokenSequence
 from pipeline.data.choice_tree import choice_segments
+from pipeline.data.encode import EncodedRecord, encode_records
 from pipeline.data.packing import Segment, pack
-from pipeline.data.records import MalformedRecords, parse_records
+from pipeline.data.records import MalformedRecords, find_shape, parse_records
 from pipeline.data.text_files import Raw, Text, all_records
+from pipeline.data.text_ids import open_encoder
 
-RECORDS_PER_CALL = 1024  # records handed to the tokenizer at once
+CUT_LEFT = "a prompt cut at the left to fit the window"  # for the log
 
 Targets = tuple[tuple[int, int], ...]
 """(position s, token s+1): what each supervised position should predict."""
-
-
-# ------------------------------------------------------------------------------------------ token ids
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedRecord:
-    """A record as token ids."""
-
-    record: Record
-    prompt_ids: list[int]
-    """Empty for plain text."""
-    completion_ids: list[int] | None
-    """With the end token where the text asks for one; None where the record has no completion."""
-    choice_ids: list[list[int]]
-    """Of each choice, with the same end as a completion."""
-
-
-def encode_records(
-    records: Iterable[Record], tokenizer: Any, *, end_token: bool, with_choices: bool = False
-) -> Iterator[EncodedRecord]:
-    """Tokenize records in batches: prompts, completions and, if asked, choices by the same rules.
-
-    Special tokens that the tokenizer adds go to the start of a record only, and not where a chat template has written
-    them already. A templated completion or choice brings the template's own end of turn; any other gets the end token.
-    """
-    end = [tokenizer.eos_token_id] if end_token else []
-    remaining = iter(records)
-    while batch := list(itertools.islice(remaining, RECORDS_PER_CALL)):
-        texts: list[tuple[str, bool]] = []
-        for record in batch:
-            if record.prompt is not None:
-                texts.append((record.prompt, not record.templated))
-            if record.completion is not None:
-                texts.append((record.completion, record.prompt is None and not record.templated))
-            if with_choices:
-                texts += [(choice, False) for choice in record.choices]
-        ids = iter(_tokenize(texts, tokenizer))
-        for record in batch:
-            end_ids = [] if record.templated else end
-            yield EncodedRecord(  # the iterator is read in the order in which the texts were listed above
-                record=record,
-                prompt_ids=[] if record.prompt is None else next(ids),
-                completion_ids=None if record.completion is None else next(ids) + end_ids,
-                choice_ids=[next(ids) + end_ids for _ in record.choices] if with_choices else [],
-            )
-
-
-def _tokenize(texts: Sequence[tuple[str, bool]], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each (text, whether the tokenizer adds its special tokens), by one call for each kind."""
-    found: list[list[int]] = [[] for _ in texts]
-    for special in (True, False):
-        places = [place for place, (_, adds_special) in enumerate(texts) if adds_special == special]
-        if not places:
-            continue
-        called = tokenizer(
-            [texts[place][0] for place in places],
-            add_special_tokens=special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        for place, ids in zip(places, called["input_ids"], strict=True):
-            found[place] = ids
-    return found
 
 
 def shifted_targets(ids: Sequence[int], *, first: int) -> Targets:
@@ -108,44 +45,113 @@ def segments(
     once; a record with a prompt must fit. With `require_targets` a record without a known target is rejected.
     """
     with_choices = text.targets in ("next", "choices")
-    for encoded in encode_records(records, tokenizer, end_token=text.end_token, with_choices=with_choices):
+    begin_ids = open_encoder(tokenizer).begin_ids
+    for whole in encode_records(records, tokenizer, malformed, end_token=text.end_token, with_choices=with_choices):
+        encoded = _fitted(whole, text, malformed, window=window, begin_ids=begin_ids)
+        if encoded is None:
+            continue
         try:
             if text.targets == "next":
                 _check_one_token(encoded, tokenizer, end_token=text.end_token)
             if encoded.completion_ids is None and text.completes:
                 yield _prompt_segment(encoded, window)
             else:
-                yield from record_segments(encoded, text.targets, window=window, require_targets=require_targets)
+                yield from record_segments(
+                    encoded,
+                    text.targets,
+                    window=window,
+                    require_targets=require_targets,
+                    window_begin=begin_ids if text.begins_windows else (),
+                )
         except InputError as error:
             malformed.reject(encoded.record.where, str(error))
 
 
+def _fitted(
+    encoded: EncodedRecord, text: Text, malformed: MalformedRecords, *, window: int, begin_ids: tuple[int, ...]
+) -> EncodedRecord | None:
+    """The record as the policy `too_long` wants it, where its prompt and completion are longer than the window.
+
+    None where it is left out. Without a policy, or where even the completion is too long, it stays, to be rejected.
+    """
+    prompt_ids = encoded.prompt_ids
+    excess = len(prompt_ids) + _num_after_prompt(encoded, text) - window
+    if not prompt_ids or text.too_long is None or excess <= 0:
+        return encoded
+    if text.too_long == "stop":
+        raise InputError(
+            f"{encoded.record.where}: expected at most {window} tokens (window), found {window + excess}; widen the "
+            "window, or set too_long=skip or cut_left"
+        )
+    if text.too_long == "skip":
+        malformed.reasons[f"expected at most {window} tokens (window)"] += 1
+        return None
+    begin = list(begin_ids) if tuple(prompt_ids[: len(begin_ids)]) == begin_ids else []
+    first = len(begin) + excess
+    if first >= len(prompt_ids):
+        return encoded
+    malformed.notes[CUT_LEFT] += 1
+    spans = [(max(start - excess, len(begin) + 1), stop - excess) for start, stop in encoded.prompt_spans]
+    return dataclasses.replace(
+        encoded,
+        prompt_ids=begin + prompt_ids[first:],
+        prompt_spans=tuple((start, stop) for start, stop in spans if start < stop),
+    )
+
+
+def _num_after_prompt(encoded: EncodedRecord, text: Text) -> int:
+    """The tokens that follow a record's prompt in its longest segment."""
+    if text.targets == "choices":
+        return max((len(ids) - 1 for ids in encoded.choice_ids), default=0)
+    if encoded.completion_ids is None:
+        return int(text.completes)
+    return 0 if text.targets == "next" else len(encoded.completion_ids)
+
+
 def record_segments(
-    encoded: EncodedRecord, targets: str, *, window: int | None, require_targets: bool = False
+    encoded: EncodedRecord,
+    targets: str,
+    *,
+    window: int | None,
+    require_targets: bool = False,
+    window_begin: Sequence[int] = (),
 ) -> Iterator[Segment]:
-    """The segments of one record; InputError where it does not fit the window (None: no limit) or has no target."""
+    """The segments of one record; InputError where it does not fit the window (None: no limit) or has no target.
+
+    `window_begin` are tokens that begin each further window of a long text.
+    """
     prompt_ids, completion_ids, is_text = encoded.prompt_ids, encoded.completion_ids, not encoded.prompt_ids
     if targets == "choices":
         yield from _choice_segments(encoded, window, require_targets)
         return
-    if completion_ids is None and (require_targets or targets == "completion"):
+    if completion_ids is None and not encoded.prompt_spans and (require_targets or targets == "completion"):
         raise InputError("expected a known target, found no completion (nor choices with an answer)")
     if is_text and targets != "all":
         raise InputError(f"expected a prompt, because targets={targets}, found plain text or an empty prompt")
     ids, first = prompt_ids + (completion_ids or []), 0 if targets == "all" else len(prompt_ids) - 1
     pairs = shifted_targets(ids, first=first)
+    if targets == "completion":
+        pairs = (*((s - 1, ids[s]) for span in encoded.prompt_spans for s in range(*span)), *pairs)
     if targets == "next":
         ids, pairs = prompt_ids, pairs[:1] or ((first, UNKNOWN_TARGET),)
     if not pairs:
         raise InputError(f"expected at least two tokens, found {len(ids)}: nothing to predict")
     record_id = encoded.record.record_id
     if is_text and window is not None:
-        for start in range(0, len(ids) - 1, window - 1):
-            part = ids[start : start + window]
-            yield Segment(record_id=record_id, ids=tuple(part), targets=shifted_targets(part, first=0))
+        yield from _windows(ids, window, window_begin, record_id)
         return
     _check_length(len(ids), window)
     yield Segment(record_id=record_id, ids=tuple(ids), targets=pairs)
+
+
+def _windows(ids: Sequence[int], window: int, begin: Sequence[int], record_id: int) -> Iterator[Segment]:
+    """A long text in windows that overlap by one token: each token is a target once."""
+    start, before = 0, list[int]()
+    while start < len(ids) - 1:
+        size = window - len(before)
+        part = [*before, *ids[start : start + size]]
+        yield Segment(record_id=record_id, ids=tuple(part), targets=shifted_targets(part, first=len(before)))
+        start, before = start + size - 1, list(begin)
 
 
 def _choice_segments(encoded: EncodedRecord, window: int | None, require_targets: bool) -> Iterator[Segment]:
@@ -208,12 +214,9 @@ def read_sequences(
 def load_labeled_sequences(text: Text, tokenizer: Any, *, window: int) -> list[TokenSequence]:
     """A text with known targets, packed, in memory; refuses one without a usable record."""
     check_end_token(text, tokenizer)
-    malformed = MalformedRecords(skip=text.skip_malformed)
-    sequences = list(
-        read_sequences(
-            all_records(text.files, text.columns), text, tokenizer, malformed, window=window, require_targets=True
-        )
-    )
+    malformed, text = MalformedRecords(skip=text.skip_malformed), find_shape(text)
+    raw = all_records(text.files, text.read_columns)
+    sequences = list(read_sequences(raw, text, tokenizer, malformed, window=window, require_targets=True))
     if not sequences:
         files = ", ".join(map(str, text.files))
         raise InputError(f"{text.what}: expected usable records, found none in {files} ({malformed.count} malformed)")

@@ -24,6 +24,9 @@ SCHEMA = {
     "steps": pl.Int64,
     "num_records": pl.Int64,
     "accuracy": pl.Float64,
+    "accuracy_norm": pl.Float64,
+    "accuracy_norm_tokens": pl.Float64,
+    "num_ties": pl.Int64,
     "exact_match": pl.Float64,
     "standard_error": pl.Float64,
     "nll": pl.Float64,
@@ -41,7 +44,7 @@ def run(config: ReportConfig) -> pl.DataFrame:
     folders = sorted({path for pattern in config.runs for path in matching_paths(pattern)})
     table = with_pgr(read_runs(folders, config.runs))
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4, tbl_hide_dataframe_shape=True):
-        print(table.drop("run_dir", "gold_fraction", "settings", "train_seconds"))
+        print(table.drop(*unprinted_columns(table)))
     for line in conclusions(table):
         print(line)
     if config.out is not None:
@@ -90,7 +93,7 @@ def _row(config: TrainConfig, result: dict[str, Any], identity: dict[str, Any], 
         "gold_fraction": config.gold_fraction,
         "steps": result["steps"],
         "num_records": test.get("num_records"),
-        "accuracy": test.get("accuracy"),
+        **{name: test.get(name) for name in ("accuracy", "accuracy_norm", "accuracy_norm_tokens", "num_ties")},
         "exact_match": test.get("exact_match"),
         "standard_error": (score * (1 - score) / count) ** 0.5 if score is not None else None,
         "nll": test.get("nll"),
@@ -99,6 +102,17 @@ def _row(config: TrainConfig, result: dict[str, Any], identity: dict[str, Any], 
         "train_seconds": result["train_seconds"],
         "run_dir": str(folder),
     }
+
+
+def unprinted_columns(table: pl.DataFrame) -> list[str]:
+    """What is in the files alone: the width is limited. `num_ties` is printed where there are ties, `accuracy_norm`
+    where a run has another accuracy by it, which takes choices of different lengths."""
+    columns = ["run_dir", "gold_fraction", "settings", "train_seconds", "accuracy_norm_tokens"]
+    if not (table["num_ties"] > 0).any():
+        columns.append("num_ties")
+    if not (table["accuracy_norm"] != table["accuracy"]).any():
+        columns.append("accuracy_norm")
+    return columns
 
 
 def score_column(table: pl.DataFrame) -> str:

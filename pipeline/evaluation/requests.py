@@ -17,6 +17,7 @@ from pipeline.data.records import MalformedRecords, read_records
 from pipeline.data.text_files import Text, open_text
 from pipeline.data.tokenize import EncodedRecord, Targets, encode_records, record_segments, shifted_targets
 from pipeline.models.compatibility import max_positions
+from pipeline.models.tokenizer import end_token_ids
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,26 +62,33 @@ def read_evaluation_set(
     config: TextConfig, name: str, tokenizer: Any, *, folder: Path, max_new_tokens: int
 ) -> EvaluationSet:
     """From options to a value: the requests of a text to the model that lies in a folder."""
-    text, longest = open_text(config, name), max_positions(folder)
-    return open_evaluation_set(text, tokenizer, longest=longest, max_new_tokens=max_new_tokens)
+    return open_evaluation_set(
+        open_text(config, name),
+        tokenizer,
+        longest=max_positions(folder),
+        max_new_tokens=max_new_tokens,
+        end_ids=end_token_ids(folder, tokenizer),
+    )
 
 
-def open_evaluation_set(text: Text, tokenizer: Any, *, longest: int | None, max_new_tokens: int) -> EvaluationSet:
+def open_evaluation_set(
+    text: Text, tokenizer: Any, *, longest: int | None, max_new_tokens: int, end_ids: Sequence[int]
+) -> EvaluationSet:
     """Read a held-out text; refuses one without requests, and records longer than the model's positions.
 
-    With `max_new_tokens` above 0 the model completes the records without choices, by at most that many tokens.
+    With `max_new_tokens` above 0 the model completes the records without choices, by at most that many tokens, and ends
+    with one of `end_ids`.
     """
     malformed = MalformedRecords(skip=text.skip_malformed)
     records: list[Record] = []
     likelihoods: list[LikelihoodRequest] = []
     generations: list[GenerationRequest] = []
-    special_ids = frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
     for encoded in encode_records(
-        read_records(text, tokenizer), tokenizer, end_token=text.end_token, with_choices=True
+        read_records(text, tokenizer), tokenizer, malformed, end_token=text.end_token, with_choices=True
     ):
         try:
             to_score = [*_own_targets(encoded, text.targets), *_choices(encoded)]
-            to_generate = _generations(encoded, tokenizer, special_ids) if max_new_tokens > 0 else []
+            to_generate = _generations(encoded, tokenizer, frozenset(end_ids)) if max_new_tokens > 0 else []
             lengths = [len(request.ids) for request in to_score]
             lengths += [len(request.ids) + max_new_tokens for request in to_generate]
             if longest is not None and max(lengths, default=0) > longest:
@@ -137,20 +145,20 @@ def _choices(encoded: EncodedRecord) -> Iterator[LikelihoodRequest]:
         yield LikelihoodRequest(record_id=record.record_id, choice=index, ids=tuple(ids[:-1]), targets=targets)
 
 
-def _generations(encoded: EncodedRecord, tokenizer: Any, special_ids: frozenset[int]) -> list[GenerationRequest]:
+def _generations(encoded: EncodedRecord, tokenizer: Any, end_ids: frozenset[int]) -> list[GenerationRequest]:
     record, expected_ids = encoded.record, encoded.completion_ids
     if record.choices or record.prompt is None or expected_ids is None:
         return []
-    if not special_ids & set(expected_ids):
+    if expected_ids[-1] not in end_ids:
         raise InputError(
-            "expected a completion that ends with a special token, because generation stops there, found none; "
+            "expected a completion that ends with an end token, because generation stops there, found none; "
             "set end_token=true (a chat template has to end a turn with one), or use scoring.max_new_tokens=0"
         )
     return [
         GenerationRequest(
             record_id=record.record_id,
             ids=tuple(encoded.prompt_ids),
-            end_ids=special_ids & {*expected_ids, tokenizer.eos_token_id},
+            end_ids=end_ids,
             expected=decode_answer(tokenizer, expected_ids),
         )
     ]
@@ -158,7 +166,7 @@ def _generations(encoded: EncodedRecord, tokenizer: Any, special_ids: frozenset[
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
     """Token ids as text, without special tokens and without spaces around it."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
 def record_key(record: Record) -> bytes:
@@ -190,7 +198,7 @@ def load_evaluation_set(path: Path, tokenizer: Any) -> EvaluationSet:
     """Read what `save_evaluation_set` wrote."""
     saved = json.loads(path.read_text())
     return EvaluationSet(
-        records=tuple(Record(**row | {"choices": tuple(row["choices"])}) for row in saved["records"]),
+        records=tuple(_record(row) for row in saved["records"]),
         likelihoods=tuple(
             LikelihoodRequest(**row | {"ids": tuple(row["ids"]), "targets": tuple(map(tuple, row["targets"]))})
             for row in saved["likelihoods"]
@@ -201,4 +209,11 @@ def load_evaluation_set(path: Path, tokenizer: Any) -> EvaluationSet:
         ),
         max_new_tokens=saved["max_new_tokens"],
         tokenizer=tokenizer,
+    )
+
+
+def _record(row: dict[str, Any]) -> Record:
+    spans = tuple(map(tuple, row["prompt_spans"]))
+    return Record(
+        **row | {"choices": tuple(row["choices"]), "choice_turns": tuple(row["choice_turns"]), "prompt_spans": spans}
     )

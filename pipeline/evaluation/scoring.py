@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import torch
@@ -14,19 +13,18 @@ from pipeline.config.schema import EvaluateConfig
 from pipeline.core.files import write_json
 from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.runtime import Ranks, compute_device
-from pipeline.core.types import Scores
 from pipeline.data.packing import Segment, collate_inputs, pack
-from pipeline.evaluation.predictions import scores_of, teacher_choices
+from pipeline.evaluation.predictions import Scores, predictions_table, scores_of, teacher_choices, with_teacher
 from pipeline.evaluation.requests import (
     EvaluationSet,
     LikelihoodRequest,
     check_generation_requests,
     decode_answer,
     read_evaluation_set,
-    record_key,
 )
-from pipeline.models.forward import HEAD_POSITIONS, Model, hidden_states, logits
+from pipeline.models.forward import HEAD_POSITIONS, Model, hidden_states
 from pipeline.models.generation import batches_by_length, generate
+from pipeline.models.head_float32 import logits_float32
 from pipeline.models.loading import open_model
 from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
@@ -81,8 +79,11 @@ def score(
     generated = _generate_answers(model, held_out, batch_tokens, log_every_seconds, ranks)
     predictions = predictions_table(held_out, log_probs, generated)
     if teacher_predictions is not None:
-        predictions = predictions.with_columns(teacher_predicted=teacher_choices(held_out, teacher_predictions))
-    return scores_of(predictions), predictions
+        predictions = with_teacher(predictions, teacher_choices(held_out, teacher_predictions))
+    scores = scores_of(predictions)
+    if scores.num_ties:
+        log.info("%d records have several choices that are equally likely: each counts in part", scores.num_ties)
+    return scores, predictions
 
 
 def _shared_segments(requests: Sequence[LikelihoodRequest]) -> tuple[list[Segment], list[tuple[int, int]]]:
@@ -95,8 +96,10 @@ def _shared_segments(requests: Sequence[LikelihoodRequest]) -> tuple[list[Segmen
     targets: list[list[tuple[int, int]]] = []
     places: dict[int, tuple[int, int]] = {}
     first_of_record, record_id = 0, None
-    # the longest request of a record first, so that shorter ones find it
-    for i in sorted(range(len(requests)), key=lambda i: (requests[i].record_id, -len(requests[i].ids))):
+    # the longest request of a record first, so that shorter ones find it; then by the tokens, because the place in a
+    # batch may change the last bits of a score, and the order of the choices must not
+    order = sorted((request.record_id, -len(request.ids), request.ids, i) for i, request in enumerate(requests))
+    for *_, i in order:
         request = requests[i]
         if request.record_id != record_id:
             first_of_record, record_id = len(ids), request.record_id
@@ -154,12 +157,15 @@ def _target_log_probs(
 ) -> list[float]:
     """Log-probability of each (position, token); a position with several tokens goes through the head once."""
     positions_M, inverse_N = flat_N.unique(return_inverse=True)
-    values_N = torch.empty(len(flat_N), dtype=torch.float32, device=flat_N.device)
+    values_N = torch.empty(len(flat_N), dtype=torch.float64, device=flat_N.device)
     for start in range(0, len(positions_M), HEAD_POSITIONS):
         chosen_M = positions_M[start : start + HEAD_POSITIONS]
-        log_q_MV = logits(model, hidden_PH[chosen_M], vocabulary_size).float().log_softmax(dim=1)
+        logits_MV = logits_float32(model, hidden_PH[chosen_M], vocabulary_size)
+        log_sum_M = logits_MV.logsumexp(dim=1)
         here_N = (inverse_N >= start) & (inverse_N < start + HEAD_POSITIONS)
-        values_N[here_N] = log_q_MV[inverse_N[here_N] - start, tokens_N[here_N]]
+        rows_N = inverse_N[here_N] - start
+        # in float64, because in float32 the difference would round logits to ties again
+        values_N[here_N] = logits_MV[rows_N, tokens_N[here_N]].double() - log_sum_M[rows_N].double()
     return values_N.tolist()
 
 
@@ -193,59 +199,3 @@ def _generate_answers(
         progress.advance(len(batch))
     progress.close()
     return answers
-
-
-# -------------------------------------------------------------------------------------- predictions
-
-
-PREDICTION_COLUMNS: dict[str, Any] = {
-    "record_id": pl.Int64,
-    "record_key": pl.Binary,
-    "answer": pl.Int64,
-    "predicted": pl.Int64,
-    "correct": pl.Boolean,
-    "choice_log_probs": pl.List(pl.Float32),
-    "num_targets": pl.Int64,
-    "nll_sum": pl.Float64,
-    "generated": pl.String,
-    "exact": pl.Boolean,
-}
-
-
-def choice_score(log_probs: Sequence[float]) -> float:
-    """The score of a choice, of which the highest is predicted: the log-probability of all its tokens, nats."""
-    return sum(log_probs)
-
-
-def predictions_table(
-    held_out: EvaluationSet, log_probs: list[list[float]], generated: dict[int, tuple[str, bool]]
-) -> pl.DataFrame:
-    """One row per record. `log_probs`: of each likelihood request; `generated`: text and exact match, by record id."""
-    own_targets: dict[int, list[float]] = {record.record_id: [] for record in held_out.records}
-    choices: dict[int, list[float]] = {record.record_id: [] for record in held_out.records}
-    for request, values in zip(held_out.likelihoods, log_probs, strict=True):
-        if request.choice is None:
-            own_targets[request.record_id] += values
-        else:
-            choices[request.record_id].append(choice_score(values))
-    rows = []
-    for record in held_out.records:
-        choice_log_probs = choices[record.record_id]
-        predicted = choice_log_probs.index(max(choice_log_probs)) if choice_log_probs else None
-        is_scored = predicted is not None and record.answer is not None
-        text, exact = generated.get(record.record_id, (None, None))
-        rows.append(
-            {
-                "record_id": record.record_id,
-                "record_key": record_key(record),
-                "answer": record.answer,
-                "predicted": predicted,
-                "correct": predicted == record.answer if is_scored else None,
-                "choice_log_probs": choice_log_probs,
-                "num_targets": len(own_targets[record.record_id]),
-                "nll_sum": -sum(own_targets[record.record_id]),
-                "generated": text,
-                "exact": exact,
-            }
-        )
-    return pl.DataFrame(rows, schema=PREDICTION_COLUMNS)

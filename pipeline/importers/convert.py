@@ -22,7 +22,7 @@ from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.topk import from_log_probabilities
 from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
 from pipeline.data.packing import sequence_key
-from pipeline.importers.decode import ForeignRow, decode_row
+from pipeline.importers.decode import ForeignRow, appended_token, decode_row
 from pipeline.importers.sources import ForeignSource, Row, open_source, read_rows
 from pipeline.models.tokenizer import chat_template_and_end_token, load_tokenizer, tokenizer_hash, vocabulary_size
 
@@ -101,6 +101,7 @@ def check_import(config: ImportConfig) -> None:
 def identity(config: ImportConfig, source: ForeignSource) -> dict[str, Any]:
     """Everything that changes the content of the cache: the content of the files and the options to read them."""
     joined = "".join(file_hash(file) for file in source.files)
+    token = appended_token(source)
     return {
         "schema_version": SCHEMA_VERSION,
         "source": hashlib.sha256(joined.encode()).hexdigest(),
@@ -111,6 +112,7 @@ def identity(config: ImportConfig, source: ForeignSource) -> dict[str, Any]:
         "tokenizer": tokenizer_hash(source.tokenizer),
         **chat_template_and_end_token(source.tokenizer),
         "records_per_shard": config.records_per_shard,
+        **({} if token is None else {"appended_token": token}),  # earlier versions took it for a part of the text
     }
 
 

@@ -40,6 +40,15 @@ class ForeignRow:
         return torch.where(is_target_NK.any(dim=1), log_p_N, torch.nan)
 
 
+def appended_token(source: ForeignSource) -> int | None:
+    """The padding token that DistillKit appends to a shorter text, to get the distribution after its last token.
+
+    None where it cannot be told from text: it is the end token in a tokenizer without padding.
+    """
+    pad, end = source.tokenizer.pad_token_id, source.tokenizer.eos_token_id
+    return pad if source.format == "distillkit" and pad != end else None
+
+
 def decode_row(source: ForeignSource, row: Row) -> ForeignRow:
     """Decode one row; an InputError describes what is wrong with it, and the caller adds file and row."""
     if source.format == "distillkit":
@@ -53,7 +62,7 @@ def decode_row(source: ForeignSource, row: Row) -> ForeignRow:
 
 
 def _distillkit(source: ForeignSource, row: Row) -> ForeignRow:
-    """Distribution s predicts token s + 1; there is one at the last token only where the token after it was cut off."""
+    """Distribution s predicts token s + 1; the one at the last token of a text has no known target."""
     input_ids_S = _integers(row, "input_ids")
     if source.compression is None:
         ids_NK, log_p_NK = _entries(row, "token_ids", "top_values")
@@ -67,6 +76,9 @@ def _distillkit(source: ForeignSource, row: Row) -> ForeignRow:
         raise InputError(
             f"expected a distribution for each of {len(input_ids_S)} tokens, or all but one, found {len(ids_NK)}"
         )
+    is_shorter = len(ids_NK) == len(input_ids_S) - 1 > 0
+    if is_shorter and "attention_mask" not in row and int(input_ids_S[-1]) == appended_token(source):
+        input_ids_S = input_ids_S[:-1]
     return _align(row, input_ids_S, ids_NK, log_p_NK, first=0)
 
 

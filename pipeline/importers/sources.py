@@ -19,11 +19,15 @@ from omegaconf import OmegaConf
 from pipeline.config.schema import ImportConfig
 from pipeline.core.files import matching_paths
 from pipeline.core.types import InputError
+from pipeline.data.file_kinds import arrow_batches, endings, file_format, files_in, readable, seekable
 from pipeline.data.text_files import all_records
 from pipeline.importers.distillkit import Compression, parse_compression
 
-SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES_BY_FORMAT = {"distillkit": (".parquet",), "axolotl_raw": SUFFIXES, "axolotl_prepared": SUFFIXES}
+FILE_FORMATS = {
+    "distillkit": ("parquet",),
+    "axolotl_raw": ("parquet", "arrow", "json"),
+    "axolotl_prepared": ("parquet", "arrow", "json"),
+}
 ROWS_PER_BATCH = 64  # a row holds thousands of positions
 COMPRESSION_FILES = ("compression_config.yaml", "compression_config.yml")
 
@@ -54,7 +58,7 @@ class ForeignSource:
 
 def open_source(config: ImportConfig, tokenizer: Any) -> ForeignSource:
     """Find the files, in the order of the numbers in their names, and DistillKit's compression."""
-    files = _files(config.source, SUFFIXES_BY_FORMAT[config.format.name])
+    files = _files(config.source, FILE_FORMATS[config.format.name])
     compression = compression_file = None
     if config.format.name == "distillkit":
         compression, compression_file = _compression(files[0])
@@ -69,21 +73,21 @@ def open_source(config: ImportConfig, tokenizer: Any) -> ForeignSource:
     )
 
 
-def _files(pattern: str, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
-    candidates = [file for path in matching_paths(pattern) for file in (path.rglob("*") if path.is_dir() else [path])]
-    files = [file for file in dict.fromkeys(candidates) if file.is_file() and file.name.endswith(suffixes)]
+def _files(pattern: str, formats: tuple[str, ...]) -> tuple[Path, ...]:
+    candidates = [
+        file for path in matching_paths(pattern) for file in (files_in(path, formats) if path.is_dir() else [path])
+    ]
+    files = [file for file in dict.fromkeys(candidates) if file.is_file() and file_format(file) in formats]
     if not files:
-        raise InputError(f"source: expected files ending in {', '.join(suffixes)}, found none in {pattern!r}")
+        raise InputError(f"source: expected files ending in {endings(formats)}, found none in {pattern!r}")
     # data_2 before data_10: the parts between the digits are equal, and the shorter number is the smaller one
     return tuple(sorted(files, key=lambda file: [(len(part), part) for part in re.split(r"(\d+)", str(file))]))
 
 
 def _compression(file: Path) -> tuple[Compression | None, Path | None]:
     """A DistillKit data set's compression and the file that describes it; (None, None) if it is not compressed."""
-    try:
-        names = set(pq.read_schema(file).names)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{file}: expected a readable file, found it damaged ({error}); replace it") from None
+    with readable(file), seekable(file) as source:
+        names = set(pq.read_schema(source).names)
     if {"token_ids", "top_values"} <= names:
         return None, None
     if {"packed_indices", "exact_values", "coeffs"} & names:
@@ -115,15 +119,14 @@ def read_rows(source: ForeignSource, records: range) -> Iterator[tuple[str, Row]
     for file in source.files:
         # the rows of this file: after 50 rows in earlier files, rows 70 to 99 are its rows 20 to 49
         selected = range(records.start - first, records.stop - first)
-        try:
-            if file.name.endswith(".parquet"):
-                num_rows = yield from _parquet_rows(file, selected)
-            elif file.name.endswith(".arrow"):
-                num_rows = yield from _arrow_rows(file, selected)
-            else:
-                num_rows = yield from _json_rows(file, selected)
-        except (OSError, EOFError, pa.ArrowException) as error:
-            raise InputError(f"{file}: expected a readable file, found it damaged ({error}); replace it") from None
+        with readable(file):
+            match file_format(file):
+                case "parquet":
+                    num_rows = yield from _parquet_rows(file, selected)
+                case "arrow":
+                    num_rows = yield from _arrow_rows(file, selected)
+                case _:
+                    num_rows = yield from _json_rows(file, selected)
         first += num_rows
         if first >= records.stop:
             return
@@ -131,28 +134,24 @@ def read_rows(source: ForeignSource, records: range) -> Iterator[tuple[str, Row]
 
 def _parquet_rows(file: Path, selected: range) -> Generator[tuple[str, Row], None, int]:
     """The selected rows of a file; returns the number of all its rows, as the two functions below do."""
-    opened, group_start = pq.ParquetFile(file), 0
-    for group in range(opened.num_row_groups):
-        group_end = group_start + opened.metadata.row_group(group).num_rows
-        if group_start < selected.stop and group_end > selected.start:
-            start = group_start
-            for batch in opened.iter_batches(ROWS_PER_BATCH, row_groups=[group]):
-                yield from _batch_rows(file, batch, start, selected)
-                start += batch.num_rows
-        group_start = group_end
+    group_start = 0
+    with seekable(file) as source, pq.ParquetFile(source) as opened:
+        for group in range(opened.num_row_groups):
+            group_end = group_start + opened.metadata.row_group(group).num_rows
+            if group_start < selected.stop and group_end > selected.start:
+                start = group_start
+                for batch in opened.iter_batches(ROWS_PER_BATCH, row_groups=[group]):
+                    yield from _batch_rows(file, batch, start, selected)
+                    start += batch.num_rows
+            group_start = group_end
     return group_start
 
 
 def _arrow_rows(file: Path, selected: range) -> Generator[tuple[str, Row], None, int]:
     start = 0
-    with pa.memory_map(str(file)) as mapped:
-        is_file = mapped.read(6) == b"ARROW1"
-        mapped.seek(0)
-        opened = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
-        batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
-        for batch in batches:
-            yield from _batch_rows(file, batch, start, selected)
-            start += batch.num_rows
+    for batch, _ in arrow_batches(file):
+        yield from _batch_rows(file, batch, start, selected)
+        start += batch.num_rows
     return start
 
 
@@ -165,13 +164,13 @@ def _batch_rows(file: Path, batch: pa.RecordBatch, start: int, selected: range) 
 
 
 def _json_rows(file: Path, selected: range) -> Generator[tuple[str, Row], None, int]:
-    """The selected lines; reading stops after the last of them, and returns the number of lines read."""
+    """The selected lines or elements; reading stops after the last of them, and returns the number of those read."""
     num_read = 0
     for where, _, line in all_records([file]):
         if num_read in selected:
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: expected a JSON object, found it broken ({error})") from None
             if not isinstance(row, dict):
                 raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from pipeline.core.progress import log
 from pipeline.core.types import InputError
 from pipeline.models.forward import Model, hidden_states, logits
+from pipeline.models.model_files import read_model_config
+
+NOISE_MULTIPLE = 4.0  # a difference may be up to this multiple of the one that an unrelated row makes
+ROUNDING = 1e-3  # and this fraction of the effect of an earlier token of the same segment
 
 
 def check_architecture(model: Model) -> None:
@@ -42,35 +48,80 @@ def check_packing(model: Model) -> None:
     """InputError if a packed segment attends to another one with this architecture and attention kernel.
 
     Two rows of three segments: the tokens of the middle one change, and the hidden states of the others must stay the
-    same to the last bit. Models that do not mask by position ids (ALiBi, state spaces, position ids of their own) are
-    rejected here instead of training wrongly.
+    same. Models that do not mask by position ids (ALiBi, state spaces, position ids of their own) are rejected here
+    instead of training wrongly. Dense models stay the same to the last bit. A mixture of experts groups the tokens of a
+    batch, so its last bits change with any other token: with those of another row too, which cannot be attended to.
     """
-    positions_S = torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1], device=model.device)
+    positions_BS = torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1], device=model.device).expand(2, -1)
     ids_BS = (torch.arange(18, device=model.device).reshape(2, 9) * 7 + 3) % model.config.vocab_size
-    changed_ids_BS = ids_BS.clone()
-    changed_ids_BS[:, 3:7] = (changed_ids_BS[:, 3:7] + 11) % model.config.vocab_size
-    before_BSH = hidden_states(model, ids_BS, positions_S.expand(2, -1))
-    after_BSH = hidden_states(model, changed_ids_BS, positions_S.expand(2, -1))
-    outside = torch.tensor([0, 1, 2, 7, 8], device=model.device)
-    if not torch.equal(before_BSH[:, outside], after_BSH[:, outside]):
+    before_BSH = hidden_states(model, ids_BS, positions_BS)
+
+    def change(rows: slice, tokens: slice, shift: int = 11) -> Tensor:
+        """How far each hidden state [B, S] moves if some tokens change."""
+        changed_ids_BS = ids_BS.clone()
+        changed_ids_BS[rows, tokens] = (changed_ids_BS[rows, tokens] + shift) % model.config.vocab_size
+        return (hidden_states(model, changed_ids_BS, positions_BS) - before_BSH).abs().amax(dim=2).float()
+
+    moved_BS = change(slice(0, 2), slice(3, 7))
+    leak = max(moved_BS[:, :3].max().item(), moved_BS[:, 7:].max().item())
+    if leak == 0:
+        return
+    noise = max(change(slice(1, 2), slice(0, 9), shift)[0].max().item() for shift in (5, 11, 17))
+    effect = change(slice(0, 2), slice(3, 4))[:, 4:7].max().item()  # of a token on the later ones of its segment
+    if not leak <= NOISE_MULTIPLE * noise + effect * ROUNDING:
         raise InputError(
             f"{type(model).__name__}: expected packed segments not to attend to each other, found that they do "
-            f"(attention {model.config._attn_implementation}); try attention=sdpa or eager, or another architecture"
+            f"(attention {model.config._attn_implementation}): another segment moves a hidden state by {leak:.2g}, an "
+            f"earlier token of its own by {effect:.2g}; try attention=sdpa or eager, or another architecture"
         )
+    log.info(
+        "%s: other tokens of a batch change a hidden state by up to %.2g (rounding), earlier ones of its text by %.2g",
+        *(type(model).__name__, max(leak, noise), effect),
+    )
 
 
 def max_positions(folder: Path) -> int | None:
-    """The largest number of positions that a model's config allows, or None if it sets no limit."""
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder}: expected a model in Hugging Face layout, found no config.json; check the path")
-    config = json.loads((folder / "config.json").read_text())
-    return config.get("max_position_embeddings") or config.get("n_positions")
+    """The largest number of positions that a model can be used with, or None if its config sets no limit."""
+    config = read_model_config(folder)
+    limits = [config.get("max_position_embeddings") or config.get("n_positions"), *_rope_limits(config).values()]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def check_window(folder: Path, window: int) -> None:
-    """InputError if a window is longer than the model's config allows."""
+    """InputError if a window is longer than the model can be used with."""
     longest = max_positions(folder)
-    if longest is not None and window > longest:
-        raise InputError(
-            f"window: expected at most {longest} (the positions of {folder}), found {window}; choose a smaller window"
-        )
+    if longest is None or window <= longest:
+        return
+    ropes = [rope_type for rope_type, limit in _rope_limits(read_model_config(folder)).items() if limit == longest]
+    why = (
+        f"; beyond them, with RoPE of type {ropes[0]}, a text changes with the longest one in its batch"
+        if ropes
+        else ""
+    )
+    raise InputError(
+        f"window: expected at most {longest} (the positions of {folder}{why}), found {window}; choose a smaller window"
+    )
+
+
+def _rope_limits(config: dict[str, Any]) -> dict[str, int]:
+    """Types of RoPE whose frequencies follow the longest sequence of a batch -> the positions up to which they do not.
+
+    transformers 5 writes `rope_parameters`, for some models one per type of layer; before it was `rope_scaling`, with
+    `type` for `rope_type`.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    limits: dict[str, int] = {}
+    for parameters in [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]:
+        rope_type = str(parameters.get("rope_type") or parameters.get("type"))
+        trained = config.get("max_position_embeddings")
+        if rope_type in (
+            "longrope",
+            "su",
+        ):  # Phi-3 called it su at first; its length stands beside the RoPE's parameters
+            original = "original_max_position_embeddings"
+            trained = config.get(original) or parameters.get(original) or trained
+        elif "dynamic" not in rope_type:
+            continue
+        if trained is not None:
+            limits[rope_type] = min(trained, limits.get(rope_type, trained))
+    return limits

@@ -1,9 +1,8 @@
-"""Models: choose the dtype, load and check, list their linear layers, hash their weights, save."""
+"""Models: choose the dtype, load and check, list their linear layers, save."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +11,12 @@ import transformers
 from torch import Tensor
 
 from pipeline.config.schema import Dtype, ModelConfig
-from pipeline.core.files import content_hash, file_hash
 from pipeline.core.progress import log
 from pipeline.core.runtime import compute_device, has_fast_matmul
 from pipeline.core.types import InputError
 from pipeline.models.compatibility import check_architecture
 from pipeline.models.forward import Model
+from pipeline.models.model_files import check_model_files
 from pipeline.models.paths import model_folder
 
 C = TypeVar("C", bound=ModelConfig)
@@ -75,11 +74,12 @@ def load_model(
 ) -> Model:
     """Load a causal language model from a folder; with `num_layers` only its first layers.
 
-    InputError if a parameter has no weight in the folder, or if `check_architecture` rejects the model. `partition` is
-    DeepSpeed's config at ZeRO 3: each rank then keeps only its part of every weight. Such a model can run only inside
-    an engine, so the caller has to call `check_architecture` there.
+    InputError if a file or the weight of a parameter is missing, or if `check_architecture` rejects the model.
+    `partition` is DeepSpeed's config at ZeRO 3: each rank then keeps only its part of every weight. Such a model can
+    run only inside an engine, so the caller has to call `check_architecture` there.
     """
-    config = _load_config(folder, num_layers=num_layers, trust_remote_code=trust_remote_code)
+    check_model_files(folder)
+    config = load_config(folder, num_layers=num_layers, trust_remote_code=trust_remote_code)
     # from_pretrained partitions the weights as long as this object exists
     partitioning = None if partition is None else transformers.integrations.HfDeepSpeedConfig(partition)
     model_and_report: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -105,7 +105,8 @@ def load_model(
     return model
 
 
-def _load_config(folder: Path, *, num_layers: int | None, trust_remote_code: bool) -> Any:
+def load_config(folder: Path, *, num_layers: int | None, trust_remote_code: bool) -> Any:
+    """The config of a folder's model, with `num_layers` of its first layers only."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:
@@ -114,7 +115,7 @@ def _load_config(folder: Path, *, num_layers: int | None, trust_remote_code: boo
                 "or null for all"
             )
         config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
+        if len(getattr(config, "layer_types", None) or []) > num_layers:  # in some configs it follows by itself
             config.layer_types = config.layer_types[:num_layers]
     config.use_cache = False  # with a KV cache, packed segments would attend to each other without any error
     return config
@@ -126,7 +127,7 @@ def meta_model(config: ModelConfig) -> Model:
     trust = config.trust_remote_code
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(
-            _load_config(folder, num_layers=config.num_layers, trust_remote_code=trust), trust_remote_code=trust
+            load_config(folder, num_layers=config.num_layers, trust_remote_code=trust), trust_remote_code=trust
         )
 
 
@@ -134,17 +135,6 @@ def linear_layers(model: Model) -> list[str]:
     """The full names of a model's linear layers, including GPT-2's transposed ones (Conv1D)."""
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def weights_hash(folder: Path) -> str:
-    """sha256 over the weight files of a folder and its config.json."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder}: expected weights as *.safetensors, found none; convert the model")
-    config = json.loads((folder / "config.json").read_text())
-    for volatile in ("_name_or_path", "transformers_version", "use_cache"):
-        config.pop(volatile, None)
-    return content_hash([config, [file_hash(file) for file in files]])
 
 
 def save_model(model: Model, state: dict[str, Tensor], tokenizer: Any, folder: Path, *, shard_bytes: int) -> None:

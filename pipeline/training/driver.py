@@ -26,11 +26,12 @@ from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths, content_hash, write_json
 from pipeline.core.progress import log, start_logging
-from pipeline.core.types import InputError, RunFailed, Scores
+from pipeline.core.types import InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
-from pipeline.evaluation.predictions import main_score
+from pipeline.evaluation.predictions import Scores, main_score
 from pipeline.models.loading import check_trained_dtype, resolve_dtype
 from pipeline.models.lora import check_adapter
+from pipeline.models.paths import pinned
 from pipeline.training import checkpoints
 from pipeline.training.identity import identity_of
 from pipeline.training.inputs import RunInputs, save_inputs
@@ -95,11 +96,14 @@ def prepare(config: TrainConfig) -> PreparedRun:
     """Check the options, read and check every input, and find the run's folder; nothing is written."""
     check_train(config)
     batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
-    config = dataclasses.replace(config, student=resolve_dtype(config.student), global_batch=batch)
+    revision = config.student.revision
+    config = dataclasses.replace(config, student=pinned(resolve_dtype(config.student)), global_batch=batch)
     check_trained_dtype(config.student)
     num_ranks = num_processes(config)
     fitting_micro_batch(config.global_batch, world_size=num_ranks, at_most=config.micro_batch)
     identity, inputs = identity_of(config)
+    # as it was given: the content of the files is hashed, so a name needs no commit
+    identity["options"]["student"]["revision"] = revision
     paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
     return PreparedRun(config=config, paths=paths, identity=identity, inputs=inputs, num_ranks=num_ranks)
 
@@ -188,7 +192,7 @@ def run_lock(paths: RunPaths) -> Iterator[int]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise InputError(
                         f"{paths.folder}: expected a free run folder, found {paths.lock.name} held by another "
@@ -196,6 +200,10 @@ def run_lock(paths: RunPaths) -> Iterator[int]:
                     ) from None
                 log.info("%s: the run folder is locked by another process; waiting", paths.folder)
                 time.sleep(2.0)
+            except OSError as error:  # such as ENOLCK or ENOSYS of a network file system
+                raise InputError(
+                    f"{paths.lock}: expected a file system with locks, found {error.strerror}; choose another runs_dir"
+                ) from error
         yield file.fileno()
 
 

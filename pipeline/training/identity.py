@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,16 @@ from pipeline.evaluation.requests import (
     read_evaluation_set,
 )
 from pipeline.models.compatibility import check_window
-from pipeline.models.loading import weights_hash
-from pipeline.models.tokenizer import chat_template_and_end_token, check_same_tokenizer, open_tokenizer, tokenizer_hash
+from pipeline.models.model_files import code_hash, weights_hash
+from pipeline.models.preflight import check_model
+from pipeline.models.tokenizer import (
+    chat_template_and_end_token,
+    check_same_tokenizer,
+    needs_begin_token,
+    open_tokenizer,
+    split_option,
+    tokenizer_hash,
+)
 from pipeline.objective.divergences import NEEDS_EXACT_TAIL
 from pipeline.training.builders import class_ids
 from pipeline.training.inputs import RunInputs
@@ -34,16 +43,21 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     Reads and checks every input on the way, so that a bad one is refused here, before any model loads.
     """
     folder, tokenizer = open_tokenizer(config.student)
+    check_model(config.student, tokenizer)
     check_window(folder, config.window)
     class_ids(config.loss.confidence.choices, tokenizer)
     identity: dict[str, Any] = {
         "options": identity_options(config),
         "student": [weights_hash(folder), tokenizer_hash(tokenizer), chat_template_and_end_token(tokenizer)],
+        **split_option(tokenizer),
+        **code_hash(folder, trust_remote_code=config.student.trust_remote_code),
     }
     identity |= _cache_identity(config, folder, tokenizer)
     gold: list[TokenSequence] = []
     if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
         text = open_text(config.gold, "gold")
+        if config.gold.window_begin_token is None:
+            text = dataclasses.replace(text, begins_windows=needs_begin_token(folder))
         gold = load_labeled_sequences(text, tokenizer, window=config.window)
         identity["gold"] = text_hash(text)
     held_out = {}
@@ -81,7 +95,10 @@ def _teacher_identity(config: TrainConfig, held_out: dict[str, EvaluationSet]) -
     if "dev" in held_out and adaptive.every_steps > 0 and adaptive.teacher_predictions is not None:
         identity["dev_goal"] = teacher_score(held_out["dev"], adaptive.teacher_predictions)
     if "test" in held_out and choices is not None:
-        identity["teacher_predictions"] = content_hash(teacher_choices(held_out["test"], choices).to_list())
+        found = teacher_choices(held_out["test"], choices)
+        identity["teacher_predictions"] = content_hash(
+            [best if len(best) > 1 else next(iter(best), None) for best in found]
+        )
     return identity
 
 
@@ -90,9 +107,7 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
     cache, kd, hard = one_location(address, what), config.loss.kd, config.loss.hard
     manifest = manifests.load_manifest(cache)
     manifests.committed_shards(cache, manifest)
-    check_same_tokenizer(
-        manifest.made_of["tokenizer"], tokenizer_hash(tokenizer), cache=str(cache), student=str(folder)
-    )
+    check_same_tokenizer(manifest, tokenizer, cache=str(cache), student=str(folder))
     check_window(folder, manifest.window)
     temperature_index(manifest.temperatures, kd.temperature)
     if config.k is not None and not 1 <= config.k <= manifest.k:

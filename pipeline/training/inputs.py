@@ -24,7 +24,7 @@ def save_inputs(paths: RunPaths, inputs: RunInputs) -> None:
     """Write them; given again, they are written again."""
     paths.inputs.mkdir(exist_ok=True)
     if inputs.gold:
-        write_sequence_file(paths.inputs / "gold.parquet", inputs.gold, num_skipped=lambda: 0)
+        write_sequence_file(paths.inputs / "gold.parquet", inputs.gold)
     for name, held_out in inputs.held_out.items():
         save_evaluation_set(held_out, paths.inputs / f"{name}.json")
 

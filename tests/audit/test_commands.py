@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.audit import commands
 from pipeline.config.schema import AuditConfig
-from support.commands import script
+from support.commands import ROOT, script
 
 
 def test_verify_prints_totals_or_each_finding(cache_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +48,22 @@ def test_a_wrong_command_line_is_refused(tmp_path: Path, arguments: list[str]) -
     assert "Traceback" not in done.stderr
     if not arguments or arguments[0] != "verify":
         assert all(f"  {action} " in done.stderr for action in ("plan", "verify", "summary", "replay", "show"))
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["show", "record=0"], 141)])
+def test_output_that_nobody_reads_is_no_error(
+    arguments: list[str], code: int, cache: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """As in `audit.py show ... | head`, when head has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "scripts" / "audit.py"), *arguments]
+    command += [] if "--help" in arguments else [f"cache={cache}", f"teacher.path={teacher}"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == code
+    assert "Broken pipe" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_help_explains_the_actions(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from pipeline.cache import manifest as manifests
 from pipeline.cache.schema import decode_sequences, encode_sequences
 from pipeline.cache.shards import ShardReader, shard_writer, shuffle_positions
-from pipeline.capture.plan import make_manifest
 from pipeline.config.schema import Targets, TextConfig
 from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import Captured, Manifest, TokenSequence
@@ -18,6 +17,7 @@ from pipeline.data.choice_tree import choice_segments
 from pipeline.data.packing import Segment, make_sequence
 from support.commands import config_of
 from support.tiny import make_tokenizer
+from support.tiny import manifest_of as planned
 
 CHOICES = ([1, 2], [1, 3], [4, 5, 6])
 Row = tuple[TokenSequence, Captured]
@@ -43,7 +43,7 @@ def row_of(number: int, *, weighted: bool = True) -> Row:
 def manifest_of(targets: Targets) -> Manifest:
     text = TextConfig(files=["x"], targets=targets)
     config = config_of(Path("x"), Path("x"), Path("x"), corpus=text, k=3, temperatures=[1.0])
-    return make_manifest(config, make_tokenizer(), 3, {})
+    return planned(config, make_tokenizer(), 3, {})
 
 
 @pytest.fixture

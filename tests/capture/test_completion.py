@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,25 @@ import torch
 import transformers
 
 from pipeline.audit import commands
+from pipeline.audit.replay import replay
+from pipeline.audit.sampling import random_samples
 from pipeline.audit.verify import findings
+from pipeline.cache.manifest import fingerprint, load_manifest
+from pipeline.capture import plan
 from pipeline.capture.driver import run
-from pipeline.config.schema import AuditConfig, CompletionConfig, CompletionMode, Kind, ModelConfig, Targets, TextConfig
-from pipeline.core.types import UNKNOWN_TARGET, InputError
+from pipeline.config.schema import (
+    AuditConfig,
+    CompletionConfig,
+    CompletionMode,
+    Dtype,
+    Kind,
+    ModelConfig,
+    Targets,
+    TextConfig,
+)
+from pipeline.core.progress import Progress
+from pipeline.core.types import UNKNOWN_TARGET, InputError, Manifest
+from pipeline.models.loading import open_model
 from pipeline.models.tokenizer import load_tokenizer
 from support.commands import config_of, script, train_arguments
 from support.tiny import write_lines
@@ -115,6 +131,22 @@ def test_sampling_depends_on_the_seed_and_a_shard_captured_again_is_the_same_byt
     assert weak_ids[0] != weak_ids[1]
 
 
+def test_equal_prompts_are_sampled_independently(teacher: Path, tmp_path: Path) -> None:
+    """Each record has draws of its own; greedily, equal prompts have equal completions, and the old fingerprint."""
+    made = {}
+    for how in (CompletionMode.sample, CompletionMode.greedy):
+        rows = [{"prompt": "the weak"}] * 8
+        options = completion_options(tmp_path, rows, how=how, temperature=2.0, max_new_tokens=6)
+        cache = run(config_of(teacher, tmp_path, tmp_path, **options, kind=Kind.sampled, draws=3))
+        made[how] = (cache, {tuple(weak_ids) for _, weak_ids, _, _ in captured_by_record(cache).values()})
+    assert len(made[CompletionMode.sample][1]) == 8
+    assert len(made[CompletionMode.greedy][1]) == 1
+    complete = {how: load_manifest(cache).made_of["complete"] for how, (cache, _) in made.items()}
+    assert complete[CompletionMode.sample].pop("draws_by_record") is True
+    for how in made:
+        assert complete[how] == {**dataclasses.asdict(options["complete"]), "how": how.name}
+
+
 def test_an_end_token_ends_a_completion_and_is_captured(teacher: Path, tmp_path: Path) -> None:
     """At a high temperature, some completions generate the end token (1) early; nothing is kept after it."""
     rows = [{"prompt": f"{p} {i}"} for p in PROMPTS for i in range(30)]
@@ -164,6 +196,42 @@ def test_a_replay_over_packed_sequences_agrees(teacher: Path, greedy_cache: Path
     """Captured one token at a time with a KV cache, replayed in one forward over packed sequences."""
     teacher_options = ModelConfig(path=str(teacher))
     assert commands.run("replay", AuditConfig(cache=str(greedy_cache), teacher=teacher_options, rows=3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "by_record"),
+    [
+        (Kind.sampled, CompletionMode.greedy, True),
+        (Kind.hybrid, CompletionMode.sample, True),
+        (Kind.sampled, CompletionMode.sample, False),
+    ],
+)
+def test_a_replay_repeats_the_draws_of_completions(
+    kind: Kind, how: CompletionMode, by_record: bool, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Completions were captured before they were packed, known ones after; old caches had no draws by record."""
+    if not by_record:
+        made = plan.make_manifest
+
+        def of_before(*arguments: Any, **named: Any) -> Manifest:
+            manifest = made(*arguments, **named)
+            manifest.made_of["complete"].pop("draws_by_record", None)
+            return dataclasses.replace(manifest, fingerprint=fingerprint(manifest.made_of))
+
+        monkeypatch.setattr(plan, "make_manifest", of_before)
+    rows = [{"prompt": p} for p in PROMPTS[:3] * 3] + [{"prompt": "a shard", "completion": " exists if it is whole"}]
+    options = completion_options(tmp_path, rows, how=how, temperature=2.0)
+    cache = run(config_of(teacher, tmp_path, tmp_path, **options, kind=kind, k=3, draws=40))
+    manifest = load_manifest(cache)
+    assert manifest.made_of["complete"].get("draws_by_record", False) == (by_record and how is CompletionMode.sample)
+    model = open_model(ModelConfig(path=str(teacher), dtype=Dtype.float32), torch.device("cpu"))
+    samples = random_samples(cache, manifest, rows=100, seed=0)
+    assert max(len(sequence.record_ids) for sequence, _ in samples) > 1
+    progress = Progress("replay", total=0, unit="", log_every_seconds=1)
+    results = replay(model, samples, manifest, batch_sequences=2, progress=progress)
+    (drawn,) = [result for result in results if result.measure == "draws"]
+    assert drawn.mean < 0.01  # other draws would differ by 0.2 on average
+    assert all(result.is_within_tolerance for result in results)
 
 
 def test_a_student_trains_on_completions(student: Path, data: Path, greedy_cache: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.schema import column_encoding, shard_schema
-from pipeline.cache.sequence_files import sequence_file
+from pipeline.cache.sequence_files import open_sequence_file, sequence_file
 from pipeline.capture.plan_lookup import plan_folder
 from pipeline.core.types import Manifest
+from pipeline.data.packing import OPEN_WINDOWS
+from pipeline.data.text_files import all_records
 from support.commands import ROOT, script
 from support.large_corpus import K, large_capture
-from support.tiny import LINES
+from support.tiny import LINES, make_model
 
 MEASURED = """
 import json, psutil, runpy, sys, threading, time
@@ -52,11 +57,12 @@ def measured(script_path: str, *arguments: str) -> dict[str, Any]:
     return measures
 
 
-def write_corpus(path: Path, num_records: int) -> None:
+def write_corpus(path: Path, num_records: int, *, num_words: int = 2) -> None:
     words, generator = " ".join(LINES).split(), np.random.default_rng(0)
     with path.open("w") as file:
-        for i, (a, b) in enumerate(generator.integers(len(words), size=(num_records, 2)).tolist()):
-            file.write(json.dumps({"text": f"{words[a]} {words[b]} {i:07d}"}) + "\n")
+        for i in range(num_records):
+            chosen = " ".join(words[word] for word in generator.integers(len(words), size=num_words).tolist())
+            file.write(json.dumps({"text": f"{chosen} {i:07d}"}) + "\n")
 
 
 def commit_random_shard(sequences: Path, cache: Path, manifest: Manifest, index: int) -> None:
@@ -94,7 +100,7 @@ def commit_random_shard(sequences: Path, cache: Path, manifest: Manifest, index:
 
 
 PLAN = """
-import sys
+import dataclasses, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from support.large_corpus import large_capture
@@ -102,8 +108,17 @@ from pipeline.capture.plan import make_plan
 from pipeline.capture.plan_lookup import plan_folder
 if __name__ == "__main__":
     config, _ = large_capture(Path({teacher!r}), Path({folder!r}))
+    config = dataclasses.replace(config, **{changes!r})
     make_plan(config, plan_folder(config))
 """
+
+
+def measure_plan(teacher: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Seconds and memory of the plan of `folder`/corpus.jsonl; `changes` are options."""
+    planning = folder / "planning.py"
+    names = {"teacher": str(teacher), "folder": str(folder), "changes": changes}
+    planning.write_text(PLAN.format(tests=str(ROOT / "tests"), **names))
+    return measured(str(planning))
 
 
 def measure_steps(teacher: Path, folder: Path, num_records: int) -> dict[str, dict[str, Any]]:
@@ -111,9 +126,7 @@ def measure_steps(teacher: Path, folder: Path, num_records: int) -> dict[str, di
     folder.mkdir()
     write_corpus(folder / "corpus.jsonl", num_records)
     config, arguments = large_capture(teacher, folder)
-    planning = folder / "planning.py"
-    planning.write_text(PLAN.format(tests=str(ROOT / "tests"), teacher=str(teacher), folder=str(folder)))
-    measures = {"plan": measured(str(planning))}
+    measures = {"plan": measure_plan(teacher, folder)}
     plan = plan_folder(config)
     manifest = plan.load()
     assert manifest is not None
@@ -156,3 +169,45 @@ def test_the_same_steps_with_fewer_sequences(teacher: Path, tmp_path: Path) -> N
     done = script("audit", "verify", f"cache={shard.parent.parent}", cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert "00001.parquet: expected sha256" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_plan_with_long_windows_takes_the_same_memory_for_a_larger_corpus(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Windows of 32,768 tokens; each shard fills more of them than the packer holds open."""
+    window = 32_768
+    teacher = make_model(tmp_path / "teacher", tokenizer, seed=2, max_position_embeddings=window)
+    measures = {}
+    for name, num_shards in (("small", 3), ("large", 12)):
+        (tmp_path / name).mkdir()
+        write_corpus(tmp_path / name / "corpus.jsonl", num_shards * 700, num_words=1000)
+        measures[name] = measure_plan(teacher, tmp_path / name, window=window, records_per_shard=700)
+        (planned,) = (tmp_path / name).glob("caches/.plans/*/sequences")
+        rows = [open_sequence_file(path).num_rows for path in planned.iterdir()]
+        assert len(rows) == num_shards
+        assert min(rows) > OPEN_WINDOWS
+    print(json.dumps(measures, indent=2))
+    assert measures["large"]["peak_mb"] < 1.2 * measures["small"]["peak_mb"]
+
+
+@pytest.mark.slow
+def test_one_large_row_group_costs_what_small_ones_cost(tmp_path: Path) -> None:
+    """The median of paired ratios, each the same rows read from two files in turn."""
+    generator = np.random.default_rng(0)
+    rows = pa.table({"text": [f"{number} " * 50 for number in generator.integers(10**9, size=200_000)]})
+    sizes = {"one": len(rows), "many": 1000}
+    for name, size in sizes.items():
+        pq.write_table(rows, tmp_path / f"{name}.parquet", row_group_size=size)
+    assert pq.read_metadata(tmp_path / "one.parquet").num_row_groups == 1
+    ratios = []
+    for _ in range(7):
+        seconds = {}
+        for name in sizes:
+            started = time.perf_counter()
+            num_read = sum(1 for _ in all_records([tmp_path / f"{name}.parquet"], ["text"]))
+            seconds[name] = time.perf_counter() - started
+            assert num_read == len(rows)
+        ratios.append(seconds["one"] / seconds["many"])
+    print(f"one row group / small ones: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    assert statistics.median(ratios) < 1.5

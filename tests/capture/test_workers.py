@@ -16,12 +16,17 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease
-from pipeline.capture.driver import shards_of_share
+from pipeline.capture import worker
+from pipeline.capture.driver import run, shards_of_share
+from pipeline.capture.plan import make_plan
+from pipeline.capture.plan_lookup import plan_folder
 from pipeline.config.schema import CaptureConfig
 from pipeline.core.types import InputError
-from support.commands import ROOT, capture_arguments, mounted, needs_root, script, train_arguments
+from support.commands import ROOT, capture_arguments, config_of, mounted, needs_root, script, train_arguments
 from support.tiny import prompts, write_lines
 
 
@@ -88,12 +93,25 @@ def test_independent_processes_share_a_folder_without_a_coordinator(
     assert shards_of(tmp_path) == undisturbed
 
 
-def test_shares_of_a_job_array(teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("task", "first", "last", "count"), [(7, 3, 7, 2), (5, 0, 15, 4), (0, 0, 0, 1)])
+def test_a_task_of_any_job_array_finishes_the_cache(
+    task: int, first: int, last: int, count: int, teacher: Path, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Tasks are workers: of --array=3,7, of --array=0-15:5, of an array that someone else's script started."""
+    for name, value in (("TASK_ID", task), ("TASK_MIN", first), ("TASK_MAX", last), ("TASK_COUNT", count)):
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}", str(value))
+    cache = run(config_of(teacher, data / "corpus.jsonl", tmp_path, records_per_shard=6))
+    assert len(manifests.committed_shards(cache, manifests.load_manifest(cache))) == 10
+
+
+def test_a_share_is_captured_only_where_it_is_asked_for(
+    teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
     script("capture", *arguments(teacher, many, share="0/2"), cwd=tmp_path, env=one_thread())
     assert 2 * len(shards_of(tmp_path)) == len(undisturbed)
-    slurm = {"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_COUNT": "2"}
-    done = script("capture", *arguments(teacher, many), cwd=tmp_path, env=one_thread() | slurm)
+    done = script("capture", *arguments(teacher, many, share="1/2"), cwd=tmp_path, env=one_thread())
     assert "capturing 60 of 120 shards" in done.stderr
+    assert "Loading weights" not in done.stderr
     assert shards_of(tmp_path) == undisturbed
     done = script("capture", *arguments(teacher, many, share="2/2"), cwd=tmp_path, check=False)
     assert "share: expected INDEX/COUNT with INDEX from 0 to COUNT - 1, found '2/2'" in done.stderr
@@ -178,6 +196,29 @@ def test_a_killed_capture_resumes_where_it_stopped(
     assert "of 120 shards into" in done.stderr
     assert int(done.stderr.split("capturing ")[1].split()[0]) <= 120 - 20
     assert shards_of(tmp_path) == undisturbed
+
+
+def test_a_worker_binds_its_gpu_before_it_loads_the_teacher(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(teacher, data / "corpus.jsonl", tmp_path)
+    planned = plan_folder(config)
+    manifests.create_cache(tmp_path / "cache", make_plan(config, planned))
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set {device}"))
+
+    def no_model(options: Any, device: torch.device) -> None:
+        calls.append(f"load on {device}")
+        raise InterruptedError
+
+    monkeypatch.setattr(worker, "open_model", no_model)
+    for number, gpu in ((3, "cuda:1"), (2, "cuda:0")):
+        with pytest.raises(InterruptedError):
+            worker.run_worker(config, tmp_path / "cache", planned.sequences, range(3), number)
+        assert calls == [f"set {gpu}", f"load on {gpu}"]
+        calls.clear()
 
 
 # ---------------------------------------------------------------------------------------------- disks

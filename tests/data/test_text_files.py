@@ -145,7 +145,7 @@ def test_nulls_that_arrow_adds_are_no_fields(tmp_path: Path) -> None:
 
         def apply_chat_template(self, messages: list[dict], **_: Any) -> str:
             seen.append(json.dumps(messages))
-            return "rendered"
+            return seen[-1]
 
     first = {"role": "user", "content": "a", "extra": {"city": "Oslo"}}
     second = {"role": "user", "content": "b", "extra": {"city": "Rome", "to": "c"}}

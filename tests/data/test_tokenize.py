@@ -34,6 +34,9 @@ class Letters:
             return {"input_ids": self([texts], add_special_tokens)["input_ids"][0]}
         return {"input_ids": [[90] * add_special_tokens + [ord(c) - 96 for c in text] for text in texts]}
 
+    def decode(self, ids: list[int], **_: bool) -> str:
+        return "".join(chr(token + 96) for token in ids)
+
 
 def packed(path: Path, *, window: int = 16, tokenizer: Any = None, **settings: Any) -> list:
     text = text_of(path, **settings)

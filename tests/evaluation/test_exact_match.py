@@ -15,12 +15,13 @@ import transformers
 
 from pipeline.config.schema import Targets
 from pipeline.core.types import InputError
+from pipeline.data.text_files import Text
 from pipeline.evaluation.predictions import teacher_score
-from pipeline.evaluation.requests import check_generation_requests, open_evaluation_set
+from pipeline.evaluation.requests import EvaluationSet, check_generation_requests, open_evaluation_set
 from pipeline.evaluation.scoring import score
 from pipeline.models.generation import batches_by_length
 from pipeline.models.loading import load_model
-from pipeline.models.tokenizer import load_tokenizer
+from pipeline.models.tokenizer import end_token_ids, load_tokenizer
 from support.commands import prepare_run, run_ranks, script, train_arguments
 from support.scoring import exam_of, scored
 from support.tiny import LINES, make_model, make_tokenizer, text_of, write_lines
@@ -105,14 +106,19 @@ def test_every_rank_generates_the_first_ranks_tokens(student: Path, tmp_path: Pa
 # -------------------------------------------------------------------------------------------- what is wanted
 
 
+def asked(text: Text, tokenizer: Any, folder: Path) -> EvaluationSet:
+    end_ids = end_token_ids(folder, tokenizer)
+    return open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=5, end_ids=end_ids)
+
+
 def test_a_turn_of_a_chat_ends_with_the_templates_token(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     messages = [{"role": "user", "content": "the weak"}, {"role": "assistant", "content": "a shard "}]
     text = text_of(write_lines(tmp_path / "a.jsonl", [{"messages": messages}]), "test", targets=Targets.completion)
-    with pytest.raises(InputError, match="expected a completion that ends with a special token"):
-        open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=5)
+    with pytest.raises(InputError, match="expected a completion that ends with an end token"):
+        asked(text, tokenizer, tmp_path)
     tokenizer.add_special_tokens({"extra_special_tokens": ["</>"]})
-    exam = open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=5)
+    exam = asked(text, tokenizer, tmp_path)
     (question,) = exam.generations
     assert question.end_ids == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("</>")}
     assert question.expected == "a shard"

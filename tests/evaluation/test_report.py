@@ -24,6 +24,7 @@ def make_run(
     seed: int = 1,
     kd_weight: float = 1.0,
     exact_match: float | None = None,
+    **scores: float,
 ) -> None:
     run_folder = folder / f"{name}-{seed}-{kd_weight}"
     run_folder.mkdir(parents=True)
@@ -39,7 +40,7 @@ def make_run(
     if accuracy is not None or exact_match is not None:
         test: dict[str, Any] = {"num_records": 1000, "nll": 0.5, "agreement": None}
         test |= {"num_choice_records": 1000, "accuracy": accuracy}
-        test |= {"num_free_records": 400, "exact_match": exact_match}
+        test |= {"num_free_records": 400, "exact_match": exact_match, **scores}
         identity = {"options": identity_options(config), "test": "same"}
         (run_folder / "identity.json").write_text(json.dumps(identity))
         (run_folder / "result.json").write_text(json.dumps({"steps": 3, "train_seconds": 1.5, "test": test}))
@@ -95,6 +96,29 @@ def test_without_choices_exact_match_measures_the_gap(tmp_path: Path, capsys: py
     assert table["standard_error"][1] == pytest.approx(0.025)
     assert table["pgr"].to_list() == [None, pytest.approx(0.75), pytest.approx(1.0)]
     assert "combined     0.5000  lm 1, kd 1, 1 seed; PGR 0.750" in capsys.readouterr().out
+
+
+def test_ties_and_normalised_accuracy_are_printed_where_they_say_something(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    make_run(tmp_path, "teacher", 0.6)  # of an earlier version: neither is known
+    make_run(tmp_path, "combined", 0.7, accuracy_norm=0.7, accuracy_norm_tokens=0.7, num_ties=0)
+    table = run(ReportConfig(runs=[f"{tmp_path}/*"]))
+    shown = capsys.readouterr().out
+    assert "accuracy_norm" not in shown
+    assert "num_ties" not in shown
+    make_run(tmp_path, "ceiling", 0.8, accuracy_norm=0.625, accuracy_norm_tokens=0.75, num_ties=21)
+    table = run(ReportConfig(runs=[f"{tmp_path}/*"]))
+    assert table["accuracy_norm"].to_list() == [None, 0.7, 0.625]
+    assert table["accuracy_norm_tokens"].to_list() == [None, 0.7, 0.75]
+    assert table["num_ties"].to_list() == [None, 0, 21]
+    lines = capsys.readouterr().out.splitlines()
+    (header,) = (line for line in lines if "experiment" in line)
+    names = [name.strip() for name in header.split("┆")]
+    assert names[6:9] == ["accuracy", "accuracy_norm", "num_ties"]
+    (ceiling,) = (line for line in lines if line.startswith("│ ceiling"))
+    assert [cell.strip() for cell in ceiling.split("┆")][6:9] == ["0.8000", "0.6250", "21"]
+    assert max(map(len, lines)) <= 200
 
 
 def test_runs_scored_on_different_texts_are_not_compared(tmp_path: Path) -> None:

@@ -14,12 +14,15 @@ import transformers
 from pipeline.config.schema import MalformedPolicy, Targets
 from pipeline.core.types import InputError
 from pipeline.data.tokenize import load_labeled_sequences
-from pipeline.evaluation.predictions import scores_of
+from pipeline.evaluation.predictions import scores_of, teacher_score
 from pipeline.evaluation.requests import open_evaluation_set
+from pipeline.evaluation.scoring import score
+from pipeline.models.forward import hidden_states
+from pipeline.models.loading import load_model
 from pipeline.models.tokenizer import load_tokenizer
 from support.commands import script
 from support.scoring import exam_of, scored
-from support.tiny import prompts, text_of, write_lines
+from support.tiny import make_model, prompts, text_of, write_lines
 
 
 def alone(model: Any, tokenizer: Any, prompt: str, completion: str) -> list[float]:
@@ -41,6 +44,12 @@ def test_choices_of_one_and_of_several_tokens(student: Path, tmp_path: Path) -> 
     for row, found in zip(rows, table.iter_rows(named=True), strict=True):
         exact = [sum(alone(model, tokenizer, row["prompt"], choice)) for choice in row["choices"]]
         assert found["choice_log_probs"] == pytest.approx(exact, abs=1e-4)
+        num_bytes = [len(choice.encode()) for choice in row["choices"]]
+        num_tokens = [len(alone(model, tokenizer, row["prompt"], choice)) for choice in row["choices"]]
+        for rule, lengths in {"_norm": num_bytes, "_norm_tokens": num_tokens}.items():
+            scores = [value / length for value, length in zip(exact, lengths, strict=True)]
+            assert found["predicted" + rule] == scores.index(max(scores))
+            assert found["correct" + rule] == (found["predicted" + rule] == row["answer"])
         assert found["predicted"] == max(range(len(exact)), key=exact.__getitem__)
         assert found["correct"] == (found["predicted"] == row["answer"])
         own = alone(model, tokenizer, row["prompt"], row["completion"])
@@ -52,29 +61,39 @@ def test_totals() -> None:
     table = pl.DataFrame(
         {
             "predicted": [0, 2, None, None],
-            "correct": [True, False, None, None],
+            "correct": [True, False, None, None],  # as an earlier version wrote it
             "num_targets": [1, 2, 3, 2],
             "nll_sum": [0.5, 1.5, 1.0, 1.0],
             "exact": [None, None, False, None],
-            "teacher_predicted": [0, 1, None, None],
+            "agreement": [1.0, 0.0, None, None],
         }
     )
     scores = scores_of(table)
     assert (scores.num_records, scores.num_choice_records, scores.num_free_records, scores.num_targets) == (4, 2, 1, 8)
     assert (scores.accuracy, scores.exact_match, scores.agreement, scores.nll) == (0.5, 0.0, 0.5, 0.5)
     assert scores.perplexity == pytest.approx(1.6487212707)
-    assert scores_of(table.drop("teacher_predicted")).agreement is None
+    assert scores_of(table.drop("agreement")).agreement is None
+    assert (scores.num_ties, scores.accuracy_norm, scores.accuracy_norm_tokens) == (None, None, None)  # not known
+    credited = {"correct": [0.5, 0.0], "correct_norm": [1.0, 0.5], "correct_norm_tokens": [0.0, 0.25]}
+    tied = table.head(2).with_columns(num_tied=pl.Series([2, 1]), **{k: pl.Series(v) for k, v in credited.items()})
+    scores = scores_of(tied)
+    assert (scores.num_ties, scores.accuracy, scores.accuracy_norm, scores.accuracy_norm_tokens) == (
+        1,
+        0.25,
+        0.75,
+        0.125,
+    )
 
 
 def test_choices_of_a_chat_are_scored_as_they_are_trained(tmp_path: Path, tokenizer: Any) -> None:
-    """The template has written the special tokens: neither gets the tokenizer's end token."""
+    """Both as the template writes a turn of the assistant, with the template's end of turn."""
     row = {"messages": [{"role": "user", "content": "the weak"}], "choices": [" one", " two"], "answer": 1}
     text = text_of(write_lines(tmp_path / "a.jsonl", [row]), "test", targets=Targets.completion, end_token=True)
     (trained,) = load_labeled_sequences(text, tokenizer, window=64)
-    held_out = open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=0)
+    held_out = open_evaluation_set(text, tokenizer, longest=None, max_new_tokens=0, end_ids=())
     targets = {request.choice: [token for _, token in request.targets] for request in held_out.likelihoods}
     assert targets[1] == targets[None] == trained.target_ids_N.tolist()
-    assert tokenizer.decode(targets[0]) == " one"
+    assert tokenizer.decode(targets[0]) == " one</>"
 
 
 def test_plain_text_longer_than_the_batch_and_without_choices(student: Path, tmp_path: Path) -> None:
@@ -125,6 +144,100 @@ def test_agreement_is_joined_by_content_not_by_position(student: Path, teacher: 
     theirs.head(29).write_parquet(tmp_path / "short.parquet")
     with pytest.raises(InputError, match="expected the teacher's prediction for each of 30 records, found none for 1"):
         scored(student, tmp_path / "a.jsonl", teacher=str(tmp_path / "short.parquet"))
+
+
+# ------------------------------------------------------------------------------------- ties and the order of choices
+
+LETTERS = list("abcdefgh")  # one token each
+
+
+def with_equal_tokens(folder: Path, *pairs: str) -> Path:
+    """The model with one embedding, which is its head's row too, for the two letters of each pair."""
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+    embeddings_VH = model.get_input_embeddings().weight.detach()
+    for pair in pairs:
+        first, second = (tokenizer.convert_tokens_to_ids(letter) for letter in pair)
+        embeddings_VH[first] = embeddings_VH[second]
+    model.save_pretrained(folder)
+    return folder
+
+
+def lettered(choices: list[str], count: int = 16) -> list[dict[str, Any]]:
+    """Records with choices of one and of several tokens, of which a letter is the answer."""
+    rows = prompts(count, labeled=False)
+    return [row | {"choices": choices, "answer": choices.index(LETTERS[i % 4])} for i, row in enumerate(rows)]
+
+
+def test_the_order_of_the_choices_changes_no_score(tokenizer: Any, tmp_path: Path) -> None:
+    """Two models with ties of their own; every order joins the same predictions of the other."""
+    student = with_equal_tokens(make_model(tmp_path / "student", tokenizer, seed=3), "ab", "cd")
+    teacher = with_equal_tokens(make_model(tmp_path / "teacher", tokenizer, seed=3), "ab", "ef")
+    choices, found = [*LETTERS, " weak model", " one"], []
+    for order in (range(10), reversed(range(10)), (3, 9, 1, 0, 8, 2, 7, 4, 6, 5)):
+        permuted = [choices[i] for i in order]
+        path = write_lines(tmp_path / "a.jsonl", lettered(permuted))
+        _, theirs = scored(teacher, path, end_token=False)
+        theirs.write_parquet(tmp_path / "theirs.parquet")
+        scores, table = scored(student, path, teacher=str(tmp_path / "theirs.parquet"), end_token=False)
+        by_text = [dict(zip(permuted, values, strict=True)) for values in table["choice_log_probs"]]
+        found.append((scores, by_text))
+        for row in table.iter_rows(named=True):
+            best = [i for i, value in enumerate(row["choice_log_probs"]) if value == max(row["choice_log_probs"])]
+            assert (row["predicted"], row["num_tied"]) == (best[0], len(best))
+            assert row["correct"] == (1 / len(best) if row["answer"] in best else 0)
+    assert found[1:] == found[:1] * 2
+    scores, _ = found[0]
+    assert scores.num_ties is not None
+    assert 0 < scores.num_ties < 16
+    assert scores.agreement is not None
+    assert 0 < scores.agreement < 1
+
+
+def test_a_bfloat16_model_ranks_what_its_logits_round_to_ties(student: Path, tmp_path: Path) -> None:
+    """One record at a time, so that its hidden states have the same bits here and there; the head in float64."""
+    choices, num_rounded = [chr(code) for code in range(33, 127)], 0
+    model = load_model(student, dtype="bfloat16", device=torch.device("cpu"))
+    for row in prompts(6, labeled=False):
+        path = write_lines(tmp_path / "a.jsonl", [row | {"choices": choices, "answer": 0}])
+        exam = exam_of(student, path, end_token=False)
+        scores, table = score(model, exam, batch_tokens=300, teacher_predictions=None, log_every_seconds=60)
+        ids_BS = torch.tensor([exam.likelihoods[-1].ids])
+        with torch.no_grad():
+            hidden_H = hidden_states(model, ids_BS, torch.arange(ids_BS.shape[1])[None])[0, -1]
+            rounded_V = model.lm_head(hidden_H)
+            logits_V = model.lm_head.weight.double() @ hidden_H.double()
+        tokens = exam.tokenizer.convert_tokens_to_ids(choices)
+        exact = logits_V[: len(exam.tokenizer)].log_softmax(0)[tokens].tolist()
+        assert list(table["choice_log_probs"][0]) == pytest.approx(exact, abs=1e-5)
+        assert table["predicted"][0] == exact.index(max(exact))
+        assert scores.nll == pytest.approx(-exact[0], abs=1e-5)
+        assert scores.num_ties == 0
+        num_rounded += len(tokens) - len(rounded_V[tokens].unique())
+    assert num_rounded > 15
+
+
+def test_a_model_that_computes_nan_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", tokenizer, seed=1)
+    broken = transformers.AutoModelForCausalLM.from_pretrained(model)
+    broken.model.norm.weight.detach()[0] = float("nan")
+    exam = exam_of(model, write_lines(tmp_path / "a.jsonl", lettered(LETTERS, 2)))
+    with pytest.raises(InputError, match=r"a.jsonl, line 1: expected a log-probability of each choice, found NaN"):
+        score(broken, exam, batch_tokens=99, teacher_predictions=None, log_every_seconds=60)
+
+
+def test_predictions_of_an_earlier_version_are_read(student: Path, teacher: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", prompts(30, labeled=True))
+    _, theirs = scored(teacher, path)
+    theirs.write_parquet(tmp_path / "new.parquet")
+    theirs.select(
+        *("record_id", "record_key", "answer", "predicted", pl.col("correct") == 1, "num_targets", "nll_sum"),
+        *(pl.col("choice_log_probs").cast(pl.List(pl.Float32)), "generated", "exact"),
+    ).write_parquet(tmp_path / "old.parquet")
+    new, old = (scored(student, path, teacher=str(tmp_path / f"{name}.parquet")) for name in ("new", "old"))
+    assert new[0] == old[0]
+    assert new[1].equals(old[1])
+    exam = exam_of(student, path)
+    assert teacher_score(exam, str(tmp_path / "old.parquet")) == teacher_score(exam, str(tmp_path / "new.parquet"))
 
 
 def test_the_script_on_any_folder(student: Path, data: Path, tmp_path: Path) -> None:

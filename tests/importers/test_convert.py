@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -53,10 +55,18 @@ def top(log_p_LV: torch.Tensor, k: int = K) -> tuple[list[list[int]], list[list[
 
 
 def write_table(file: Path, rows: list[dict[str, Any]], **types: pa.DataType) -> None:
-    """Parquet in row groups of two, an Arrow stream as `datasets` writes it, or JSON lines, by the suffix."""
+    """Parquet in row groups of two, an Arrow stream as `datasets` writes it, or JSON, by the suffix; packed by gzip."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".gz":
+        write_table(file.with_suffix(""), rows, **types)
+        file.write_bytes(gzip.compress(file.with_suffix("").read_bytes()))
+        file.with_suffix("").unlink()
+        return
     if file.suffix == ".jsonl":
         write_lines(file, rows)
+        return
+    if file.suffix == ".json":
+        file.write_text(json.dumps(rows))
         return
     table = pa.Table.from_pylist(rows, pa.schema(types.items()) if types else None)
     if file.suffix == ".parquet":
@@ -148,6 +158,8 @@ FORMS: dict[str, Callable[[Path, list[Truth]], dict[str, Any]]] = {
     "raw dicts, JSON": raw("dicts", ".jsonl"),
     "raw dicts, Parquet": raw("dicts", ".parquet"),
     "raw tokens, JSON": raw("tokens", ".jsonl"),
+    "raw tokens, JSON array": raw("tokens", ".json"),
+    "raw token ids, Parquet packed": raw("token ids", ".parquet.gz"),
     "raw token ids, Parquet": raw("token ids", ".parquet"),
     "prepared current, Arrow": prepared("current", ".arrow"),
     "prepared current, JSON": prepared("current", ".jsonl"),
@@ -293,6 +305,25 @@ def test_the_target_of_the_last_distribution_is_unknown(truths: list[Truth], stu
         assert sequence.target_positions_N.tolist() == list(range(len(ids)))
         assert sequence.target_ids_N.tolist() == [*ids[1:], UNKNOWN_TARGET]
         assert torch.equal(kept.ids_NK, log_p_LV.topk(K, dim=1).indices)
+
+
+def test_the_token_that_distillkit_appends_is_no_part_of_the_text(tokenizer: Any, tmp_path: Path) -> None:
+    """It is the padding token. Where that is the end token, it may end the text, and is kept."""
+    rows = [{"input_ids": [5, 6, last], "token_ids": [[6], [9]], "top_values": [[-0.5], [-0.7]]} for last in (0, 1, 7)]
+    write_table(tmp_path / "source" / "data_0.parquet", rows)
+    caches = []
+    unknown = UNKNOWN_TARGET
+    for name, pad, known in (("own", "<bos>", [unknown, 1, 7]), ("end", "<eos>", [0, 1, 7]), ("no", None, [0, 1, 7])):
+        own = copy.deepcopy(tokenizer)
+        own.pad_token = pad
+        own.save_pretrained(tmp_path / name)
+        caches.append(imported(tmp_path / "source", tmp_path / name, {"format": Format.distillkit}))
+        found = sequences(caches[-1])
+        assert [sequence.target_ids_N.tolist() for sequence, _ in found.values()] == [[6, last] for last in known]
+        assert found[0][0].input_ids_S.tolist() == ([5, 6] if name == "own" else [5, 6, 0])
+        assert found[0][1].ids_NK.tolist() == [[6], [9]]  # the distributions stay
+        assert ("appended_token" in manifests.load_manifest(caches[-1]).made_of) == (name == "own")
+        assert findings(caches[-1]) == []
 
 
 @pytest.mark.parametrize("alignment", [None, "current", "legacy"])

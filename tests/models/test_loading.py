@@ -1,8 +1,10 @@
-"""Packed segments do not attend to each other; our logits are the model's own; tokenizers are compared by content."""
+"""Packed segments do not attend to each other; our logits are the model's own; windows fit the model."""
 
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,13 @@ from pipeline.core.files import is_hub_name
 from pipeline.core.runtime import has_fast_matmul
 from pipeline.core.types import InputError
 from pipeline.data.packing import Segment, collate_inputs, make_sequence
-from pipeline.models.compatibility import check_logits_path, check_packing, check_window
+from pipeline.models import compatibility
+from pipeline.models.compatibility import check_logits_path, check_packing, check_window, max_positions
 from pipeline.models.forward import hidden_states, logits
-from pipeline.models.loading import load_model, weights_hash
+from pipeline.models.loading import load_model
+from pipeline.models.model_files import weights_hash
 from pipeline.models.paths import model_folder
 from pipeline.models.prepack import PrepackedLinear, prepack
-from pipeline.models.tokenizer import (
-    chat_template_and_end_token,
-    check_same_tokenizer,
-    load_tokenizer,
-    tokenizer_hash,
-    vocabulary_size,
-)
-from support.tiny import LINES, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -114,12 +110,25 @@ def test_an_architecture_that_leaks_between_packed_segments_is_rejected(name: st
         check_packing(model)
 
 
-def test_the_end_token_is_in_the_fingerprint_but_not_in_the_tokenizers_hash(tokenizer: Any) -> None:
-    before = chat_template_and_end_token(tokenizer)
-    other = copy.deepcopy(tokenizer)
-    other.eos_token = "<bos>"
-    assert chat_template_and_end_token(other) != before
-    assert tokenizer_hash(other) == tokenizer_hash(tokenizer)  # the ids still mean the same tokens
+def test_a_mixture_of_experts_is_accepted_and_its_rounding_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Its last bits depend on the other tokens of a batch, but segments do not attend to each other."""
+    model = tiny("Mixtral", num_local_experts=8)
+    with caplog.at_level(logging.INFO):
+        check_packing(model)
+    assert "MixtralForCausalLM: other tokens of a batch change a hidden state by up to" in caplog.text
+
+
+def test_a_weak_leak_is_rejected_in_a_mixture_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth of a hidden state of the segment before reaches the next one."""
+    model = tiny("Mixtral", num_local_experts=8)
+
+    def leaking(model: Any, ids_BS: torch.Tensor, positions_BS: torch.Tensor) -> torch.Tensor:
+        hidden_BSH = hidden_states(model, ids_BS, positions_BS)
+        return hidden_BSH + 0.01 * hidden_BSH.roll(1, dims=1)
+
+    monkeypatch.setattr(compatibility, "hidden_states", leaking)
+    with pytest.raises(InputError, match="found that they do .* another segment moves a hidden state by 0.0"):
+        check_packing(model)
 
 
 def test_num_layers_keeps_the_first_layers(student: Path) -> None:
@@ -147,28 +156,8 @@ def test_pickled_weights_are_rejected(student: Path, tmp_path: Path) -> None:
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"expected weights as \*\.safetensors, found none"):
         weights_hash(tmp_path / "m")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(InputError, match=r"expected weights as \*\.safetensors, found none"):
         load_model(tmp_path / "m", dtype="float32", device=CPU)
-
-
-def test_tokenizers_are_compared_by_content_not_by_name(tmp_path: Path, student: Path, teacher: Path) -> None:
-    student_hash, teacher_hash = (tokenizer_hash(load_tokenizer(folder)) for folder in (student, teacher))
-    assert student_hash == teacher_hash  # although their heads are padded to different sizes
-    other = make_tokenizer(lines=[*LINES, "other words altogether"])
-    make_model(tmp_path / "student", other, seed=1)  # the same folder name
-    other_hash = tokenizer_hash(load_tokenizer(tmp_path / "student"))
-    with pytest.raises(
-        InputError, match="expected .* to have the teacher's tokenizer .* use a student of the teacher's family"
-    ):
-        check_same_tokenizer(teacher_hash, other_hash, cache="c", student="s")
-
-
-def test_padding_and_truncation_do_not_change_the_tokenizers_hash(student: Path) -> None:
-    tokenizer = load_tokenizer(student)
-    before = tokenizer_hash(tokenizer)
-    tokenizer.pad_token = "<eos>"
-    tokenizer(["a", "weak teacher"], padding=True, truncation=True, max_length=3)
-    assert tokenizer_hash(tokenizer) == before
 
 
 def test_one_changed_weight_changes_the_weights_hash(student: Path, tmp_path: Path) -> None:
@@ -183,6 +172,49 @@ def test_a_window_longer_than_the_models_positions_is_rejected(student: Path) ->
     check_window(student, 256)
     with pytest.raises(InputError, match="window: expected at most 256 .*, found 257"):
         check_window(student, 257)
+
+
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"rope_scaling": {"type": "longrope", **LONG}, "original_max_position_embeddings": 64}, 64),
+        ({"rope_scaling": {"type": "su", **LONG}, "original_max_position_embeddings": 64}, 64),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 32, **LONG}}, 32),
+        ({"rope_parameters": {"full": {"rope_type": "longrope", "original_max_position_embeddings": 32}}}, 32),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 256),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}, 256),
+        ({"rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 64}}, 256),
+        ({"rope_scaling": None}, 256),
+    ],
+)
+def test_a_window_beyond_which_rope_depends_on_the_batch_is_rejected(
+    values: dict[str, Any], expected: int, tmp_path: Path
+) -> None:
+    config = {"max_position_embeddings": 256, "original_max_position_embeddings": None, **values}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_window(tmp_path, expected)
+    assert max_positions(tmp_path) == expected  # scoring and generation have the same limit
+    with pytest.raises(InputError, match=f"window: expected at most {expected} .*, found {expected + 1}") as raised:
+        check_window(tmp_path, expected + 1)
+    rope = json.dumps(values)
+    for rope_type in ("longrope", "su", "dynamic"):
+        assert (f"RoPE of type {rope_type}," in str(raised.value)) == (f'"{rope_type}"' in rope)
+
+
+@pytest.mark.parametrize(("longest", "is_same"), [(16, True), (17, False)])
+def test_longrope_depends_on_the_batch_beyond_its_original_length(longest: int, is_same: bool) -> None:
+    """The reason for the limit: one text alone, and beside a longer one."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 16, "rope_theta": 10_000.0, **LONG}
+    model = tiny("Llama", max_position_embeddings=64, rope_parameters=rope)
+    ids_BS, positions_BS = torch.arange(2 * longest).reshape(2, -1) % 60, torch.arange(longest).expand(2, -1)
+    with torch.no_grad():
+        alone = hidden_states(model, ids_BS[:1, :8], positions_BS[:1, :8])[0]
+        beside = hidden_states(model, ids_BS, positions_BS)[0, :8]
+    assert torch.allclose(alone, beside, atol=1e-5) == is_same
 
 
 def test_hub_names_differ_from_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,18 +250,3 @@ def test_prepacked_weights_give_the_same_bits(name: str) -> None:
 
 def test_float32_layers_are_not_replaced() -> None:
     assert not any(isinstance(module, PrepackedLinear) for module in prepack(tiny("Llama")).modules())
-
-
-def test_the_vocabulary_ends_at_the_largest_id_not_at_the_number_of_tokens() -> None:
-    """Four tokens, the largest id 9: row 9 of the head belongs to a token."""
-
-    class Gaps:
-        def __len__(self) -> int:
-            return 4
-
-        def get_vocab(self) -> dict[str, int]:
-            return {"a": 0, "b": 1, "c": 2, "<end>": 9}
-
-    assert vocabulary_size(Gaps()) == 10
-    tokenizer = make_tokenizer()
-    assert vocabulary_size(tokenizer) == len(tokenizer)

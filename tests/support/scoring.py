@@ -9,12 +9,12 @@ import polars as pl
 import torch
 
 from pipeline.config.schema import Targets
-from pipeline.core.types import Scores
+from pipeline.evaluation.predictions import Scores
 from pipeline.evaluation.requests import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.scoring import score
 from pipeline.models.compatibility import max_positions
 from pipeline.models.loading import load_model
-from pipeline.models.tokenizer import load_tokenizer
+from pipeline.models.tokenizer import end_token_ids, load_tokenizer
 from support.tiny import text_of
 
 
@@ -40,5 +40,11 @@ def scored(
 
 def exam_of(folder: Path, path: Path, *, max_new_tokens: int = 0, **settings: Any) -> EvaluationSet:
     text = text_of(path, "test", **{"targets": Targets.completion, **settings})
-    longest = max_positions(folder)
-    return open_evaluation_set(text, load_tokenizer(folder), longest=longest, max_new_tokens=max_new_tokens)
+    tokenizer = load_tokenizer(folder)
+    return open_evaluation_set(
+        text,
+        tokenizer,
+        longest=max_positions(folder),
+        max_new_tokens=max_new_tokens,
+        end_ids=end_token_ids(folder, tokenizer),
+    )

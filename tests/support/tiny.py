@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.config.schema import TextConfig
+from pipeline.capture.corpus import TokenizedCorpus
+from pipeline.capture.identity import make_manifest
+from pipeline.config.schema import CaptureConfig, TextConfig
+from pipeline.core.types import Manifest
+from pipeline.data.messages import ChatRules
 from pipeline.data.text_files import Text, open_text
 
 LINES = [
@@ -88,3 +94,20 @@ def prompts(count: int, *, labeled: bool, first: int = 0) -> list[dict[str, Any]
 
 def text_of(path: Path | str, what: str = "corpus", **settings: Any) -> Text:
     return open_text(TextConfig(files=[str(path)], **settings), what)
+
+
+def manifest_of(config: CaptureConfig, tokenizer: Any, num_records: int, hashes: dict[str, str]) -> Manifest:
+    """The manifest of a corpus of JSON lines that is not there."""
+    corpus = config.corpus
+    text = Text(
+        what="corpus",
+        files=(Path("x.jsonl"),),
+        columns=dataclasses.asdict(corpus.columns),
+        targets=corpus.targets.name,
+        end_token=corpus.end_token,
+        skip_malformed=False,
+        chat=ChatRules(template_options={}, date=datetime.date(2024, 7, 26)),
+        shape="own",
+    )
+    found = TokenizedCorpus(num_records=num_records, skipped={}, notes={})
+    return make_manifest(config, text, tokenizer, Path("x"), found, hashes)

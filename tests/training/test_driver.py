@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
+from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
 from pipeline.training import driver
 from support.commands import (
@@ -226,6 +231,20 @@ def test_two_drivers_never_train_in_one_folder(
     assert process.wait(60) == 75
     assert done.returncode == 2
     assert "expected a free run folder, found lock held" in done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for a lock that somebody holds, for which the driver would wait a minute."""
+
+    def no_locks(file: Any, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
+    message = f"lock: expected a file system with locks, found {os.strerror(number)}; choose another runs_dir"
+    with pytest.raises(InputError, match=message), driver.run_lock(RunPaths(folder=tmp_path)):
+        pass
 
 
 # ------------------------------------------------------------------------------------------ refusals

@@ -71,12 +71,14 @@ doc_to_target: "{{{{answer}}}}"
 target_delimiter: ""
 metric_list:
   - metric: acc
+  - metric: acc_norm
+  - metric: acc_bytes
 """
 
 
 @pytest.mark.slow
 def test_the_evaluation_harness_scores_as_we_do(tokenizer: Any, data: Path, cache: Path, tmp_path: Path) -> None:
-    """A local task on the exported folder: the same log-likelihood of every choice, the same accuracy.
+    """A local task on the exported folder: the same log-likelihood of every choice, the same accuracies.
 
     The student has no more rows than there are tokens: the harness would count the padding's.
     """
@@ -94,7 +96,10 @@ def test_the_evaluation_harness_scores_as_we_do(tokenizer: Any, data: Path, cach
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     (results,) = (tmp_path / "out").rglob("results_*.json")
     ours = json.loads((run / "result.json").read_text())["test"]
-    assert json.loads(results.read_text())["results"]["ours"]["acc,none"] == pytest.approx(ours["accuracy"])
+    found = json.loads(results.read_text())["results"]["ours"]
+    assert found["acc,none"] == pytest.approx(ours["accuracy"])
+    assert found["acc_bytes,none"] == pytest.approx(ours["accuracy_norm"])
+    assert found["acc_norm,none"] == pytest.approx(ours["accuracy_norm"])  # by characters: the text is ASCII
     (samples,) = (tmp_path / "out").rglob("samples_ours_*.jsonl")
     theirs = {
         row["doc"]["prompt"]: [float(choice[0][0]) for choice in row["resps"]]

@@ -1,0 +1,36 @@
+"""A manifest as plain data, and the seal by which a change of what the fingerprint does not cover is found."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pipeline.core.files import content_hash
+from pipeline.core.types import InputError, Manifest, ShardInfo
+
+SEALED = ("tokenizer", "skipped")  # fields that the fingerprint does not cover
+
+
+def to_plain(value: Manifest | ShardInfo) -> dict[str, Any]:
+    """What is written of a manifest or ShardInfo; a sealed field that is not recorded is left out, as in old caches."""
+    plain = dataclasses.asdict(value)
+    return {name: field for name, field in plain.items() if name not in SEALED or field is not None}
+
+
+def sealed(parts: dict[str, Any], tokenizer_sha256: str) -> dict[str, Any]:
+    """Some values with a hash over them, because they are not in the fingerprint."""
+    return {**parts, "sha256": content_hash([parts, tokenizer_sha256])}
+
+
+def check_seal(manifest: Manifest, path: object) -> None:
+    """InputError if a field outside the fingerprint is not what was recorded; `path` is the manifest's."""
+    for name in SEALED:
+        recorded = getattr(manifest, name)
+        if recorded is None:
+            continue
+        parts = {key: part for key, part in recorded.items() if key != "sha256"}
+        if recorded != sealed(parts, manifest.made_of.get("tokenizer", "")):
+            raise InputError(
+                f"{path}: expected a manifest, found one that cannot be read ({name}: not what was recorded); restore "
+                "it from a copy, or capture into another folder"
+            )

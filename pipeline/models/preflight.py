@@ -1,0 +1,89 @@
+"""Checks of a model that need none of its weights: they stop a run before its texts are tokenized."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from pipeline.config.schema import ModelConfig
+from pipeline.core.progress import log
+from pipeline.core.runtime import compute_device
+from pipeline.core.types import InputError
+from pipeline.models.compatibility import check_architecture
+from pipeline.models.loading import load_config, meta_model
+from pipeline.models.model_files import check_model_files
+from pipeline.models.paths import model_folder
+from pipeline.models.tokenizer import vocabulary_size
+
+SMALL_VOCABULARY, SMALL_WIDTH = 64, 64
+MAX_SMALL_PARAMETERS = 1_000_000_000  # 4 GB
+WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
+
+
+def check_model(config: ModelConfig, tokenizer: object) -> None:
+    """InputError if files are missing, the head is too small for the tokenizer, or the architecture does not fit."""
+    folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
+    check_model_files(folder)
+    try:
+        head = meta_model(config).get_output_embeddings()
+    except InputError:
+        raise
+    except Exception as error:  # whatever transformers, or the model's own code, raises
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{folder}: expected a causal language model that transformers can build, found: {reason}; use another "
+            "model, or another version of transformers"
+        ) from error
+    rows, size = None if head is None else head.weight.shape[0], vocabulary_size(tokenizer)
+    if rows is None or rows < size:
+        raise InputError(
+            f"{folder}: expected a head with at least {size} rows, because the tokenizer has ids up to {size - 1}, "
+            f"found {rows or 'no head'}; give the model and the tokenizer that belong together"
+        )
+    _check_small(config)
+
+
+def _check_small(config: ModelConfig) -> None:
+    """Check the architecture on a copy with few layers, a small vocabulary, narrow MLPs and random weights.
+
+    Whatever cannot be checked like this is checked when the weights are loaded, as always.
+    """
+    needs_gpu = config.attention not in (None, "sdpa", "eager")
+    device = compute_device() if needs_gpu else torch.device("cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    small = small_config(config)
+    options = {"attn_implementation": config.attention, "trust_remote_code": config.trust_remote_code}
+    try:
+        with torch.device("meta"):
+            empty = transformers.AutoModelForCausalLM.from_config(small, **options)
+        num_parameters = sum(parameter.numel() for parameter in empty.parameters())
+        if num_parameters > MAX_SMALL_PARAMETERS:
+            raise ValueError(f"two layers have {num_parameters} parameters")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(small, dtype=dtype, **options).to(device)
+        check_architecture(model)
+    except InputError:
+        raise
+    except Exception as error:  # of a copy that is too small, or of a kernel that does not run here
+        reason = str(error).strip().split("\n")[0]
+        log.info("%s: its architecture is checked only when its weights are loaded (%s)", config.path, reason)
+
+
+def small_config(config: ModelConfig) -> transformers.PretrainedConfig:
+    """The config of a small copy of a model, with at least one layer of each type."""
+    folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
+    whole = load_config(folder, num_layers=config.num_layers, trust_remote_code=config.trust_remote_code)
+    layer_types = getattr(whole, "layer_types", None) or ["all"] * whole.num_hidden_layers
+    num_layers = max(2, *(layer_types.index(kind) + 1 for kind in layer_types))
+    num_layers = min(num_layers, whole.num_hidden_layers)
+    small = load_config(folder, num_layers=num_layers, trust_remote_code=config.trust_remote_code)
+    small.vocab_size = SMALL_VOCABULARY
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(small, name, None)
+    for name in WIDTHS:
+        if isinstance(getattr(small, name, None), int):
+            setattr(small, name, SMALL_WIDTH)
+    if hasattr(small, "quantization_config"):
+        del small.quantization_config
+    return small
