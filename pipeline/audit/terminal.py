@@ -127,6 +127,10 @@ def position_lines(sample: Sample, n: int, tokenizer: Any, *, top: int, record: 
     else:
         target_p = float(captured.next_log_prob_N[n].exp())
         lines.append(f"  next: {token_text(tokenizer, target)}  (the teacher's probability {target_p:.2%})")
+    if depth := int(sequence.depths_or_zeros()[n]):
+        lines.append(
+            f"  in a choice: {depth} of its tokens read  (probability {float(captured.weights_or_ones()[n]):.2%})"
+        )
     return lines + _distribution_lines(captured, n, tokenizer, top=top, target=target)
 
 

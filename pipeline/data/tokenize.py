@@ -176,14 +176,21 @@ def _check_length(num_tokens: int, window: int | None) -> None:
 
 
 def _check_one_token(encoded: EncodedRecord, tokenizer: Any, *, end_token: bool) -> None:
-    """Refuse `targets=next` where a choice has several tokens: most of it would be left out."""
-    num_end = 1 if end_token and not encoded.record.templated else 0
-    for choice, ids in zip(encoded.record.choices, encoded.choice_ids, strict=True):
-        if len(ids) - num_end > 1:
-            tokens = [tokenizer.decode([token]) for token in ids[: len(ids) - num_end]]
+    """Refuse `targets=next` where a choice has several tokens: most of it would be left out.
+
+    How a choice ends, with the end token or as the template of a chat ends a turn, does not count.
+    """
+    choices, choice_ids = encoded.record.choices, encoded.choice_ids
+    if encoded.record.templated:
+        choice_ids = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+    elif end_token:
+        choice_ids = [ids[:-1] for ids in choice_ids]
+    for choice, ids in zip(choices, choice_ids, strict=True):
+        if len(ids) > 1:
             raise InputError(
-                f"expected choices of one token, found {choice!r} of {len(tokens)}: {tokens}; targets=next captures "
-                "the first token alone; use targets=choices"
+                f"expected choices of one token, found {choice!r} of {len(ids)}: "
+                f"{[tokenizer.decode([token]) for token in ids]}; targets=next captures the first token alone; use "
+                "targets=choices"
             )
 
 

@@ -36,7 +36,7 @@ def labeled_caches(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> d
                 name=kind,
                 caches_dir=str(folder / "caches"),
                 teacher=ModelConfig(path=str(teacher), dtype=Dtype.float32, attention="sdpa"),
-                corpus=TextConfig(files=[str(folder / "corpus.jsonl")]),
+                corpus=TextConfig(files=[str(folder / "corpus.jsonl")], targets=Targets.all),
                 kind=Kind[kind],
                 window=48,
                 records_per_shard=25,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.audit import commands, terminal
+from pipeline.audit.sampling import samples_of_record
+from pipeline.audit.verify import load_manifest
 from pipeline.config.schema import AuditConfig, ModelConfig
 from pipeline.core.progress import readable
 from pipeline.core.types import InputError
@@ -38,6 +41,29 @@ def test_show_prints_the_text_the_targets_and_the_distribution(
         percents = [float(line.split("%")[0].strip(" *")) for line in block.splitlines() if "%" in line[:12]]
         assert sum(percents) == pytest.approx(100, abs=0.05)
         assert len(percents) == 5  # three entries, the others, the tail
+
+
+def test_show_prints_how_likely_a_node_of_the_choices_is(
+    choices_cache: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a node inside a choice: how much of the choice was read, and the probability that the cache holds."""
+    commands.run("show", show_config(choices_cache, teacher, record=3))
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    found = [re.search(r"in a choice: (\d) of its tokens read  \(probability ([\d.]+)%\)", block) for block in blocks]
+    shown = sorted((int(match[1]), float(match[2])) for match in found if match)
+    expected = []
+    for sequence, captured in samples_of_record(choices_cache, load_manifest(choices_cache), 3):
+        ends = list(itertools.accumulate(sequence.segment_lengths))
+        for s, depth, weight in zip(
+            sequence.target_positions_N.tolist(),
+            sequence.depths_or_zeros().tolist(),
+            captured.weights_or_ones().tolist(),
+            strict=True,
+        ):
+            if depth and sequence.record_ids[next(i for i, end in enumerate(ends) if s < end)] == 3:
+                expected.append((depth, round(100 * weight, 2)))
+    assert shown == sorted(expected)
+    assert len(shown) < len(blocks)  # right after the prompt no choice has begun
 
 
 def test_random_rows_are_a_function_of_the_seed(cache: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,18 @@ def test_targets_next_refuses_choices_of_several_tokens(tmp_path: Path, tokenize
         assert len(packed(other, tokenizer, **one)) == 1  # the end token is not counted
 
 
+def test_the_end_of_a_turn_is_no_part_of_a_label(tmp_path: Path, tokenizer: Any) -> None:
+    """In a chat the template ends each choice; with `targets=choices` that end is a part of it, as in scoring."""
+    chat = {"messages": [{"role": "user", "content": "the"}]}
+    one = write_lines(tmp_path / "a.jsonl", [chat | {"choices": [" one", " of"]}])
+    assert len(packed(one, tokenizer, targets=Targets.next)[0].target_ids_N) == 1
+    end = tokenizer("</>")["input_ids"]
+    assert sum(len(row.target_ids_N) for row in packed(one, tokenizer)) == 1 + 2 * len(end)
+    two = write_lines(tmp_path / "b.jsonl", [chat | {"choices": [" one", " two"]}])
+    with pytest.raises(InputError, match="found ' two' of 3"):
+        packed(two, tokenizer, targets=Targets.next)
+
+
 def test_an_answer_among_the_choices_of_a_text(tmp_path: Path, tokenizer: Any) -> None:
     """An index, or a completion that is one of them but for spaces."""
     rows = [{"prompt": "a", "answer": 2}, {"prompt": "b", "completion": "two "}, {"prompt": "c"}, {"text": "d"}]
