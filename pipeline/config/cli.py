@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import functools
 import os
 import sys
@@ -22,10 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config.options import RENAMED_FILES, RENAMED_OPTIONS, RENAMED_VALUES, options, to_plain, to_typed
 from pipeline.config.schema import ROOTS
 from pipeline.config.validate import check_files, urls_in
+from pipeline.core.stopping import EXIT_STOPPED, Stopped, interrupt, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = PACKAGE / "conf"
+PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # the place is to blame, and not this code
 
 
 def register() -> None:
@@ -100,7 +103,7 @@ def check_checkout() -> None:
 def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> None:
     """Run a script: compose `conf/<root>.yaml` with the command line, make it typed, call `body`.
 
-    An InputError ends the process with exit code 2 and its message alone.
+    An InputError ends the process with exit code 2 and its message alone, a signal that asks to stop with 75.
     """
     register()
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -114,7 +117,8 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         check_override_names(root, sys.argv[1:])
         job = functools.partial(_run_job, root, body)
         functools.update_wrapper(job, _run_job)  # Hydra reads the name of the function
-        hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
+        with stop_signals_handled_by(interrupt):
+            hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
     except (InputError, RunFailed) as error:
         exit_with_error(error)
     except (OmegaConfBaseException, hydra.errors.HydraException) as error:
@@ -130,9 +134,20 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
                 "in adapter=lora or text@gold=own"
             )
         )
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues with what is left", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS:
+            raise
+        exit_with_error(
+            InputError(
+                f"{error.filename or 'disk'}: expected to read and write there, found {error.strerror}; make room or "
+                "correct the permissions, and run the same command again"
+            )
+        )
+    except KeyboardInterrupt as request:
+        print(f"stopped by {request or 'SIGINT'}; the same command continues with what is left", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    except Stopped:
+        sys.exit(EXIT_STOPPED)
 
 
 def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float | None:
@@ -145,11 +160,28 @@ def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float
 
             check_url(url, name, writing=root == "capture")
         return body(config)
+    except Stopped as stopped:
+        return _after_stop(stopped)
     except InputError as error:  # here, before Hydra adds its own words; a sweep continues with its other runs
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             exit_with_error(error)
         print(f"error: {error}", file=sys.stderr)
         raise
+
+
+def _after_stop(stopped: Stopped) -> float | None:
+    """What a request to stop means beyond its run: Hydra's basic launcher, which waits here, starts no further run.
+
+    It catches every Exception and would go on; SystemExit ends it. Another launcher may have sent its runs to other
+    processes and machines: it sees a failed run, or the result of a finished one.
+    """
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN and job.runtime.choices["hydra/launcher"] == "basic":
+        print("the sweep ends here, as requested; the same command continues with its other runs", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    if stopped.is_finished:
+        return stopped.score
+    raise stopped
 
 
 def _renamed_hint(message: str) -> str:
