@@ -108,6 +108,11 @@ def _create(place: Location, owner: str) -> bool:
         descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
+    except FileNotFoundError:
+        raise InputError(
+            f"{place.parent}: expected a folder, found none there any more: it was moved or deleted; put it back, or "
+            "run the same command again to start anew"
+        ) from None
     with os.fdopen(descriptor, "w") as file:
         file.write(owner)
     return True

@@ -127,6 +127,11 @@ def shard_writer(cache: Location, manifest: Manifest, index: int) -> Iterator[Sh
     except BaseException as error:
         if writer is not None:
             writer.abandon()
+        if isinstance(error, FileNotFoundError) and not manifests.manifest_path(cache).exists():
+            raise InputError(
+                f"{cache}: expected to write shard {index}, found the cache moved or deleted meanwhile; put it back, "
+                "or run the same command again to start anew"
+            ) from error
         if isinstance(error, OSError):
             raise InputError(
                 f"{cache}: expected to write shard {index}, found {error.strerror or error}; no "

@@ -8,7 +8,7 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,13 +112,19 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         return
     # Hydra would wrap errors in its own messages; this way ours reach the user
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
+    with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
         check_override_names(root, sys.argv[1:])
         job = functools.partial(_run_job, root, body)
         functools.update_wrapper(job, _run_job)  # Hydra reads the name of the function
-        with stop_signals_handled_by(interrupt):
-            hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
+        hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """End the process with one line and an exit code where the reason lies in the input, the disk or a request."""
+    try:
+        yield
     except (InputError, RunFailed) as error:
         exit_with_error(error)
     except (OmegaConfBaseException, hydra.errors.HydraException) as error:
@@ -144,7 +150,7 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
             )
         )
     except KeyboardInterrupt as request:
-        print(f"stopped by {request or 'SIGINT'}; the same command continues with what is left", file=sys.stderr)
+        print(f"stopped by {request}; the same command continues with what is left", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except Stopped:
         sys.exit(EXIT_STOPPED)
