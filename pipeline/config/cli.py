@@ -69,6 +69,9 @@ def check_override_names(root: str, arguments: list[str]) -> None:
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group.replace("/", ".")
         check_renamed(key, str(override.get_value_element_as_str()) if override.is_sweep_override() is False else "")
+        if key in _groups() and not override.is_sweep_override() and override.value() is None:
+            name = override.package or key
+            raise InputError(f"{override.input_line}: expected one of {_groups()[key]}; for none use {name}=null")
         if key.split(".")[0] == "hydra" or key in known | nodes or key in _groups():
             continue
         if any(key.startswith(f"{name}.") for name in free_form):
@@ -140,15 +143,6 @@ def _exit_codes() -> Iterator[None]:
                 "in adapter=lora or text@gold=own"
             )
         )
-    except OSError as error:
-        if error.errno not in PLACE_ERRORS:
-            raise
-        exit_with_error(
-            InputError(
-                f"{error.filename or 'disk'}: expected to read and write there, found {error.strerror}; make room or "
-                "correct the permissions, and run the same command again"
-            )
-        )
     except KeyboardInterrupt as request:
         print(f"stopped by {request}; the same command continues with what is left", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
@@ -165,7 +159,8 @@ def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float
             from pipeline.core.object_store import check_url  # here: pyarrow is slow to load, and most need none
 
             check_url(url, name, writing=root == "capture")
-        return body(config)
+        with _place_errors():
+            return body(config)
     except Stopped as stopped:
         return _after_stop(stopped)
     except InputError as error:  # here, before Hydra adds its own words; a sweep continues with its other runs
@@ -173,6 +168,20 @@ def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float
             exit_with_error(error)
         print(f"error: {error}", file=sys.stderr)
         raise
+
+
+@contextlib.contextmanager
+def _place_errors() -> Iterator[None]:
+    """Turn the errors of full disks and of missing permissions into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS:
+            raise
+        raise InputError(
+            f"{error.filename or 'disk'}: expected to read and write there, found {error.strerror}; make room or "
+            "correct the permissions, and run the same command again"
+        ) from error
 
 
 def _after_stop(stopped: Stopped) -> float | None:
@@ -187,6 +196,8 @@ def _after_stop(stopped: Stopped) -> float | None:
         sys.exit(EXIT_STOPPED)
     if stopped.is_finished:
         return stopped.score
+    if job.mode != RunMode.MULTIRUN:
+        sys.exit(EXIT_STOPPED)
     raise stopped
 
 
