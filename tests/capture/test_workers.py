@@ -21,7 +21,7 @@ from pipeline.cache.leases import hold_lease
 from pipeline.capture.driver import shards_of_share
 from pipeline.config.schema import CaptureConfig
 from pipeline.core.types import InputError
-from support.commands import ROOT, capture_arguments, mounted, needs_root, script, train_arguments
+from support.commands import ROOT, capture_arguments, mounted, needs_root, script, train_arguments, wait_for
 from support.tiny import prompts, write_lines
 
 
@@ -178,6 +178,52 @@ def test_a_killed_capture_resumes_where_it_stopped(
     assert "of 120 shards into" in done.stderr
     assert int(done.stderr.split("capturing ")[1].split()[0]) <= 120 - 20
     assert shards_of(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize(("name", "num_workers"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 2)])
+def test_a_stopped_capture_releases_its_leases_and_the_same_command_continues(
+    name: str, num_workers: int, teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    changes = {"lease_seconds": 600, "num_workers": num_workers}
+    process = start(arguments(teacher, many, **changes), tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("caches/*/shards/*.json"))) >= 10, process)
+    process.send_signal(signal.Signals[name])
+    assert process.wait(60) == 75
+    output = (tmp_path / "output.txt").read_text()
+    assert output.endswith(f"stopped by {name}; the same command continues with what is left\n")
+    assert "Traceback" not in output
+    (shards,) = tmp_path.glob("caches/*/shards")
+    assert [path.name for path in shards.iterdir() if path.name.startswith(".")] == []
+    assert 10 <= len(list(shards.glob("*.json"))) < 120
+    script("capture", *arguments(teacher, many, **changes), cwd=tmp_path, env=one_thread())
+    assert shards_of(tmp_path) == undisturbed
+
+
+def test_a_worker_that_waits_logs_for_whom(teacher: Path, many: Path, undisturbed_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed_folder, tmp_path, dirs_exist_ok=True)
+    (shards,) = tmp_path.glob("caches/*/shards")
+    for index in (3, 4):
+        (shards / f"{index:05d}.json").unlink()
+        (shards / f"{index:05d}.parquet").unlink()
+    lease = shards / ".00003.lease"
+    lease.write_text("elsewhere another-boot/pid:[1] 1234 5678 0123456789abcdef")
+    done = script("capture", *arguments(teacher, many), cwd=tmp_path, env=one_thread())
+    line = "waiting for shard 3, held by process 1234 on elsewhere; a lease that is not renewed for 2 s is taken over"
+    assert line in done.stderr
+    assert not lease.exists()
+
+
+def test_a_cache_in_a_folder_whose_name_looks_like_a_glob(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """What was written there is found again, by its name and by a glob in that folder; data2 is another folder."""
+    folder, quoted = tmp_path / "data[2]", '"data[2]"'
+    write_lines(folder / "corpus.jsonl", prompts(30, labeled=False))
+    (tmp_path / "data2").mkdir()
+    made = capture_arguments(teacher, data, caches_dir=quoted, corpus__files='["data[2]/corpus.jsonl"]')
+    script("capture", *made, cwd=tmp_path)
+    (cache,) = folder.glob("tiny-*")
+    for name in (cache.name, "tiny-*"):
+        done = script("audit", "verify", f'cache="data[2]/{name}"', cwd=tmp_path)
+        assert "complete and correct: 30 records" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------- disks

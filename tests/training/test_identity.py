@@ -48,7 +48,7 @@ def test_an_option_that_nothing_reads_makes_no_other_run(student: Path, data: Pa
     ]
     found = [options(**changes) for changes in read]
     assert len({content_hash(one) for one in [base, *found]}) == len(read) + 1
-    gold_only: dict[str, Any] = {"cache": "null", "gold_fraction": 1}
+    gold_only: dict[str, Any] = {"gold_fraction": 1}
     assert options(**gold_only, k=3) == options(**gold_only)
     assert options(**gold_only, k=3)["k"] is None
     assert options(more_caches=f"[{wider}]", k=8)["k"] == 8  # of the other cache it is a half
