@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import pytest
 
 from pipeline.cache.leases import hold_lease
 from pipeline.capture.driver import shards_of_share
+from pipeline.capture.worker import run_worker
 from pipeline.config.schema import CaptureConfig
 from pipeline.core.types import InputError
 from support.commands import ROOT, capture_arguments, mounted, needs_root, script, train_arguments, wait_for
@@ -199,18 +201,24 @@ def test_a_stopped_capture_releases_its_leases_and_the_same_command_continues(
     assert shards_of(tmp_path) == undisturbed
 
 
-def test_a_worker_that_waits_logs_for_whom(teacher: Path, many: Path, undisturbed_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(undisturbed_folder, tmp_path, dirs_exist_ok=True)
-    (shards,) = tmp_path.glob("caches/*/shards")
-    for index in (3, 4):
-        (shards / f"{index:05d}.json").unlink()
-        (shards / f"{index:05d}.parquet").unlink()
-    lease = shards / ".00003.lease"
-    lease.write_text("elsewhere another-boot/pid:[1] 1234 5678 0123456789abcdef")
-    done = script("capture", *arguments(teacher, many), cwd=tmp_path, env=one_thread())
-    line = "waiting for shard 3, held by process 1234 on elsewhere; a lease that is not renewed for 2 s is taken over"
-    assert line in done.stderr
-    assert not lease.exists()
+def test_a_worker_that_waits_logs_for_whom(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = tmp_path / "cache" / "shards"
+    shutil.copytree(cache, tmp_path / "cache")
+    for name in ("00001.json", "00001.parquet"):
+        (shards / name).unlink()
+    (shards / ".00001.lease").write_text("elsewhere another-boot/pid:[1] 1234 5678 0123456789abcdef")
+
+    def other_worker_commits(seconds: float) -> None:
+        shutil.copytree(cache / "shards", shards, dirs_exist_ok=True)
+
+    monkeypatch.setattr("pipeline.capture.worker.time.sleep", other_worker_commits)
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        run_worker(CaptureConfig(name="x"), tmp_path / "cache", tmp_path / "no sequences", [0, 1])
+    assert [record.getMessage() for record in caplog.records] == [
+        "waiting for shard 1, held by process 1234 on elsewhere; a lease that is not renewed for 60 s is taken over"
+    ]
 
 
 def test_a_cache_in_a_folder_whose_name_looks_like_a_glob(teacher: Path, data: Path, tmp_path: Path) -> None:
