@@ -19,7 +19,7 @@ from pipeline.audit.verify import findings, load_manifest
 from pipeline.cache import manifest as manifests
 from pipeline.config.schema import AuditConfig, Dtype, ModelConfig
 from pipeline.config.validate import check_audit
-from pipeline.core.files import write_json
+from pipeline.core.files import check_writable, write_json
 from pipeline.core.object_store import Location, one_location
 from pipeline.core.progress import Progress, log, readable, start_logging
 from pipeline.core.runtime import compute_device
@@ -98,12 +98,13 @@ def verify(cache: Location, config: AuditConfig) -> int:
 
 def summary(cache: Location, config: AuditConfig) -> int:
     """Print the figures of the cache; with `config.out` write them as JSON and as pictures too."""
+    if config.out is not None:
+        check_writable(Path(config.out), "out")
     figures = summarize(cache, finished_manifest(cache), log_every_seconds=config.log_every_seconds)
     for line in summary_lines(figures, cache):
         print(line)
     if config.out is not None:
         out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "summary.json", figures)
         pictures = draw_summary(figures, name=cache.name, out=out)
         log.info("wrote %s", ", ".join(map(str, [out / "summary.json", *pictures])))

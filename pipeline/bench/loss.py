@@ -16,7 +16,7 @@ import torch
 from pipeline.bench.loss_implementations import HIDDEN, IMPLEMENTATIONS, VOCABULARY, Case, K, make_case
 from pipeline.bench.loss_precision import measure_precision
 from pipeline.bench.timing import Results, format_figure, ratios, run_in_turns, seconds, summarize, table
-from pipeline.core.runtime import compute_device, has_fast_matmul, keep_allocator_memory
+from pipeline.core.runtime import compute_device, has_fast_matmul, keep_allocator_memory, module_command
 from pipeline.training.driver import ALLOCATOR_SETTINGS
 
 IN_MEMORY_COMPARISON = ("ours", "KD + CE")
@@ -145,8 +145,8 @@ def time_forward_backward(name: str, case: Case) -> float:
 
 
 def run_in_child(environment: Mapping[str, str], *arguments: str) -> dict[str, Any]:
-    """The output of `python -m pipeline.bench.loss ARGUMENTS`; the user's own variables override `environment`."""
-    command = [sys.executable, "-m", "pipeline.bench.loss", *arguments]
+    """The output of this module, run with ARGUMENTS; the user's own variables override `environment`."""
+    command = module_command("pipeline.bench.loss", *arguments)
     variables = {**environment, **os.environ}
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     output: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -3,7 +3,7 @@
 A lease is a small file or object that its holder renews; one that was not renewed for `lease_seconds` (an option, see
 config/schema.py) is stale, and another worker may take it over. In which order a worker tries the shards is in
 capture/worker.py. Its age is measured against a file written just now in the same folder, so the clocks
-of two machines are never compared.
+of two machines are never compared. A lease whose holder ran on this machine and has ended is taken over at once.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.core.object_store import Location, RemotePath, age_seconds, sibling
+from pipeline.core.runtime import process_exists
 from pipeline.core.types import InputError
 
 RENEWALS_PER_LEASE = 4
+UNKNOWN = "?"
 
 
 @contextlib.contextmanager
 def hold_lease(place: Location, *, lease_seconds: float) -> Iterator[bool]:
     """Hold the lease at `place` while the body runs, renewed by a thread; yields False if another worker holds it."""
-    owner = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
-    if not _create(place, owner) and not (_is_stale(place, lease_seconds) and _take_over(place, owner)):
+    owner = " ".join([socket.gethostname(), _machine(), str(os.getpid()), _started(os.getpid()), secrets.token_hex(8)])
+    if not _create(place, owner) and not (_is_free(place, lease_seconds) and _take_over(place, owner)):
         yield False
         return
     done = threading.Event()
@@ -52,11 +54,51 @@ def hold_lease(place: Location, *, lease_seconds: float) -> Iterator[bool]:
                 place.unlink(missing_ok=True)
 
 
-def _is_stale(place: Location, lease_seconds: float) -> bool:
+def holder(place: Location) -> str:
+    """The process that holds a lease, for a message; empty if it has been released."""
     try:
-        return age_seconds(place) > lease_seconds
+        host, _, pid, *_ = place.read_text().split()
+    except (FileNotFoundError, ValueError):  # released, or being written just now
+        return ""
+    return f"process {pid} on {host}"
+
+
+def _is_free(place: Location, lease_seconds: float) -> bool:
+    try:
+        return age_seconds(place) > lease_seconds or _has_ended(place.read_text().split())
     except FileNotFoundError:  # released meanwhile
         return False
+
+
+def _has_ended(owner: list[str]) -> bool:
+    """Whether the process that wrote a lease is known to have ended: only if it ran where this process runs.
+
+    A PID alone is not enough: containers on one machine, and machines that share a disk, have the same ones, and a
+    machine gives them again.
+    """
+    if len(owner) != 5 or UNKNOWN in owner or owner[1] != _machine():
+        return False
+    pid, started = int(owner[2]), owner[3]
+    return not process_exists(pid) or _started(pid) not in (UNKNOWN, started)
+
+
+def _machine() -> str:
+    """What all processes share that see each other's PIDs: the boot of a machine and a PID namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return UNKNOWN
+
+
+def _started(pid: int) -> str:
+    """When an existing process started, in ticks since the boot."""
+    try:
+        # the second field is the program's name in brackets, which may contain anything
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return UNKNOWN
+    return "ended" if state in "ZX" else fields[18]  # a zombie does no more work
 
 
 def _create(place: Location, owner: str) -> bool:
@@ -66,6 +108,11 @@ def _create(place: Location, owner: str) -> bool:
         descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
+    except FileNotFoundError:
+        raise InputError(
+            f"{place.parent}: expected a folder, found none there any more: it was moved or deleted; put it back, or "
+            "run the same command again to start anew"
+        ) from None
     with os.fdopen(descriptor, "w") as file:
         file.write(owner)
     return True

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow.parquet as pq
 
@@ -101,6 +101,10 @@ def load_manifest(cache: Location) -> Manifest:
         raise InputError(
             f"cache: expected {manifest_path(cache)}, found no such file; capture with scripts/capture.py"
         ) from None
+    except NotADirectoryError:
+        assert isinstance(cache, Path)
+        folder = next((parent for parent in cache.parents if manifest_path(parent).exists()), "the folder of a cache")
+        raise InputError(f"cache: expected a folder, found the file {cache}; give {folder}") from None
     manifest = Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
     check_seal(manifest, manifest_path(cache))
     return manifest
@@ -283,10 +287,25 @@ def check_shard_hash(cache: Location, info: ShardInfo, path: Path | None = None)
     if path is None:
         assert isinstance(cache, Path)
         path = cache / "shards" / info.file
-    found = file_hash(path) if path.exists() else "no file"
+    if not path.exists():
+        _refuse_missing(cache, info)
+    found = file_hash(path)
     if found != info.sha256:
         raise InputError(
             f"{shard_file(cache, info)}: expected sha256 {info.sha256[:12]}, found {found[:12]}; the shard is damaged: "
             f"delete it and {info_path(cache, info.index).name} beside it, then run the capture or import "
             "again (only this shard is redone)"
         )
+
+
+def _refuse_missing(cache: Location, info: ShardInfo) -> NoReturn:
+    """Raise InputError for a committed shard that is no longer there: it alone, or the cache with it."""
+    if not manifest_path(cache).exists():
+        raise InputError(
+            f"{cache}: expected a cache, found none there any more: it was moved or deleted; put it back or give its "
+            "new place, or capture or import it again"
+        )
+    raise InputError(
+        f"{shard_file(cache, info)}: expected a shard, found no such file; put it back, or delete "
+        f"{info_path(cache, info.index).name} beside it and run the capture or import again (only this shard is redone)"
+    )

@@ -128,6 +128,11 @@ def shard_writer(cache: Location, manifest: Manifest, index: int) -> Iterator[Sh
     except BaseException as error:
         if writer is not None:
             writer.abandon()
+        if isinstance(error, FileNotFoundError) and not manifests.manifest_path(cache).exists():
+            raise InputError(
+                f"{cache}: expected to write shard {index}, found the cache moved or deleted meanwhile; put it back, "
+                "or run the same command again to start anew"
+            ) from error
         if isinstance(error, OSError):
             raise InputError(
                 f"{cache}: expected to write shard {index}, found {error.strerror or error}; no "
@@ -136,7 +141,8 @@ def shard_writer(cache: Location, manifest: Manifest, index: int) -> Iterator[Sh
         raise
 
 
-def _check_k(k: int, manifest: Manifest, cache: Location) -> None:
+def check_k(k: int, manifest: Manifest, cache: Location) -> None:
+    """Refuse to read k entries a position of a cache that does not hold so many, or no largest ones."""
     if manifest.kind != "topk":
         raise InputError(f"k: expected null, because {cache} is {manifest.kind}, found {k}")
     if not 1 <= k <= manifest.k:
@@ -163,7 +169,7 @@ class ShardReader:
         self.cache = cache
         self.manifest = manifests.load_manifest(cache)
         if k is not None:
-            _check_k(k, self.manifest, cache)
+            check_k(k, self.manifest, cache)
         self._k = k
         self._downloads = downloads
         self._shuffle_seed = shuffle_seed

@@ -18,8 +18,10 @@ from pipeline.cache import manifest as manifests
 from pipeline.capture.plan_lookup import PlanFolder, plan_folder
 from pipeline.config.schema import CaptureConfig
 from pipeline.config.validate import check_capture
+from pipeline.core.files import check_writable
 from pipeline.core.object_store import Location
 from pipeline.core.progress import log, start_logging
+from pipeline.core.stopping import EXIT_STOPPED
 from pipeline.core.types import InputError, Manifest
 from pipeline.models.paths import pinned
 
@@ -38,6 +40,8 @@ def run(config: CaptureConfig) -> Location:
     shards = shards_of_share(config, manifest.num_shards)
     missing = manifests.missing_shards(cache, shards)
     if missing:
+        if isinstance(cache, Path):
+            check_writable(cache / "shards", "caches_dir" if config.cache is None else "cache")
         if not plan.sequences.exists():  # the cache was finished, and a shard of it was lost afterwards
             read_corpus(config, plan, with_sequences=True)
         log.info(
@@ -117,18 +121,18 @@ def supervise(config: CaptureConfig, cache: Location, sequences: Path, shards: S
             del workers[number]
             if process.exitcode == 0:
                 continue
-            if process.exitcode is not None and process.exitcode > 0:
+            if process.exitcode is not None and process.exitcode > 0 and process.exitcode != EXIT_STOPPED:
                 raise InputError(
                     f"worker {number} stopped with the error above; correct it and run the same command again"
                 )
             num_committed_now = len(shards) - len(manifests.missing_shards(cache, shards))
             deaths = 1 if num_committed_now > num_committed else deaths + 1
             num_committed = num_committed_now
-            signal_number = -(process.exitcode or 0)
+            reason = "asked to stop" if process.exitcode == EXIT_STOPPED else f"signal {-(process.exitcode or 0)}"
             if deaths > DEATHS_WITHOUT_PROGRESS * config.num_workers:
                 raise InputError(
                     f"workers: expected a committed shard between two deaths of workers, found {deaths} deaths without "
-                    f"one (signal {signal_number}); look for the cause (often memory), then run the same command again"
+                    f"one ({reason}); look for the cause (often memory), then run the same command again"
                 )
-            log.warning("worker %d was killed (signal %d); starting another", number, signal_number)
+            log.warning("worker %d was killed (%s); starting another", number, reason)
             workers[number] = start_worker(config, cache, sequences, shards, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from torch import set_num_threads
 
 from pipeline.cache import manifest as manifests
-from pipeline.cache.leases import hold_lease
+from pipeline.cache.leases import hold_lease, holder
 from pipeline.cache.sequence_files import SequenceFile, open_sequence_file, sequence_file
 from pipeline.cache.shards import ShardWriter, shard_writer
 from pipeline.capture.completion import completed_batches
@@ -24,6 +25,7 @@ from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig
 from pipeline.core.object_store import Location
 from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.runtime import bind_device, keep_allocator_memory
+from pipeline.core.stopping import EXIT_STOPPED, interrupt, stop_signals_handled_by
 from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
 from pipeline.models.forward import Model
 from pipeline.models.loading import open_model, resolve_dtype
@@ -53,6 +55,7 @@ def run_worker(
         unit=" sequences",
         log_every_seconds=config.log_every_seconds,
     )
+    logged = -math.inf
     while missing:
         for index in missing:
             with hold_lease(manifests.lease_path(cache, index), lease_seconds=lease_seconds) as held:
@@ -69,6 +72,9 @@ def run_worker(
                         raise
         missing = manifests.missing_shards(cache, missing)
         if missing:  # other workers hold them: wait, and take over if their leases expire
+            if time.monotonic() - logged > config.log_every_seconds:
+                logged = time.monotonic()
+                log_waiting(cache, missing, lease_seconds)
             time.sleep(min(1.0, lease_seconds / 4))
     progress.close()
 
@@ -84,6 +90,16 @@ def planned_teacher(config: CaptureConfig, manifest: Manifest) -> ModelConfig:
             *(planned.name, own.name, own.name),
         )
     return dataclasses.replace(config.teacher, dtype=planned)
+
+
+def log_waiting(cache: Location, missing: Sequence[int], lease_seconds: float) -> None:
+    """What this worker waits for: the shards that others hold, and for how long."""
+    held_by = holder(manifests.lease_path(cache, missing[0])) or "another process"
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    log.info(
+        "waiting for shard %d%s, held by %s; a lease that is not renewed for %g s is taken over",
+        *(missing[0], more, held_by, lease_seconds),
+    )
 
 
 def num_waiting_sequences(sequences: Path, index: int) -> int:
@@ -166,12 +182,18 @@ def check_finite(sequence: TokenSequence, captured: Captured) -> None:
 
 
 def worker_process(config: CaptureConfig, cache: Location, sequences: Path, shards: Sequence[int], worker: int) -> None:
-    """Run a worker as a process of its own, on its part of the cores; an InputError is logged as one line."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
-    start_logging()
-    set_num_threads(max(len(os.sched_getaffinity(0)) // config.num_workers, 1))
-    try:
-        run_worker(config, cache, sequences, shards, worker)
-    except InputError as error:
-        log.error("error: %s", error)
-        raise SystemExit(2) from None
+    """Run a worker as a process of its own, on its part of the cores; an InputError is logged as one line.
+
+    A signal that asks it to stop ends it with EXIT_STOPPED, after it has released its lease.
+    """
+    with stop_signals_handled_by(interrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+        start_logging()
+        set_num_threads(max(len(os.sched_getaffinity(0)) // config.num_workers, 1))
+        try:
+            run_worker(config, cache, sequences, shards, worker)
+        except InputError as error:
+            log.error("error: %s", error)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            raise SystemExit(EXIT_STOPPED) from None

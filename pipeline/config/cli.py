@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,10 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config.options import RENAMED_FILES, RENAMED_OPTIONS, RENAMED_VALUES, options, to_plain, to_typed
 from pipeline.config.schema import ROOTS
 from pipeline.config.validate import check_files, urls_in
+from pipeline.core.stopping import EXIT_STOPPED, Stopped, interrupt, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = PACKAGE / "conf"
+PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # the place is to blame, and not this code
 
 
 def register() -> None:
@@ -66,6 +69,9 @@ def check_override_names(root: str, arguments: list[str]) -> None:
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group.replace("/", ".")
         check_renamed(key, str(override.get_value_element_as_str()) if override.is_sweep_override() is False else "")
+        if key in _groups() and not override.is_sweep_override() and override.value() is None:
+            name = override.package or key
+            raise InputError(f"{override.input_line}: expected one of {_groups()[key]}; for none use {name}=null")
         if key.split(".")[0] == "hydra" or key in known | nodes or key in _groups():
             continue
         if any(key.startswith(f"{name}.") for name in free_form):
@@ -100,7 +106,7 @@ def check_checkout() -> None:
 def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> None:
     """Run a script: compose `conf/<root>.yaml` with the command line, make it typed, call `body`.
 
-    An InputError ends the process with exit code 2 and its message alone.
+    An InputError ends the process with exit code 2 and its message alone, a signal that asks to stop with 75.
     """
     register()
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -109,12 +115,19 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         return
     # Hydra would wrap errors in its own messages; this way ours reach the user
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
+    with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
         check_override_names(root, sys.argv[1:])
         job = functools.partial(_run_job, root, body)
         functools.update_wrapper(job, _run_job)  # Hydra reads the name of the function
         hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """End the process with one line and an exit code where the reason lies in the input, the disk or a request."""
+    try:
+        yield
     except (InputError, RunFailed) as error:
         exit_with_error(error)
     except (OmegaConfBaseException, hydra.errors.HydraException) as error:
@@ -130,9 +143,11 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
                 "in adapter=lora or text@gold=own"
             )
         )
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues with what is left", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as request:
+        print(f"stopped by {request}; the same command continues with what is left", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    except Stopped:
+        sys.exit(EXIT_STOPPED)
 
 
 def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float | None:
@@ -144,12 +159,46 @@ def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float
             from pipeline.core.object_store import check_url  # here: pyarrow is slow to load, and most need none
 
             check_url(url, name, writing=root == "capture")
-        return body(config)
+        with _place_errors():
+            return body(config)
+    except Stopped as stopped:
+        return _after_stop(stopped)
     except InputError as error:  # here, before Hydra adds its own words; a sweep continues with its other runs
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             exit_with_error(error)
         print(f"error: {error}", file=sys.stderr)
         raise
+
+
+@contextlib.contextmanager
+def _place_errors() -> Iterator[None]:
+    """Turn the errors of full disks and of missing permissions into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS:
+            raise
+        raise InputError(
+            f"{error.filename or 'disk'}: expected to read and write there, found {error.strerror}; make room or "
+            "correct the permissions, and run the same command again"
+        ) from error
+
+
+def _after_stop(stopped: Stopped) -> float | None:
+    """What a request to stop means beyond its run: Hydra's basic launcher, which waits here, starts no further run.
+
+    It catches every Exception and would go on; SystemExit ends it. Another launcher may have sent its runs to other
+    processes and machines: it sees a failed run, or the result of a finished one.
+    """
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN and job.runtime.choices["hydra/launcher"] == "basic":
+        print("the sweep ends here, as requested; the same command continues with its other runs", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    if stopped.is_finished:
+        return stopped.score
+    if job.mode != RunMode.MULTIRUN:
+        sys.exit(EXIT_STOPPED)
+    raise stopped
 
 
 def _renamed_hint(message: str) -> str:

@@ -331,7 +331,7 @@ class OptimizerConfig:
         0.002, "peak learning rate of Muon, whose orthogonal updates have a spectral norm of about 1"
     )
     muon_momentum: float = option(0.95, "decay of Muon's momentum")
-    schedule: Shape = option(Shape.linear, "shape of the learning rate after the warm-up")
+    schedule: Shape = option(Shape.linear, "learning rate after the warm-up: constant, linear, cosine or wsd")
     decay_fraction: float = option(0.2, "wsd: fraction of the steps, at the end, over which it decays")
     warmup_fraction: float = option(0.05, "fraction of the steps over which it warms up")
     final_fraction: float = option(0.0, "final learning rate, as a fraction of the peak")

@@ -12,6 +12,7 @@ from pipeline.config.schema import (
     LossConfig,
     Offload,
     Optimizer,
+    Shape,
     Source,
     Tracker,
     TrainConfig,
@@ -129,7 +130,7 @@ def _check_engine(config: TrainConfig) -> None:
             f"with offload={deepspeed.offload.name}"
         )
     _check_adapter(config)
-    _check_muon(config)
+    _check_optimizer(config)
     every = checkpoint.every_steps
     if checkpoint.keep_every_steps and (every == 0 or checkpoint.keep_every_steps % every != 0):
         raise InputError(
@@ -138,7 +139,12 @@ def _check_engine(config: TrainConfig) -> None:
         )
 
 
-def _check_muon(config: TrainConfig) -> None:
+def _check_optimizer(config: TrainConfig) -> None:
+    if config.optimizer.schedule is Shape.step:
+        raise InputError(
+            "optimizer.schedule: expected constant, linear, cosine or wsd, found step, which leaves the peak after one "
+            "step; use wsd: it keeps the peak and falls over the last optimizer.decay_fraction of the steps"
+        )
     if config.optimizer.name is not Optimizer.muon:
         return
     positive(muon_learning_rate=config.optimizer.muon_learning_rate)

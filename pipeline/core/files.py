@@ -175,7 +175,30 @@ def is_hub_name(path: str) -> bool:
 
 def matching_paths(pattern: str) -> list[Path]:
     """The paths that a path or a glob stands for, sorted; what exists under exactly that name is no glob."""
-    return [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+    path = Path(pattern)
+    if path.exists():
+        return [path]
+    # nor are the folders above: in data[v2]/*.jsonl only the last part is a pattern
+    existing = next((parent for parent in path.parents if parent.exists()), Path())
+    rest = str(path.relative_to(existing)) + "/" * pattern.endswith("/")
+    return sorted(existing / found for found in glob.glob(rest, root_dir=existing, recursive=True))
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Create a folder and write into it for a moment; InputError, which names `option`, where that is not possible.
+
+    It is called before long work, whose result would have no place otherwise.
+    """
+    probe = folder / f".{secrets.token_hex(8)}.probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(probe, " " * 4096)  # on a full disk an empty file can still be created
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{option}: expected a folder to write into, found {error.strerror} ({folder}); choose another with "
+            f"{option}=, or make room"
+        ) from error
 
 
 def one_path(pattern: str, option: str) -> Path:

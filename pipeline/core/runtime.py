@@ -19,6 +19,8 @@ from typing import NoReturn
 import torch
 import torch.distributed
 
+from pipeline.core.stopping import STOP_SIGNALS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
@@ -129,7 +131,7 @@ class StopRequest:
         self._driver_pid = int(os.environ.get("PIPELINE_DRIVER_PID", "0"))  # 0: there is no driver
         self._parent_pid = os.getppid()
         self._stop_at = float(os.environ.get("PIPELINE_STOP_AT", "inf"))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._handle_signal)
 
     def _handle_signal(self, number: int, frame: object) -> None:
@@ -156,6 +158,19 @@ def process_exists(pid: int) -> bool:
     except PermissionError:  # the process exists and belongs to another user
         return True
     return True
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module as `python -m` does, with the package of this process.
+
+    `python -m` looks into the working directory first: where this contains another checkout, or a pipeline.py of the
+    user's own, the child would run that.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    code = "import sys; sys.path[:] = filter(None, sys.path); "  # "" is the working directory
+    code += f"{root!r} in sys.path or sys.path.insert(0, {root!r}); "
+    code += "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", code, module, *arguments]
 
 
 def exit_rank() -> NoReturn:

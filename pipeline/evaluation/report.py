@@ -10,7 +10,7 @@ import polars as pl
 
 from pipeline.config.options import load_config
 from pipeline.config.schema import ReportConfig, TrainConfig
-from pipeline.core.files import RunPaths, content_hash, matching_paths
+from pipeline.core.files import RunPaths, check_writable, content_hash, matching_paths
 from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError
 
@@ -41,6 +41,8 @@ ORDER = ("teacher", "gold_only", "weak_only", "combined", "ceiling")  # as one r
 def run(config: ReportConfig) -> pl.DataFrame:
     """Print the table and its conclusions; write report.csv and report.parquet if asked."""
     start_logging()
+    if config.out is not None:
+        check_writable(Path(config.out), "out")
     folders = sorted({path for pattern in config.runs for path in matching_paths(pattern)})
     table = with_pgr(read_runs(folders, config.runs))
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4, tbl_hide_dataframe_shape=True):
@@ -49,7 +51,6 @@ def run(config: ReportConfig) -> pl.DataFrame:
         print(line)
     if config.out is not None:
         out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
         table.write_csv(out / "report.csv")
         table.write_parquet(out / "report.parquet")
         log.info("wrote %s and report.parquet beside it", out / "report.csv")

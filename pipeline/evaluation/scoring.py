@@ -10,7 +10,7 @@ import polars as pl
 import torch
 
 from pipeline.config.schema import EvaluateConfig
-from pipeline.core.files import write_json
+from pipeline.core.files import check_writable, write_json
 from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.runtime import Ranks, compute_device
 from pipeline.data.packing import Segment, collate_inputs, pack
@@ -41,6 +41,8 @@ def run(config: EvaluateConfig) -> Scores:
     check_generation_requests([held_out])
     if config.scoring.teacher_predictions is not None:
         teacher_choices(held_out, config.scoring.teacher_predictions)
+    if config.out is not None:
+        check_writable(Path(config.out), "out")
     model = prepack(open_model(config.model, compute_device()))
     scores, predictions = score(
         model,
@@ -53,7 +55,6 @@ def run(config: EvaluateConfig) -> Scores:
         print(f"{name:20} {value if value is not None else '-'}")
     if config.out is not None:
         out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
         predictions.write_parquet(out / "predictions.parquet")
         write_json(out / "scores.json", dataclasses.asdict(scores))
         log.info("wrote %s and predictions.parquet beside it", out / "scores.json")

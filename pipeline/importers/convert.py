@@ -17,6 +17,7 @@ from pipeline.cache import manifest as manifests
 from pipeline.cache.schema import SCHEMA_VERSION
 from pipeline.cache.shards import shard_writer
 from pipeline.config.schema import Format, ImportConfig
+from pipeline.config.validate import plain_name
 from pipeline.core.files import file_hash, one_path
 from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.topk import from_log_probabilities
@@ -82,6 +83,7 @@ def run(config: ImportConfig) -> Path:
 
 def check_import(config: ImportConfig) -> None:
     """Raise InputError for contradictory options, before any input is read."""
+    plain_name(name=config.name)
     if config.records_per_shard < 1:
         raise InputError(f"records_per_shard: expected at least 1, found {config.records_per_shard}")
     if not config.log_every_seconds > 0:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import nn
 from pipeline.config.schema import CheckpointConfig, Dtype, ExportedStep, Optimizer, TrainConfig
 from pipeline.core.files import RunPaths, sync_files, write_json
 from pipeline.core.progress import log
-from pipeline.core.runtime import full_numel
+from pipeline.core.runtime import full_numel, module_command
 from pipeline.core.types import InputError, RunFailed
 from pipeline.training.run import Run, TrainState
 
@@ -273,7 +272,7 @@ def convert(paths: RunPaths, checkpoint: Published) -> None:
         return
     unfinished = done.with_name(f".{done.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = module_command("deepspeed.checkpoint.ds_to_universal", "--inject_missing_state")
     command += ["--input_folder", str(paths.checkpoints / checkpoint.tag), "--output_folder", str(unfinished)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode != 0:

@@ -10,9 +10,7 @@ import dataclasses
 import fcntl
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +22,10 @@ import torch
 from pipeline.config.options import save_config
 from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
-from pipeline.core.files import RunPaths, content_hash, write_json
+from pipeline.core.files import RunPaths, check_writable, content_hash, write_json
 from pipeline.core.progress import log, start_logging
+from pipeline.core.runtime import module_command
+from pipeline.core.stopping import Stopped, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
 from pipeline.evaluation.predictions import Scores, main_score
@@ -37,7 +37,6 @@ from pipeline.training.identity import identity_of
 from pipeline.training.inputs import RunInputs, save_inputs
 
 STARTED = time.time()  # when this command started; its time may be limited
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; the same command continues
 LOCK_WAIT_SECONDS = 60.0  # the ranks of a driver that was killed notice it, save and leave within this time
 
 
@@ -51,10 +50,6 @@ ALLOCATOR_SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-
-
-class Stopped(SystemExit):
-    """The run was stopped on request and can continue; a sweep ends with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,7 +78,7 @@ def run(config: TrainConfig) -> float | None:
         # refuse an incomplete checkpoint before waiting for the lock
         checkpoints.needed(paths, prepared.config)
         check_adapter(prepared.config.student)
-        paths.folder.mkdir(parents=True, exist_ok=True)
+        check_writable(paths.folder, "runs_dir")
         with run_lock(paths) as lock:
             if not paths.result.exists():  # else another process finished it while this one waited
                 run_to_result(prepared, lock)
@@ -122,12 +117,13 @@ def run_to_result(prepared: PreparedRun, lock: int) -> None:
     paths.stop.unlink(missing_ok=True)
     if paths.result.exists():
         log.info("finished: %s", paths.folder)
+        if is_stopped:  # asked for after the last step: the run needs no more of it, but a sweep has to know
+            raise Stopped(f"finished: {paths.folder}", is_finished=True, score=sweep_objective(paths))
     elif is_stopped and exit_code == 0:
         log.info("stopped: %s; the same command continues from its checkpoint", paths.folder)
+        raise Stopped(f"stopped: {paths.folder}; the same command continues from its checkpoint", is_finished=False)
     else:
         raise RunFailed(f"{paths.folder} failed (exit code {exit_code}); the reason stands above and in {paths.log}")
-    if is_stopped:
-        raise Stopped(EXIT_STOPPED)
 
 
 def convert_checkpoints(config: TrainConfig, paths: RunPaths, ranks: int) -> None:
@@ -158,11 +154,11 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
     if config.launcher.time_limit is not None:
         stop_at = STARTED + 60.0 * config.launcher.time_limit - config.launcher.leave_seconds
         environment["PIPELINE_STOP_AT"] = str(stop_at)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "pipeline.training.worker", str(paths.folder)]
-
+    rank = module_command("pipeline.training.worker", str(paths.folder))
+    launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python")
     # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; they inherit the
     # lock, so that it is held until the last rank has ended even if this process is killed
+    command = module_command(*launcher, *rank)
     return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(lock,)).wait()
 
 
@@ -172,15 +168,10 @@ def forward_signals(paths: RunPaths) -> Iterator[None]:
 
     def ask_to_stop(number: int, frame: object) -> None:
         paths.stop.touch()
-        log.info("stop requested: the ranks save after their current step and end")
+        log.info("stop requested: the ranks save after their current step and end; a run with no step left finishes")
 
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, ask_to_stop) for number in handled}
-    try:
+    with stop_signals_handled_by(ask_to_stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.cache import manifest as manifests
+from pipeline.cache.shards import check_k
 from pipeline.config.options import identity_options
-from pipeline.config.schema import HardLabels, Source, TrainConfig
-from pipeline.core.files import content_hash
+from pipeline.config.schema import HardLabels, Optimizer, OptimizerConfig, Shape, Source, TrainConfig
+from pipeline.core.files import content_hash, is_hub_name
 from pipeline.core.object_store import one_location
+from pipeline.core.progress import log
 from pipeline.core.topk import temperature_index
-from pipeline.core.types import InputError, TokenSequence
-from pipeline.data.text_files import open_text
+from pipeline.core.types import InputError, Record, TokenSequence
+from pipeline.data.records import MalformedRecords, parse_records
+from pipeline.data.text_files import all_records, open_text
 from pipeline.data.tokenize import load_labeled_sequences, text_hash
 from pipeline.evaluation.predictions import teacher_choices, teacher_score
 from pipeline.evaluation.requests import (
@@ -47,18 +52,21 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     check_window(folder, config.window)
     class_ids(config.loss.confidence.choices, tokenizer)
     identity: dict[str, Any] = {
-        "options": identity_options(config),
+        "options": options_read(config),
         "student": [weights_hash(folder), tokenizer_hash(tokenizer), chat_template_and_end_token(tokenizer)],
         **split_option(tokenizer),
         **code_hash(folder, trust_remote_code=config.student.trust_remote_code),
     }
     identity |= _cache_identity(config, folder, tokenizer)
     gold: list[TokenSequence] = []
+    records: dict[str, Iterable[Record]] = {}
     if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
         text = open_text(config.gold, "gold")
         if config.gold.window_begin_token is None:
             text = dataclasses.replace(text, begins_windows=needs_begin_token(folder))
         gold = load_labeled_sequences(text, tokenizer, window=config.window)
+        raw = all_records(text.files, text.columns)
+        records["gold"] = parse_records(raw, text, tokenizer, MalformedRecords(skip=True))  # counted above
         identity["gold"] = text_hash(text)
     held_out = {}
     for name, text_config in (("dev", config.dev), ("test", config.test)):
@@ -68,9 +76,51 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
                 text_config, name, tokenizer, folder=folder, max_new_tokens=max_new_tokens
             )
             identity[name] = text_hash(open_text(text_config, name))
+            records[name] = held_out[name].records
+    warn_of_shared_records(records)
     identity |= _teacher_identity(config, held_out)
     check_generation_requests(list(held_out.values()))
     return identity, RunInputs(gold=gold, held_out=held_out)
+
+
+def options_read(config: TrainConfig) -> dict[str, Any]:
+    """The options that decide the result. Those that nothing reads in this run are as by default: no other run."""
+    options = identity_options(config)
+    if not is_hub_name(config.student.path):
+        options["student"]["revision"] = None
+    if all(manifests.load_manifest(one_location(address, what)).k == config.k for what, address in caches_read(config)):
+        options["k"] = None  # all kept entries, as by default; or there is no cache
+    unread = [] if config.optimizer.name is Optimizer.muon else ["muon_learning_rate", "muon_momentum"]
+    unread += [] if config.optimizer.schedule is Shape.wsd else ["decay_fraction"]
+    defaults = identity_options(OptimizerConfig())
+    options["optimizer"] |= {name: defaults[name] for name in unread}
+    return options
+
+
+def warn_of_shared_records(records: dict[str, Iterable[Record]]) -> None:
+    """Warn of records that a later text shares with an earlier one: gold, dev, test. Their scores measure memory."""
+    keys = {name: [_content(record) for record in found] for name, found in records.items()}
+    for earlier, later in itertools.combinations(keys, 2):
+        known = set(keys[earlier])
+        num_shared = sum(key in known for key in keys[later])
+        if num_shared:
+            log.warning("%d of %d records of %s are in %s too", num_shared, len(keys[later]), later, earlier)
+
+
+def _content(record: Record) -> tuple[str, str]:
+    """Prompt and completion; of a record with choices alone, the right one is its completion."""
+    right = record.choices[record.answer] if record.completion is None and record.answer is not None else None
+    return record.prompt or "", record.completion or right or ""
+
+
+def caches_read(config: TrainConfig) -> list[tuple[str, str]]:
+    """The caches that a run reads: the option that names each, and its address."""
+    caches = []
+    if config.cache is not None and config.gold_fraction < 1:
+        caches += [("cache", config.cache), *(("more_caches", address) for address in config.more_caches)]
+    if config.gold_cache is not None and config.gold_fraction > 0:
+        caches.append(("gold_cache", config.gold_cache))
+    return caches
 
 
 def _cache_identity(config: TrainConfig, folder: Path, tokenizer: Any) -> dict[str, Any]:
@@ -110,8 +160,8 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
     check_same_tokenizer(manifest, tokenizer, cache=str(cache), student=str(folder))
     check_window(folder, manifest.window)
     temperature_index(manifest.temperatures, kd.temperature)
-    if config.k is not None and not 1 <= config.k <= manifest.k:
-        raise InputError(f"k: expected 1 to {manifest.k} (captured in {cache}), found {config.k}")
+    if config.k is not None:
+        check_k(config.k, manifest, cache)
     if kd.divergence.name in NEEDS_EXACT_TAIL and kd.weight > 0 and (manifest.kind, manifest.tail) != ("topk", "exact"):
         raise InputError(
             f"divergence={kd.divergence.name}: expected a topk cache with an exact tail, because it is "

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.audit import commands
 from pipeline.config.schema import AuditConfig
+from pipeline.core.types import InputError
 from support.commands import ROOT, script
 
 
@@ -70,3 +71,12 @@ def test_help_explains_the_actions(tmp_path: Path) -> None:
     text = script("audit", "--help", cwd=tmp_path).stdout
     assert "Exit codes" in text
     assert "teacher.path" in text
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_cache_is_read(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "summarize", lambda *_, **__: pytest.fail("the cache was read"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="out: expected a folder to write into, found Not a directory"):
+        commands.run("summary", AuditConfig(cache=str(cache), out=str(tmp_path / "file" / "out")))

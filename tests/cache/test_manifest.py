@@ -1,4 +1,4 @@
-"""What a cache of strangers may not do: its names become parts of local paths. Commits without hard links."""
+"""What a cache of strangers may not do; what is not a cache, or no longer; commits without hard links."""
 
 from __future__ import annotations
 
@@ -126,3 +126,40 @@ def test_a_link_that_fails_for_another_reason_is_an_error(
     with pytest.raises(InputError, match=message), shard_writer(copy, manifests.load_manifest(copy), 1) as writer:
         writer.commit(num_skipped=0)
     assert manifests.shard_info(copy, 1) is None
+
+
+# ------------------------------------------------------------------- what is not a cache, or no longer
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "shards/00001.parquet", "shards/00001.json"])
+def test_a_file_of_a_cache_is_refused_with_its_folder(file: str, cache: Path) -> None:
+    expected = f"cache: expected a folder, found the file {cache / file}; give {cache}"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        manifests.load_manifest(cache / file)
+
+
+def test_a_shard_that_is_gone_and_a_cache_that_is_gone(cache: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    info = manifests.shard_info(copy, 1)
+    assert info is not None
+    (copy / "shards" / info.file).unlink()
+    with pytest.raises(InputError, match=r"00001.parquet: expected a shard, found no such file; .* delete 00001.json"):
+        manifests.check_shard_hash(copy, info)
+    copy.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="cache: expected a cache, found none there any more: it was moved"):
+        manifests.check_shard_hash(copy, info)
+
+
+def test_a_cache_deleted_while_a_shard_is_written(cache: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+
+    def write() -> None:
+        with shard_writer(copy, manifests.load_manifest(copy), 0) as writer:
+            shutil.rmtree(copy)
+            writer.commit(num_skipped=0)
+
+    with pytest.raises(InputError, match="the cache moved or deleted meanwhile; .* same command again") as refused:
+        write()
+    assert "no committed shard is lost" not in str(refused.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -24,9 +25,10 @@ from pipeline.capture import worker
 from pipeline.capture.driver import run, shards_of_share
 from pipeline.capture.plan import make_plan
 from pipeline.capture.plan_lookup import plan_folder
+from pipeline.capture.worker import run_worker
 from pipeline.config.schema import CaptureConfig
 from pipeline.core.types import InputError
-from support.commands import ROOT, capture_arguments, config_of, mounted, needs_root, script, train_arguments
+from support.commands import ROOT, capture_arguments, config_of, mounted, needs_root, script, train_arguments, wait_for
 from support.tiny import prompts, write_lines
 
 
@@ -219,6 +221,58 @@ def test_a_worker_binds_its_gpu_before_it_loads_the_teacher(
             worker.run_worker(config, tmp_path / "cache", planned.sequences, range(3), number)
         assert calls == [f"set {gpu}", f"load on {gpu}"]
         calls.clear()
+
+
+@pytest.mark.parametrize(("name", "num_workers"), [("SIGTERM", 1), ("SIGUSR1", 2)])
+def test_a_stopped_capture_releases_its_leases_and_the_same_command_continues(
+    name: str, num_workers: int, teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    changes = {"lease_seconds": 600, "num_workers": num_workers}
+    process = start(arguments(teacher, many, **changes), tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("caches/*/shards/*.json"))) >= 10, process)
+    process.send_signal(signal.Signals[name])
+    assert process.wait(60) == 75
+    output = (tmp_path / "output.txt").read_text()
+    assert output.endswith(f"stopped by {name}; the same command continues with what is left\n")
+    assert "Traceback" not in output
+    (shards,) = tmp_path.glob("caches/*/shards")
+    assert [path.name for path in shards.iterdir() if path.name.startswith(".")] == []
+    assert 10 <= len(list(shards.glob("*.json"))) < 120
+    script("capture", *arguments(teacher, many, **changes), cwd=tmp_path, env=one_thread())
+    assert shards_of(tmp_path) == undisturbed
+
+
+def test_a_worker_that_waits_logs_for_whom(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = tmp_path / "cache" / "shards"
+    shutil.copytree(cache, tmp_path / "cache")
+    for name in ("00001.json", "00001.parquet"):
+        (shards / name).unlink()
+    (shards / ".00001.lease").write_text("elsewhere another-boot/pid:[1] 1234 5678 0123456789abcdef")
+
+    def other_worker_commits(seconds: float) -> None:
+        shutil.copytree(cache / "shards", shards, dirs_exist_ok=True)
+
+    monkeypatch.setattr("pipeline.capture.worker.time.sleep", other_worker_commits)
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        run_worker(CaptureConfig(name="x"), tmp_path / "cache", tmp_path / "no sequences", [0, 1])
+    assert [record.getMessage() for record in caplog.records] == [
+        "waiting for shard 1, held by process 1234 on elsewhere; a lease that is not renewed for 60 s is taken over"
+    ]
+
+
+def test_a_cache_in_a_folder_whose_name_looks_like_a_glob(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """What was written there is found again, by its name and by a glob in that folder; data2 is another folder."""
+    folder, quoted = tmp_path / "data[2]", '"data[2]"'
+    write_lines(folder / "corpus.jsonl", prompts(30, labeled=False))
+    (tmp_path / "data2").mkdir()
+    made = capture_arguments(teacher, data, caches_dir=quoted, corpus__files='["data[2]/corpus.jsonl"]')
+    script("capture", *made, cwd=tmp_path)
+    (cache,) = folder.glob("tiny-*")
+    for name in (cache.name, "tiny-*"):
+        done = script("audit", "verify", f'cache="data[2]/{name}"', cwd=tmp_path)
+        assert "complete and correct: 30 records" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------- disks

@@ -78,6 +78,22 @@ def test_experiments_are_named_as_their_files() -> None:
         assert composed("train", f"experiment={name}").name == name
 
 
+@pytest.mark.parametrize("choice", yaml_choices("loss"))
+def test_a_loss_on_the_command_line_replaces_the_one_of_every_experiment(choice: str) -> None:
+    """No experiment sets single weights, which would stay."""
+    expected = composed("train", "experiment=gold_only", f"loss={choice}").loss
+    for name in yaml_choices("experiment"):
+        assert composed("train", f"experiment={name}", f"loss={choice}").loss == expected
+
+
+def test_the_weights_of_the_demo() -> None:
+    for overrides in (["experiment=combined"], []):
+        loss = composed("train", *overrides).loss
+        assert (loss.lm.weight, loss.kd.weight) == (0.3, 1.0)
+    weights = composed("train", "experiment=combined", "loss=weak").loss
+    assert (weights.lm.weight, weights.kd.weight) == (0.0, 1.0)
+
+
 def test_every_option_has_a_sentence_and_help_shows_it() -> None:
     for root, schema in ROOTS.items():
         shown = help_text(root, "A story.")
@@ -137,6 +153,7 @@ def test_contradictions(name: str) -> None:
         (["epochs=-1"], "epochs: expected more than 0, found -1"),
         (["launcher.num_processes=0"], "num_processes: expected at least 1, found 0"),
         (["optimizer.warmup_fraction=3"], "warmup_fraction: expected 0 to 1, found 3"),
+        (["optimizer.schedule=step"], "optimizer.schedule: expected constant, linear, cosine or wsd, found step"),
         (["optimizer.max_grad_norm=-1"], "max_grad_norm: expected at least 0, found -1"),
     ],
 )
@@ -151,6 +168,7 @@ def test_contradictions_from_the_command_line(overrides: list[str], message: str
     [
         (["loss.kd.wieght=1"], "expected the name of an option, found 'loss.kd.wieght'; did you mean loss.kd.weight"),
         (["experiment=combind"], "combind"),
+        (["text@dev=null"], "text@dev=null: expected one of ['demo_ceiling', "),
         (["global_batch=many"], "many"),
         (["experiment=combined", "cache=nowhere/*"], "student.path: expected 'data/demo/smollm2-135m' to exist, found"),
         (["gold_fraction=???"], "gold_fraction"),

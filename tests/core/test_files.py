@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.core.files import (
     atomic_folder,
+    check_writable,
     content_hash,
     file_hash,
     matching_paths,
@@ -17,6 +18,7 @@ from pipeline.core.files import (
 )
 from pipeline.core.types import InputError
 from pipeline.monitoring.metrics import MetricsFile
+from support.commands import mounted, needs_root
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,3 +91,47 @@ def test_what_exists_is_no_glob(tmp_path: Path) -> None:
     assert matching_paths(f"{tmp_path}/runs*") == [folder]
     with pytest.raises(InputError, match="expected .* to match one path, found nothing"):
         one_path(str(tmp_path / "runs[2]"), "cache")
+
+
+def test_folders_above_a_glob_that_exist_are_no_globs(tmp_path: Path) -> None:
+    """Beside data[v2] lies data2, which the name of the first matches as a pattern."""
+    for name in ("data[v2]", "data2"):
+        (tmp_path / name / "more").mkdir(parents=True)
+        (tmp_path / name / "run-1").touch()
+        (tmp_path / name / "more" / "run-2").touch()
+    folder = tmp_path / "data[v2]"
+    assert matching_paths(f"{folder}/run-*") == [folder / "run-1"]
+    assert matching_paths(f"{folder}/**/run-?") == [folder / "more" / "run-2", folder / "run-1"]
+    assert matching_paths(f"{folder}/*/") == [folder / "more"]
+    assert matching_paths(f"{tmp_path}/data[12]/run-*") == [tmp_path / "data2" / "run-1"]  # nothing has that name
+
+
+def test_a_glob_below_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a-1").touch()
+    monkeypatch.chdir(tmp_path / "runs")
+    assert matching_paths("a-*") == matching_paths("./a-*") == [Path("a-1")]
+    assert matching_paths("../run?/a-*") == [Path("../runs/a-1")]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder", "out")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="out: expected a folder to write into, found Not a directory"):
+        check_writable(tmp_path / "file" / "folder", "out")
+
+
+@needs_root
+def test_a_folder_on_a_full_or_read_only_disk_is_refused(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=16k") as disk:
+        check_writable(disk, "out")
+        (disk / "all").write_bytes(bytes(16 << 10))
+        with pytest.raises(InputError, match=r"out: .* found No space left on device .* or make room"):
+            check_writable(disk, "out")
+        assert [path.name for path in disk.iterdir() if path.stat().st_size] == ["all"]
+    with (
+        mounted(tmp_path / "disk", "size=16k,ro") as disk,
+        pytest.raises(InputError, match="out: .* found Read-only file system"),
+    ):
+        check_writable(disk / "new", "out")

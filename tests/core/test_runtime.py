@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.runtime import StopRequest
+from pipeline.core import seeds
+from pipeline.core.runtime import StopRequest, module_command
 from support.commands import ROOT
 
 SHOW = """
@@ -111,3 +112,18 @@ def test_every_reason_to_stop(reason: str, tmp_path: Path, monkeypatch: pytest.M
     finally:
         driver.kill()
         driver.wait()
+
+
+def test_a_module_runs_with_this_package_wherever_it_is_started(tmp_path: Path) -> None:
+    """The working directory holds another checkout, and files named as modules that are imported on the way."""
+    for name in ("pipeline", "runpy", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "probe").mkdir()
+    probe = "import sys, pipeline.core.seeds as seeds; print(seeds.__file__, __name__, sys.argv[1:])"
+    (tmp_path / "probe" / "named.py").write_text(probe)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PYTHONPATH"] = str(tmp_path / "probe")
+    done = subprocess.run(
+        module_command("named", "-c", "a b"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"{seeds.__file__} __main__ ['-c', 'a b']"

@@ -138,3 +138,9 @@ def test_nothing_to_report(tmp_path: Path) -> None:
 def test_no_gap_is_no_ratio() -> None:
     assert performance_gap_recovered(0.8, weak=0.7, ceiling=0.9) == pytest.approx(0.5)
     assert performance_gap_recovered(0.8, weak=0.7, ceiling=0.7) is None
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_runs_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="out: expected a folder to write into, found Not a directory"):
+        run(ReportConfig(runs=[str(tmp_path / "none")], out=str(tmp_path / "file" / "out")))

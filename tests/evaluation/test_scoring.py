@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 
-from pipeline.config.schema import MalformedPolicy, Targets
+from pipeline.config.schema import EvaluateConfig, MalformedPolicy, ModelConfig, Targets, TextConfig
 from pipeline.core.types import InputError
 from pipeline.data.tokenize import load_labeled_sequences
 from pipeline.evaluation.predictions import scores_of, teacher_score
 from pipeline.evaluation.requests import open_evaluation_set
-from pipeline.evaluation.scoring import score
+from pipeline.evaluation.scoring import run, score
 from pipeline.models.forward import hidden_states
 from pipeline.models.loading import load_model
 from pipeline.models.tokenizer import load_tokenizer
@@ -249,3 +249,13 @@ def test_the_script_on_any_folder(student: Path, data: Path, tmp_path: Path) -> 
     assert "accuracy" in done.stdout
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
     assert scores["num_records"] == pl.read_parquet(tmp_path / "scores" / "predictions.parquet").height == 20
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_loads(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.evaluation.scoring.open_model", lambda *_: pytest.fail("the model was loaded"))
+    text = TextConfig(files=[str(write_lines(tmp_path / "a.jsonl", prompts(2, labeled=True)))])
+    config = EvaluateConfig(model=ModelConfig(path=str(student)), text=text, out=str(tmp_path / "a.jsonl" / "out"))
+    with pytest.raises(InputError, match="out: expected a folder to write into, found Not a directory"):
+        run(config)

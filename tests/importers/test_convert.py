@@ -168,8 +168,9 @@ FORMS: dict[str, Callable[[Path, list[Truth]], dict[str, Any]]] = {
 
 
 def imported(source: Path, student: Path, settings: dict[str, Any], **changes: Any) -> Path:
-    chosen = {"caches_dir": str(source.parent / "caches"), "records_per_shard": 5, **settings, **changes}
-    return run(ImportConfig(name="theirs", source=str(source), tokenizer=str(student), **chosen))
+    chosen = {"name": "theirs", "caches_dir": str(source.parent / "caches"), "records_per_shard": 5}
+    chosen |= settings | changes
+    return run(ImportConfig(source=str(source), tokenizer=str(student), **chosen))
 
 
 def sequences(cache: Path) -> dict[int, tuple[TokenSequence, TopK]]:
@@ -407,6 +408,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "found legacy with .* set alignment=cur",
     ),
     "not renormalised": (PREPARED | {"target_logprobs": [[-0.1, -4.0]] * 20}, CURRENT, r"sum to 1, found 0.9232"),
+    "a name that is a path": (PREPARED, {"name": "../up"}, "name: expected a name without"),
     "no alignment": (PREPARED, {"format": Format.axolotl_prepared}, "alignment: expected current .* found null"),
     "an alignment too many": (
         ROW,

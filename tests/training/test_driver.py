@@ -20,7 +20,9 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
+from pipeline.config.schema import TrainConfig
 from pipeline.core.files import RunPaths
+from pipeline.core.stopping import Stopped
 from pipeline.core.types import InputError
 from pipeline.training import driver
 from support.commands import (
@@ -37,6 +39,9 @@ from support.commands import (
 )
 from support.tiny import make_model, make_tokenizer, write_lines
 
+SCORES = {"num_records": 4, "num_targets": 4, "nll": 1.0, "perplexity": 2.7, "num_choice_records": 4, "accuracy": 0.75}
+SCORES |= {"num_free_records": 0, "exact_match": None, "agreement": None}
+
 
 def result_of(runs: Path) -> dict[str, Any]:
     (found,) = runs.glob("*/result.json")
@@ -48,6 +53,7 @@ def result_of(runs: Path) -> dict[str, Any]:
 
 def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     arguments = train_arguments(student, data, str(cache), steps=8)
+    (tmp_path / "pipeline.py").write_text("raise SystemExit('a file of the user, which no rank may import')")
     script("train", *arguments, cwd=tmp_path)
     (run,) = (tmp_path / "runs").iterdir()
     assert {path.name for path in run.iterdir()} == {
@@ -245,6 +251,38 @@ def test_a_file_system_without_locks_is_named(number: int, tmp_path: Path, monke
     message = f"lock: expected a file system with locks, found {os.strerror(number)}; choose another runs_dir"
     with pytest.raises(InputError, match=message), driver.run_lock(RunPaths(folder=tmp_path)):
         pass
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_request_to_stop_and_what_the_run_has_left_to_do(
+    finishes: bool, student: Path, data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a trained student is scored: its result stands. Before its last step: the run has none."""
+
+    def ranks(config: TrainConfig, paths: RunPaths, num_ranks: int, lock: int) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert paths.stop.exists()
+        if finishes:
+            paths.result.write_text(json.dumps({"test": SCORES}))
+        return 0
+
+    monkeypatch.setattr(driver, "run_ranks", ranks)
+    arguments = train_arguments(student, data, str(cache), runs_dir=str(tmp_path), dev="null")
+    with pytest.raises(Stopped) as stopped:
+        driver.run(composed("train", *arguments))
+    assert (stopped.value.is_finished, stopped.value.score) == ((True, 0.75) if finishes else (False, None))
+    assert not list(tmp_path.glob("*/stop-requested"))
+    if finishes:
+        assert driver.run(composed("train", *arguments)) == 0.75  # nothing is left to do
+
+
+def test_a_folder_of_runs_that_cannot_be_written_is_refused_before_any_rank_starts(
+    student: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "runs").touch()
+    arguments = train_arguments(student, data, str(cache), runs_dir=str(tmp_path / "runs"))
+    with pytest.raises(InputError, match="runs_dir: expected a folder to write into, found Not a directory"):
+        driver.run(composed("train", *arguments))
 
 
 # ------------------------------------------------------------------------------------------ refusals

@@ -1,0 +1,100 @@
+"""Leases of processes that have ended: taken over at once where that is certain, else when they are stale."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import leases
+from pipeline.cache.leases import hold_lease, holder
+from pipeline.core.types import InputError
+
+HOLD = (
+    "import sys, time; from pathlib import Path; from pipeline.cache.leases import hold_lease\n"
+    "with hold_lease(Path(sys.argv[1]), lease_seconds=60) as held: print(held, flush=True); time.sleep(60)"
+)
+
+
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The text of a lease whose holder was killed; while it lives, nobody takes the lease."""
+    place = tmp_path_factory.mktemp("leases") / "lease"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    assert holder(place).startswith(f"process {process.pid} on ")
+    with hold_lease(place, lease_seconds=60) as held:
+        assert not held
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and a zombie until its parent waits for it
+    text = place.read_text()
+    assert is_taken(place, text)
+    process.wait()
+    return text
+
+
+def is_taken(place: Path, text: str) -> bool:
+    place.write_text(text)  # so it is not stale
+    with hold_lease(place, lease_seconds=60) as held:
+        return held
+
+
+def test_a_lease_of_a_process_of_this_machine_that_has_ended(left_behind: str, tmp_path: Path) -> None:
+    assert is_taken(tmp_path / "lease", left_behind)
+    assert list(tmp_path.iterdir()) == []
+
+
+def changed(field: int, value: str) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        fields = text.split()
+        fields[field] = value
+        return " ".join(fields)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed(1, "another-boot/pid:[4026531836]"),
+        changed(1, "?"),
+        changed(3, "?"),
+        lambda text: "host 1 0123456789abcdef",  # as before these fields
+        lambda text: "",  # created, and not written yet
+    ],
+    ids=["another machine", "unknown machine", "unknown start", "older", "empty"],
+)
+def test_what_is_not_certain_waits_until_the_lease_is_stale(
+    change: Callable[[str], str], left_behind: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "lease"
+    assert not is_taken(place, change(left_behind))
+    os.utime(place, (0, 0))
+    with hold_lease(place, lease_seconds=60) as held:
+        assert held
+
+
+def test_a_pid_that_was_given_again_is_another_process(tmp_path: Path) -> None:
+    place = tmp_path / "lease"
+    with hold_lease(place, lease_seconds=60):
+        text = place.read_text()
+    assert not is_taken(place, text)  # this very process
+    assert is_taken(place, changed(3, str(int(text.split()[3]) - 1))(text))
+
+
+def test_without_proc_nothing_is_certain(left_behind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "_machine", lambda: leases.UNKNOWN)
+    assert not is_taken(tmp_path / "lease", changed(1, leases.UNKNOWN)(left_behind))
+
+
+def test_a_folder_that_was_deleted_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match=r"cache: expected a folder, found none there any more"),
+        hold_lease(tmp_path / "cache" / ".00000.lease", lease_seconds=60),
+    ):
+        pass
