@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import pyarrow.parquet as pq
 
-from pipeline.cache.plain_manifest import check_seal, to_plain
+from pipeline.cache.plain_manifest import check_same_inputs, check_seal, to_plain
 from pipeline.core.files import content_hash, file_hash, sync_folder
 from pipeline.core.object_store import Location, RemotePath, age_seconds, names, open_location, upload, write_json
 from pipeline.core.types import InputError, Manifest, ShardInfo
@@ -108,18 +108,6 @@ def load_manifest(cache: Location) -> Manifest:
     manifest = Manifest(**{**plain, "temperatures": tuple(plain["temperatures"])})
     check_seal(manifest, manifest_path(cache))
     return manifest
-
-
-def check_same_inputs(found: Manifest, made_of: dict[str, Any], cache: Location) -> None:
-    """Raise InputError for a cache that was made of other inputs, with the fields that differ."""
-    differing = sorted(
-        key for key in made_of.keys() | found.made_of.keys() if made_of.get(key) != found.made_of.get(key)
-    )
-    if differing:
-        lines = [f"  {key}: expected {made_of.get(key)!r}, found {found.made_of.get(key)!r}" for key in differing]
-        raise InputError(
-            f"{cache} was made of something else; capture into another folder or delete it:\n" + "\n".join(lines)
-        )
 
 
 def shard_info(cache: Location, index: int) -> ShardInfo | None:

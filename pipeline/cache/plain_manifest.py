@@ -1,4 +1,4 @@
-"""A manifest as plain data, and the seal by which a change of what the fingerprint does not cover is found."""
+"""A manifest as plain data, its comparison with other inputs, and the seal on what its fingerprint does not cover."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from pipeline.core.files import content_hash
+from pipeline.core.object_store import Location
 from pipeline.core.types import InputError, Manifest, ShardInfo
 
 SEALED = ("tokenizer", "skipped")  # fields that the fingerprint does not cover
@@ -34,3 +35,15 @@ def check_seal(manifest: Manifest, path: object) -> None:
                 f"{path}: expected a manifest, found one that cannot be read ({name}: not what was recorded); restore "
                 "it from a copy, or capture into another folder"
             )
+
+
+def check_same_inputs(found: Manifest, made_of: dict[str, Any], cache: Location) -> None:
+    """Raise InputError for a cache that was made of other inputs, with the fields that differ."""
+    differing = sorted(
+        key for key in made_of.keys() | found.made_of.keys() if made_of.get(key) != found.made_of.get(key)
+    )
+    if differing:
+        lines = [f"  {key}: expected {made_of.get(key)!r}, found {found.made_of.get(key)!r}" for key in differing]
+        raise InputError(
+            f"{cache} was made of something else; capture into another folder or delete it:\n" + "\n".join(lines)
+        )

@@ -21,6 +21,7 @@ import torch
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.downloads import Downloads
+from pipeline.cache.plain_manifest import check_same_inputs
 from pipeline.cache.schema import column_encoding, decode, encode, shard_schema
 from pipeline.core.object_store import Location
 from pipeline.core.seeds import seed_from_values
@@ -103,7 +104,7 @@ class ShardWriter:
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
         # two captures may have started at once at the same address (cache=...); the manifest is of one of them
-        manifests.check_same_inputs(manifests.load_manifest(self._cache), self._manifest.made_of, self._cache)
+        check_same_inputs(manifests.load_manifest(self._cache), self._manifest.made_of, self._cache)
         manifests.commit_shard(self._cache, self._temporary, self._index)
 
     def abandon(self) -> None:

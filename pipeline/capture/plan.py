@@ -27,6 +27,7 @@ from pipeline.core.files import sync_files
 from pipeline.core.object_store import write_json
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Manifest
+from pipeline.data.text_files import Text
 from pipeline.data.tokenize import text_hash
 from pipeline.models.compatibility import check_window
 from pipeline.models.loading import resolve_dtype
@@ -80,22 +81,7 @@ def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanF
         unfinished.mkdir(exist_ok=True)
         for leftover in unfinished.glob(".*.tmp"):  # a file that a killed process was writing
             leftover.unlink(missing_ok=True)
-        with ThreadPoolExecutor(2) as hashing:  # while this thread tokenizes
-            corpus_sha256 = hashing.submit(text_hash, text)
-            weights_sha256 = hashing.submit(weights_hash, folder)
-            found = tokenize_corpus(config, text, folder, unfinished)
-            tokenizer_sha256 = tokenizer_hash(tokenizer)
-        hashes = {"corpus": corpus_sha256.result(), "teacher_weights": weights_sha256.result()}
-        hashes |= {
-            "tokenizer": tokenizer_sha256,
-            **code_hash(folder, trust_remote_code=config.teacher.trust_remote_code),
-        }
-        manifest = make_manifest(config, text, tokenizer, folder, found, hashes)
-        manifest = dataclasses.replace(
-            manifest,
-            tokenizer=sealed(tokenizer_parts(tokenizer), tokenizer_sha256),
-            skipped=sealed(found.skipped, tokenizer_sha256) if found.skipped else None,
-        )
+        manifest = _tokenize_and_hash(config, text, folder, tokenizer, unfinished)
         if file_states([*text.files, folder]) != states_before:
             raise InputError(
                 "corpus: expected files that do not change, found one changed while it was read; run again"
@@ -118,3 +104,23 @@ def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanF
         ) from error
     write_json(manifests.manifest_path(plan.folder), manifests.to_plain(manifest))
     return manifest
+
+
+def _tokenize_and_hash(config: CaptureConfig, text: Text, folder: Path, tokenizer: Any, sequences: Path) -> Manifest:
+    """Tokenize the corpus into a folder while its files and the teacher's weights are hashed; returns the manifest."""
+    with ThreadPoolExecutor(2) as hashing:
+        corpus_sha256 = hashing.submit(text_hash, text)
+        weights_sha256 = hashing.submit(weights_hash, folder)
+        found = tokenize_corpus(config, text, folder, sequences)
+        tokenizer_sha256 = tokenizer_hash(tokenizer)
+    hashes = {
+        "corpus": corpus_sha256.result(),
+        "teacher_weights": weights_sha256.result(),
+        "tokenizer": tokenizer_sha256,
+        **code_hash(folder, trust_remote_code=config.teacher.trust_remote_code),
+    }
+    return dataclasses.replace(
+        make_manifest(config, text, tokenizer, folder, found, hashes),
+        tokenizer=sealed(tokenizer_parts(tokenizer), tokenizer_sha256),
+        skipped=sealed(found.skipped, tokenizer_sha256) if found.skipped else None,
+    )

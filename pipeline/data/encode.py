@@ -113,15 +113,7 @@ def _encoded(
     ]
     if any(ids != before for ids, before in zip([*joined, *choices], alone, strict=True)):
         malformed.notes[JOINED] += 1
-    first = prompt_parts[0] if prompt_parts else completion[0] if completion else []
-    begin: list[int] = []
-    if not record.templated and encoder.begin_ids:
-        if tuple(first[: len(encoder.begin_ids)]) == encoder.begin_ids:
-            malformed.notes[OWN_BEGINNING] += 1
-        else:
-            begin = list(encoder.begin_ids)
-    if not record.templated and encoder.end_ids:
-        malformed.notes[OTHER_END] += 1
+    begin = [] if record.templated else _beginning(joined, encoder, malformed)
     completion_ids = _ended(completion[0], end) if completion else None
     if not prompt_parts and completion_ids is not None:
         completion_ids = begin + completion_ids
@@ -132,6 +124,17 @@ def _encoded(
         choice_ids=[_ended(ids, end) for ids in choices],
         prompt_spans=tuple((len(begin) + start, len(begin) + stop) for start, stop in spans),
     )
+
+
+def _beginning(parts: Sequence[list[int]], encoder: Encoder, malformed: MalformedRecords) -> list[int]:
+    """The beginning tokens, unless the first part has brought them; notes what the tokenizer would do otherwise."""
+    if encoder.end_ids:
+        malformed.notes[OTHER_END] += 1
+    first = parts[0] if parts else []
+    if encoder.begin_ids and tuple(first[: len(encoder.begin_ids)]) == encoder.begin_ids:
+        malformed.notes[OWN_BEGINNING] += 1
+        return []
+    return list(encoder.begin_ids)
 
 
 def _ended(ids: list[int], end: list[int]) -> list[int]:

@@ -213,6 +213,7 @@ def read_sequences(
     require_targets: bool = False,
 ) -> Iterator[TokenSequence]:
     """From raw records to packed sequences."""
+    text = find_shape(text)
     records = parse_records(raw, text, tokenizer, malformed, first_id=first_id)
     parts = segments(records, text, tokenizer, malformed, window=window, require_targets=require_targets)
     return pack(parts, window=window)

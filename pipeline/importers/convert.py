@@ -44,11 +44,10 @@ def run(config: ImportConfig) -> Path:
     source = open_source(config, tokenizer)
     made_of = identity(config, source)
     cache = Path(config.caches_dir) / f"{config.name}-{manifests.fingerprint(made_of)[:12]}"
-    if manifests.manifest_path(cache).exists():
-        manifests.check_same_inputs(manifests.load_manifest(cache), made_of, cache)
-    else:
+    if not manifests.manifest_path(cache).exists():
         manifests.create_cache(cache, make_manifest(config, source, made_of))
     manifest = manifests.load_manifest(cache)
+    manifests.check_same_inputs(manifest, made_of, cache)
     todo = [index for index in range(manifest.num_shards) if manifests.shard_info(cache, index) is None]
     progress = Progress(
         "import",

@@ -120,7 +120,7 @@ def make_smollm2(archive: Path, folder: Path) -> None:
     write_folder(
         folder,
         tokenizer,
-        tokenizer_class="GPT2Tokenizer",
+        tokenizer_class="PreTrainedTokenizerFast",  # GPT2Tokenizer of transformers 5 would not split digits
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
