@@ -402,7 +402,7 @@ def test_a_manifest_records_the_parts_of_the_tokenizer_outside_the_fingerprint(c
     older = json.loads((cache / "manifest.json").read_text())
     older["tokenizer"]["added_tokens"]["1"]["content"] = "<end>"
     (tmp_path / "manifest.json").write_text(json.dumps(older))
-    with pytest.raises(InputError, match="tokenizer: not the parts that were recorded"):
+    with pytest.raises(InputError, match="tokenizer: not what was recorded"):
         manifests.load_manifest(tmp_path)
     del older["tokenizer"]  # as a cache of before
     (tmp_path / "manifest.json").write_text(json.dumps(older, indent=2) + "\n")

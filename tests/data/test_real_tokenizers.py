@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.models.tokenizer import load_tokenizer, vocabulary_size
-from support.tokenizers import TOKENIZERS, real_tokenizer
+from support.real_tokenizers import TOKENIZERS, real_tokenizer
 from support.trained_tokenizers import metaspace_tokenizer, phi3_tokenizer, unigram_tokenizer
 
 TEXT = "It's 1234 naïve  cats\n\n日本"

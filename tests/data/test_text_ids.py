@@ -20,8 +20,8 @@ from pipeline.data.text_ids import open_encoder
 from pipeline.data.tokenize import segments
 from pipeline.evaluation.requests import open_evaluation_set
 from pipeline.models.tokenizer import end_token_ids, load_tokenizer
+from support.real_tokenizers import TOKENIZERS, real_tokenizer
 from support.tiny import text_of, write_lines
-from support.tokenizers import TOKENIZERS, real_tokenizer
 from support.trained_tokenizers import metaspace_tokenizer, phi3_tokenizer, unigram_tokenizer
 
 MAKERS: dict[str, Callable[[Path], Path]] = {

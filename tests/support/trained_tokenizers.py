@@ -10,8 +10,8 @@ from typing import Literal
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from support.chat_templates import MISTRAL_V1, PHI3
+from support.real_tokenizers import begin_with, llama_decoder, write_folder
 from support.tiny import LINES
-from support.tokenizers import begin_with, llama_decoder, write_folder
 
 PHI3_TOKENS = tuple(
     AddedToken(f"<|{name}|>", rstrip=True, normalized=False, special=True)
