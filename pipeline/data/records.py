@@ -19,6 +19,7 @@ from pipeline.data.messages import Chat, plain_chat
 from pipeline.data.shapes import SHAPES, Fields
 from pipeline.data.text_files import Raw, Text, all_records, raw_records, read_chunks
 
+TRIMMED = "text of the chat template that is not supervised"  # a note
 SAMPLE_RECORDS = 100  # read to find the shape of a text and the columns that nobody reads
 
 
@@ -115,7 +116,8 @@ def parse_records(
             chat = plain_chat(fields.messages, text.chat)
             renderer = renderer or open_renderer(tokenizer, text.chat)
             record, is_trimmed = _chat_record(fields, chat, renderer, make)
-            malformed.notes["text of the chat template that is not supervised"] += is_trimmed
+            if is_trimmed:
+                malformed.notes[TRIMMED] += 1
             yield record
         except InputError as error:
             malformed.reject(where, str(error))

@@ -13,7 +13,7 @@ from pipeline.config.schema import TextConfig
 from pipeline.core.files import write_atomically
 from pipeline.core.types import UNKNOWN_TARGET, InputError, Record
 from pipeline.data.choice_tree import check_no_choice_begins_another
-from pipeline.data.records import MalformedRecords, read_records
+from pipeline.data.records import MalformedRecords, find_shape, read_records
 from pipeline.data.text_files import Text, open_text
 from pipeline.data.tokenize import EncodedRecord, Targets, encode_records, record_segments, shifted_targets
 from pipeline.models.compatibility import max_positions
@@ -79,7 +79,7 @@ def open_evaluation_set(
     With `max_new_tokens` above 0 the model completes the records without choices, by at most that many tokens, and ends
     with one of `end_ids`.
     """
-    malformed = MalformedRecords(skip=text.skip_malformed)
+    malformed, text = MalformedRecords(skip=text.skip_malformed), find_shape(text)
     records: list[Record] = []
     likelihoods: list[LikelihoodRequest] = []
     generations: list[GenerationRequest] = []

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.schema import ColumnsConfig, MalformedPolicy, Targets, TextConfig
+from pipeline.config.schema import ColumnsConfig, MalformedPolicy, Targets, TextConfig, TooLongPolicy
 from pipeline.core.types import UNKNOWN_TARGET, InputError
 from pipeline.data.packing import Segment, collate_inputs, make_sequence, pack
-from pipeline.data.records import MalformedRecords, read_records
+from pipeline.data.records import MalformedRecords, find_shape, read_records
 from pipeline.data.text_files import all_records, open_text
 from pipeline.data.tokenize import load_labeled_sequences, read_sequences, text_hash
 from support.tiny import text_of, write_lines
@@ -281,3 +281,52 @@ def test_content_hash_ignores_names_and_sees_content(tmp_path: Path) -> None:
     same = text_hash(text_of(write_lines(tmp_path / "b.jsonl", [{"text": "ab"}])))
     other = text_hash(text_of(write_lines(tmp_path / "c.jsonl", [{"text": "ac"}])))
     assert one == same != other
+
+
+# ------------------------------------------------------------------------- prompts longer than the window
+
+LONG = [{"prompt": "abcdefgh", "completion": "ij"}, {"prompt": "a", "completion": "b"}]
+
+
+def fitted(path: Path, policy: TooLongPolicy | None, **settings: Any) -> tuple[list, MalformedRecords]:
+    text = text_of(write_lines(path, LONG), targets=Targets.completion, too_long=policy, **settings)
+    malformed = MalformedRecords(skip=text.skip_malformed)
+    rows = list(read_sequences(all_records(text.files), text, Letters(), malformed, window=7))
+    return rows, malformed
+
+
+def test_a_prompt_longer_than_the_window_is_cut_at_the_left_if_asked(tmp_path: Path) -> None:
+    """The beginning and the completion stay whole, so a window of 7 has room for 3 letters of the prompt."""
+    (first, second), malformed = fitted(tmp_path / "a.jsonl", TooLongPolicy.cut_left)
+    assert first.input_ids_S.tolist() == [90, 6, 7, 8, 9, 10, 99]
+    assert targets_of(first) == [(3, 9), (4, 10), (5, 99)]
+    assert second.input_ids_S.tolist() == [90, 1, 2, 99]
+    assert malformed.notes == {"a prompt cut at the left to fit the window": 1}
+
+
+def test_a_prompt_longer_than_the_window_stops_or_is_skipped(tmp_path: Path) -> None:
+    (only,), malformed = fitted(tmp_path / "a.jsonl", TooLongPolicy.skip)
+    assert only.record_ids == (1,)
+    assert malformed.reasons == {"expected at most 7 tokens (window)": 1}
+    with pytest.raises(InputError, match=r"line 1: expected at most 7 tokens \(window\), found 12; widen the window"):
+        fitted(tmp_path / "a.jsonl", TooLongPolicy.stop, malformed=MalformedPolicy.skip)
+    with pytest.raises(InputError, match=r"line 1: expected at most 7 tokens \(window\), found 12; fix the record"):
+        fitted(tmp_path / "a.jsonl", None)
+    (only,), malformed = fitted(tmp_path / "a.jsonl", None, malformed=MalformedPolicy.skip)
+    assert malformed.count == 1
+
+
+def test_each_window_begins_with_the_beginning_token_if_asked(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "abcdefgh"}])
+    rows = packed(path, window=5, window_begin_token=True)
+    assert [row.input_ids_S.tolist() for row in rows] == [[90, 1, 2, 3, 4], [90, 4, 5, 6, 7], [90, 7, 8, 99]]
+    said = sorted(t for row in rows for _, t in targets_of(row))
+    assert said == [*range(1, 9), 99]  # each token once, and no window predicts the token that it begins with
+
+
+def test_choices_are_supervised_by_default_where_there_are_any(tmp_path: Path) -> None:
+    rows = [{"prompt": "ab", "choices": ["c", "d"], "answer": 1}]
+    assert find_shape(text_of(write_lines(tmp_path / "a.jsonl", rows))).targets == "choices"
+    assert find_shape(text_of(write_lines(tmp_path / "b.jsonl", [{"prompt": "ab"}]))).targets == "all"
+    assert find_shape(text_of(tmp_path / "b.jsonl", choices=["c", "d"])).targets == "choices"
+    assert find_shape(text_of(tmp_path / "a.jsonl", targets=Targets.next)).targets == "next"
