@@ -156,7 +156,7 @@ def _earlier_turn(renderer: ChatRenderer, chat: Sequence[Message], turn: int, to
     before, body, _ = _turn(renderer, chat[: turn + 1], tools)
     thoughts = _inserted_thoughts(renderer, chat[turn], body)
     # templates leave the empty thoughts out of earlier turns, and some (gpt-oss) end these with another token
-    for skipped in {thoughts, ""}:
+    for skipped in dict.fromkeys((thoughts, "")):
         for start in (len(before) + len(skipped), len(before)):
             if text.startswith(before) and text.startswith(body[len(skipped) :], start):
                 stop = start + len(body) - len(skipped)
