@@ -129,7 +129,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tokenizers")
 
 
-@pytest.fixture(scope="module", params=TOKENIZERS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in TOKENIZERS])
 def loaded(request: pytest.FixtureRequest, folders: Path) -> tuple[Known, Any]:
     return KNOWN[request.param], load_tokenizer(real_tokenizer(request.param, folders / request.param))
 
@@ -163,6 +163,7 @@ def test_chat_is_rendered_as_by_the_family(loaded: tuple[Known, Any]) -> None:
     assert text.rstrip("\n").endswith("second answer" + tokenizer.eos_token)
 
 
+@pytest.mark.slow
 def test_qwen3_closes_its_reasoning_when_asked(folders: Path) -> None:
     tokenizer = load_tokenizer(real_tokenizer("qwen3", folders / "thinking"))
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True, enable_thinking=False)
