@@ -28,7 +28,7 @@ UNKNOWN = "?"
 def hold_lease(place: Location, *, lease_seconds: float) -> Iterator[bool]:
     """Hold the lease at `place` while the body runs, renewed by a thread; yields False if another worker holds it."""
     owner = " ".join([socket.gethostname(), _machine(), str(os.getpid()), _started(os.getpid()), secrets.token_hex(8)])
-    if not _create(place, owner) and not (_is_free(place, lease_seconds) and _take_over(place, owner)):
+    if not _create(place, owner) and not _take_over(place, _stale_owner(place, lease_seconds), owner):
         yield False
         return
     done = threading.Event()
@@ -57,17 +57,20 @@ def hold_lease(place: Location, *, lease_seconds: float) -> Iterator[bool]:
 def holder(place: Location) -> str:
     """The process that holds a lease, for a message; empty if it has been released."""
     try:
-        host, _, pid, *_ = place.read_text().split()
-    except (FileNotFoundError, ValueError):  # released, or being written just now
+        fields = place.read_text().split()
+        host, pid = fields[0], fields[2 if len(fields) == 5 else 1]  # earlier versions wrote no machine
+    except (FileNotFoundError, IndexError):  # released, or being written just now
         return ""
     return f"process {pid} on {host}"
 
 
-def _is_free(place: Location, lease_seconds: float) -> bool:
+def _stale_owner(place: Location, lease_seconds: float) -> str | None:
+    """What stands in a lease that may be taken over; None if it may not."""
     try:
-        return age_seconds(place) > lease_seconds or _has_ended(place.read_text().split())
+        found = place.read_text()
+        return found if age_seconds(place) > lease_seconds or _has_ended(found.split()) else None
     except FileNotFoundError:  # released meanwhile
-        return False
+        return None
 
 
 def _has_ended(owner: list[str]) -> bool:
@@ -134,8 +137,13 @@ def _renew(place: Location, owner: str) -> None:
         os.utime(place)
 
 
-def _take_over(place: Location, owner: str) -> bool:
-    """Two workers that try at once may both succeed; then both do the work, and the second commit finds it done."""
+def _take_over(place: Location, stale_owner: str | None, owner: str) -> bool:
+    """Two workers that try at once may both succeed; then both do the work, and the second commit finds it done.
+
+    In a file system only the lease that was found stale is taken: one that another worker has just taken is put back.
+    """
+    if stale_owner is None:
+        return False
     if isinstance(place, RemotePath):
         return _put(place, owner)
     stale = Path(str(sibling(place, "stale")))
@@ -143,5 +151,9 @@ def _take_over(place: Location, owner: str) -> bool:
         place.rename(stale)
     except FileNotFoundError:
         return False
+    is_same = stale.read_text() == stale_owner
+    if not is_same:
+        with contextlib.suppress(OSError):  # without links it is lost, which costs double work
+            os.link(stale, place)
     stale.unlink(missing_ok=True)
-    return _create(place, owner)
+    return is_same and _create(place, owner)

@@ -200,8 +200,11 @@ class ShardReader:
             rows = self._column(block, "entropy")
             if "weights" in shard_schema(self.manifest).names:
                 weights = self._column(block, "weights")
+                least = torch.finfo(torch.float32).tiny  # all weights of a row may have become 0
                 means.append(
-                    torch.stack([(h_N * w_N).sum() / w_N.sum() for h_N, w_N in zip(rows, weights, strict=True)])
+                    torch.stack(
+                        [(h_N * w_N).sum() / w_N.sum().clamp(min=least) for h_N, w_N in zip(rows, weights, strict=True)]
+                    )
                 )
             else:
                 means.append(torch.stack([row_N.mean() for row_N in rows]))

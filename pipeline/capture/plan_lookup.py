@@ -52,6 +52,7 @@ def plan_folder(config: CaptureConfig) -> PlanFolder:
     teacher = config.teacher
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
     files = [*open_text(config.corpus, "corpus").files, *sorted(path for path in folder.iterdir() if path.is_file())]
+    files += sorted(path for path in folder.rglob("*.jinja") if path.parent != folder)
     if teacher.trust_remote_code:
         files += sorted(path for path in folder.rglob("*.py") if path.parent != folder)
     files += sorted(Path(__file__).parents[1].rglob("*.py"))  # another version of this package may plan differently

@@ -33,4 +33,6 @@ def stop_signals_handled_by(handler: Callable[[int, object], None]) -> Iterator[
 
 def interrupt(number: int, frame: object) -> NoReturn:
     """A signal handler: end the work as Ctrl-C does, so that leases are released and temporary files deleted."""
+    for another in {*STOP_SIGNALS} - {signal.SIGINT}:  # the same request again must not break off the clean-up
+        signal.signal(another, signal.SIG_IGN)
     raise KeyboardInterrupt(signal.Signals(number).name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.types import InputError
-from pipeline.data.messages import Chat, ChatRules, Message, shown
+from pipeline.data.messages import Chat, ChatRules, Message, check_unicode, shown
 
 CLOCK = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")  # a call in a template, with its format
 # what a template writes before an answer that has no thoughts (Qwen3, SmolLM3, DeepSeek)
@@ -48,18 +49,17 @@ class ChatRenderer:
         if reads_clock(self.tokenizer):
             dated = with_date(self.tokenizer.get_chat_template(tools=tools), self.rules.date)
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    chat_template=dated,
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.rules.template_options,
-                )
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=dated,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.rules.template_options,
             )
         except Exception as error:  # a template is a program, which may raise anything
             raise InputError(f"expected messages that the chat template accepts, found: {error}") from None
+        return check_unicode(str(text), "messages")
 
 
 def open_renderer(tokenizer: Any, rules: ChatRules) -> ChatRenderer:
@@ -136,6 +136,7 @@ def render_chat(
     chat = chat[: supervised[-1] + 1]
     prompt, completion, is_trimmed = _last_turn(renderer, chat, tools)
     _check_complete(prompt, chat[:-1])
+    _check_answer(prompt + completion, chat[-1])
     spans = [_earlier_turn(renderer, chat, turn, tools, prompt) for turn in supervised[:-1]]
     return RenderedChat(prompt=prompt, completion=completion, prompt_spans=tuple(spans), is_trimmed=is_trimmed)
 
@@ -158,7 +159,8 @@ def _earlier_turn(renderer: ChatRenderer, chat: Sequence[Message], turn: int, to
     # templates leave the empty thoughts out of earlier turns, and some (gpt-oss) end these with another token
     for skipped in dict.fromkeys((thoughts, "")):
         for start in (len(before) + len(skipped), len(before)):
-            if text.startswith(before) and text.startswith(body[len(skipped) :], start):
+            is_skipped = start == len(before) or text.startswith(skipped, len(before))
+            if text.startswith(before) and is_skipped and text.startswith(body[len(skipped) :], start):
                 stop = start + len(body) - len(skipped)
                 mark = renderer.specials.match(text, stop)
                 return start, stop + (len(mark[0]) if mark and renderer.rules.end_token else 0)
@@ -181,6 +183,8 @@ def _turn(renderer: ChatRenderer, chat: Sequence[Message], tools: Any) -> tuple[
         )
     tail = text[len(prompt) :]
     end = renderer.final_specials.search(tail)
+    if end is not None and not tail[: end.start()].strip() and len(renderer.specials.findall(end[0])) > 1:
+        raise InputError("expected an answer, found an empty one, whose end cannot be told from its beginning")
     if end is None:
         return prompt, tail, ""
     body = tail[: end.start()]
@@ -209,8 +213,21 @@ def _check_template_reads(renderer: ChatRenderer, chat: Sequence[Message], tools
 def _check_complete(prompt: str, chat: Sequence[Message]) -> None:
     """Some templates leave out roles that they do not know; an assistant's earlier thoughts they may leave out."""
     for message in chat:
-        if message["role"] in ("system", "developer", "user") and message["content"].strip() not in prompt:
+        # what a tool returned is often written as JSON
+        spelled = (message["content"], json.dumps(message["content"])[1:-1])
+        if message["role"] != "assistant" and not any(content.strip() in prompt for content in spelled):
             raise InputError(
                 f"expected a chat template that writes every message, found the {message['role']}'s "
                 f"{shown(message['content'])} left out or changed"
+            )
+
+
+def _check_answer(text: str, answer: Message) -> None:
+    """Some templates leave out thoughts, or the calls of tools beside a content."""
+    calls = [call.get("function", call) for call in answer.get("tool_calls") or []]
+    parts = [*re.split(r"</?think>", answer["content"]), answer.get("reasoning_content") or ""]
+    for part in (*parts, *(call["name"] for call in calls)):
+        if part.strip() not in text:
+            raise InputError(
+                f"expected a chat template that writes the whole answer, found {shown(part.strip())} left out"
             )

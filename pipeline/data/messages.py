@@ -69,10 +69,11 @@ def _plain_message(message: Message, rules: ChatRules) -> Message:
             f"expected messages as a list of {{{rules.role}, {rules.content}}}, found one with {sorted(message)}; name "
             "their fields with chat.role and chat.content"
         )
-    return {"role": message[rules.role], "content": _text_content(message.get(rules.content, "")), **others}
+    return {"role": message[rules.role], "content": text_content(message.get(rules.content, "")), **others}
 
 
-def _text_content(content: Any) -> str:
+def text_content(content: Any) -> str:
+    """The content of a message as text: itself, or its parts of text joined."""
     if isinstance(content, str):
         return check_unicode(content, "messages")
     if not isinstance(content, list):
@@ -92,7 +93,7 @@ def _plain_call(call: Any) -> Any:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = without_nulls(json.loads(arguments))
         except ValueError:
             raise InputError(f"tool_calls: expected arguments as JSON, found {shown(arguments)}") from None
     plain = {**function, "arguments": arguments}
@@ -115,3 +116,13 @@ def check_unicode(text: str, column: str) -> str:
 def shown(text: str) -> str:
     """A text for a message, cut where it is long."""
     return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...")
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the fields that are null, at any depth: Arrow adds them, JSON may leave them out.
+
+    JSON schemas and arguments lose theirs too: the same record then reads the same from every kind of file.
+    """
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

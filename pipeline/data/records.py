@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Record
 from pipeline.data.chat import ChatRenderer, open_renderer, render_chat
-from pipeline.data.messages import Chat, plain_chat
+from pipeline.data.messages import Chat, plain_chat, text_content, without_nulls
 from pipeline.data.shapes import SHAPES, Fields
 from pipeline.data.text_files import Raw, Text, all_records, raw_records, read_chunks
 
@@ -71,7 +71,8 @@ def find_shape(text: Text) -> Text:
     name = next(found, "own") if text.shape == "auto" else text.shape
     columns = SHAPES[name].columns(text.columns)
     has_choices = name == "multiple_choice" or bool(text.choices)
-    has_choices = has_choices or any(text.columns["choices"] in names for names in sampled)
+    column = text.columns["choices"]
+    has_choices = has_choices or (column in columns and any(column in names for names in sampled))
     targets = text.targets if text.targets != "auto" else "choices" if has_choices else "all"
     unread = sorted(set().union(*sampled) - {*columns, *SHAPES[name].others})
     if name != "own" or unread:
@@ -139,8 +140,7 @@ def _row(kind: str, content: Any, text: Text) -> dict[str, Any]:
     if kind == "bad":
         raise InputError(content)
     row = content if kind == "row" else _parse_line(kind, content, text.columns)
-    found: dict[str, Any] = _without_nulls(row)
-    return found
+    return without_nulls(row)
 
 
 def _parse_line(kind: str, line: bytes, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -165,13 +165,6 @@ def _parse_text(line: bytes) -> str:
     return text
 
 
-def _without_nulls(value: Any) -> Any:
-    """A row without the fields that are null, at any depth: Arrow adds them, JSON lines may leave them out."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
 def _fields(row: dict[str, Any], text: Text) -> Fields:
     """What a row says; one with a prompt or a chat has the choices of its text if it brings none of its own."""
     column = text.columns["choices"]
@@ -179,9 +172,10 @@ def _fields(row: dict[str, Any], text: Text) -> Fields:
     if not is_common:
         return SHAPES[text.shape].read(row, text.columns)
     fields = SHAPES[text.shape].read({**row, column: list(text.choices)}, text.columns)
+    fields = dataclasses.replace(fields, choices=fields.choices or text.choices)
     messages = fields.messages or []
     if messages and isinstance(messages[-1], dict) and messages[-1].get(text.chat.role) == "assistant":
-        answer = _answer_of(str(messages[-1].get(text.chat.content)), fields.choices)
+        answer = _answer_of(text_content(messages[-1].get(text.chat.content)), fields.choices)
         return dataclasses.replace(fields, messages=messages[:-1], answer=answer)
     if fields.answer is None and fields.completion is not None:
         return dataclasses.replace(fields, answer=_answer_of(fields.completion, fields.choices))

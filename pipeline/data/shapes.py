@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.types import InputError
-from pipeline.data.messages import check_unicode
+from pipeline.data.messages import check_unicode, without_nulls
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str]
@@ -118,7 +118,8 @@ def read_sharegpt(row: Row, columns: Columns) -> Fields:
     messages = [{"role": "system", "content": _string(row, "system")}] if row.get("system") else []
     for turn in turns:
         others = {name: value for name, value in turn.items() if name not in ("from", "value")}
-        messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value", ""), **others})
+        content = {"content": turn["value"]} if "value" in turn else {}
+        messages.append({"role": SHAREGPT_ROLES[turn["from"]], **content, **others})
     return Fields(messages=messages, tools=_tools(row, columns))
 
 
@@ -127,7 +128,7 @@ def read_preference(row: Row, columns: Columns) -> Fields:
     chosen, prompt = row.get("chosen"), row.get(columns["prompt"])
     if isinstance(chosen, list):
         before = prompt if isinstance(prompt, list) else []
-        if isinstance(prompt, str) and not any(message.get("role") == "user" for message in chosen):
+        if isinstance(prompt, str) and not any(isinstance(m, dict) and m.get("role") == "user" for m in chosen):
             before = [{"role": "user", "content": _string(row, columns["prompt"])}]
         return Fields(messages=[*before, *chosen], tools=_tools(row, columns))
     if isinstance(prompt, list):
@@ -175,6 +176,8 @@ def _answer_index(named: Any, choices: Sequence[str], names: Sequence[str]) -> i
     found = set()
     if names:
         found = {i for i, label in enumerate(names) if label == str(named)}
+        if len(found) == 1:  # labels decide, also where a choice reads the same
+            return found.pop()
     elif type(named) is int or (isinstance(named, str) and named.isdecimal()):
         found = {int(named)} & set(range(len(choices)))
     elif isinstance(named, str) and len(named) == 1 and named.isupper():
@@ -243,6 +246,8 @@ def _own_choices(row: Row, columns: Columns) -> tuple[tuple[str, ...], int | Non
     choices = _parsed(row.get(columns["choices"])) or []
     texts = _choice_texts(choices, columns["choices"])
     answer = row.get(columns["answer"]) if texts else None
+    if isinstance(answer, str) and answer.isdecimal() and answer in texts and texts.index(answer) != int(answer):
+        raise InputError(f"column {columns['answer']!r}: expected an index, found {answer!r}, which is a choice, too")
     if (isinstance(answer, str) and answer.isdecimal()) or (isinstance(answer, float) and answer.is_integer()):
         answer = int(answer)
     if answer is not None and (type(answer) is not int or not 0 <= answer < len(texts)):
@@ -277,7 +282,7 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return json.loads(value)
+        return without_nulls(json.loads(value))
     except (ValueError, RecursionError) as error:
         raise InputError(f"expected JSON in a cell, found it broken ({error})") from None
 

@@ -146,6 +146,8 @@ def record_segments(
 
 def _windows(ids: Sequence[int], window: int, begin: Sequence[int], record_id: int) -> Iterator[Segment]:
     """A long text in windows that overlap by one token: each token is a target once."""
+    if window < len(begin) + 2:
+        raise InputError(f"window: expected at least {len(begin) + 2} with window_begin_token, found {window}")
     start, before = 0, list[int]()
     while start < len(ids) - 1:
         size = window - len(before)
@@ -182,6 +184,11 @@ def _check_one_token(encoded: EncodedRecord, tokenizer: Any, *, end_token: bool)
     """
     choices, choice_ids = encoded.record.choices, encoded.choice_ids
     if encoded.record.templated:
+        if len({ids[0] for ids in encoded.choice_ids}) < len(choice_ids):
+            raise InputError(
+                f"expected turns that differ in their first token, found that the chat template begins {choices} with "
+                "the same; use targets=choices"
+            )
         choice_ids = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
     elif end_token:
         choice_ids = [ids[:-1] for ids in choice_ids]

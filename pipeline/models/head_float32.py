@@ -16,6 +16,7 @@ from pipeline.models.prepack import PrepackedLinear
 PART_ELEMENTS = 1 << 24  # of the weight that are in float32 at once: 64 MB
 
 
+@torch.no_grad()
 def logits_float32(model: Model, hidden_NH: Tensor, vocabulary_size: int) -> Tensor:
     """`logits` with the head's products, their sums and what follows them in float32; weights keep their type.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 
 from pipeline.config.schema import ModelConfig
 from pipeline.core.progress import log
-from pipeline.core.runtime import compute_device
 from pipeline.core.types import InputError
 from pipeline.models.compatibility import check_architecture
 from pipeline.models.loading import load_config, meta_model
@@ -20,7 +21,7 @@ MAX_SMALL_PARAMETERS = 1_000_000_000  # 4 GB
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
 
 
-def check_model(config: ModelConfig, tokenizer: object) -> None:
+def check_model(config: ModelConfig, tokenizer: Any) -> None:
     """InputError if files are missing, the head is too small for the tokenizer, or the architecture does not fit."""
     folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
     check_model_files(folder)
@@ -34,7 +35,11 @@ def check_model(config: ModelConfig, tokenizer: object) -> None:
             f"{folder}: expected a causal language model that transformers can build, found: {reason}; use another "
             "model, or another version of transformers"
         ) from error
-    rows, size = None if head is None else head.weight.shape[0], vocabulary_size(tokenizer)
+    rows, added = None if head is None else head.weight.shape[0], tokenizer.get_added_vocab()
+    size = max((token for name, token in tokenizer.get_vocab().items() if name not in added), default=0) + 1
+    if rows is not None and vocabulary_size(tokenizer) > rows >= size:  # markers of images, for example
+        beyond = sorted(name for name, token in added.items() if token >= rows)
+        log.info("%s: added tokens without a row in the head, which no text may contain: %s", folder, beyond)
     if rows is None or rows < size:
         raise InputError(
             f"{folder}: expected a head with at least {size} rows, because the tokenizer has ids up to {size - 1}, "
@@ -48,9 +53,10 @@ def _check_small(config: ModelConfig) -> None:
 
     Whatever cannot be checked like this is checked when the weights are loaded, as always.
     """
-    needs_gpu = config.attention not in (None, "sdpa", "eager")
-    device = compute_device() if needs_gpu else torch.device("cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if config.attention not in (None, "sdpa", "eager"):
+        # other kernels need a GPU, and a driver that uses one would hold a part of its memory until the run ends
+        log.info("%s: attention=%s is checked when the weights are loaded", config.path, config.attention)
+        return
     small = small_config(config)
     options = {"attn_implementation": config.attention, "trust_remote_code": config.trust_remote_code}
     try:
@@ -61,7 +67,7 @@ def _check_small(config: ModelConfig) -> None:
             raise ValueError(f"two layers have {num_parameters} parameters")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(small, dtype=dtype, **options).to(device)
+            model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32, **options)
         check_architecture(model)
     except InputError:
         raise

@@ -274,7 +274,8 @@ def convert(paths: RunPaths, checkpoint: Published) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     command = module_command("deepspeed.checkpoint.ds_to_universal", "--inject_missing_state")
     command += ["--input_folder", str(paths.checkpoints / checkpoint.tag), "--output_folder", str(unfinished)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    # in a session of its own: Ctrl-C does not reach it, and the ranks that follow find the request to stop
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if ended.returncode != 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise RunFailed(

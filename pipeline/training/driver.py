@@ -22,7 +22,7 @@ import torch
 from pipeline.config.options import save_config
 from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
-from pipeline.core.files import RunPaths, check_writable, content_hash, write_json
+from pipeline.core.files import RunPaths, check_writable, content_hash, is_hub_name, write_json
 from pipeline.core.progress import log, start_logging
 from pipeline.core.runtime import module_command
 from pipeline.core.stopping import Stopped, stop_signals_handled_by
@@ -97,8 +97,8 @@ def prepare(config: TrainConfig) -> PreparedRun:
     num_ranks = num_processes(config)
     fitting_micro_batch(config.global_batch, world_size=num_ranks, at_most=config.micro_batch)
     identity, inputs = identity_of(config)
-    # as it was given: the content of the files is hashed, so a name needs no commit
-    identity["options"]["student"]["revision"] = revision
+    if is_hub_name(config.student.path):  # as it was given: the files' content is hashed, so a name needs no commit
+        identity["options"]["student"]["revision"] = revision
     paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
     return PreparedRun(config=config, paths=paths, identity=identity, inputs=inputs, num_ranks=num_ranks)
 

@@ -98,3 +98,15 @@ def test_a_folder_that_was_deleted_is_named(tmp_path: Path) -> None:
         hold_lease(tmp_path / "cache" / ".00000.lease", lease_seconds=60),
     ):
         pass
+
+
+def test_a_lease_that_another_has_just_taken_over_is_put_back(tmp_path: Path) -> None:
+    """Two processes find that the holder has ended; one takes the lease over, and then the other tries."""
+    place = tmp_path / "lease"
+    place.write_text("what the ended process wrote")
+    place.unlink()
+    assert leases._create(place, "first")
+    assert not leases._take_over(place, "what the ended process wrote", "second")
+    assert place.read_text() == "first"
+    assert leases._take_over(place, "first", "second")
+    assert place.read_text() == "second"

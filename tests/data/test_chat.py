@@ -94,6 +94,13 @@ def test_all_turns_or_the_last(tmp_path: Path) -> None:
     assert supervised(tmp_path, chat, supervise=Supervise.all_turns) == ["a shard<|im_end|>", "one<|im_end|>"]
 
 
+@pytest.mark.parametrize("first", ["a", "ta", "No"])
+def test_a_short_turn_is_found_at_its_own_place(first: str, tmp_path: Path) -> None:
+    """Not where the letters of the next <|im_start|> happen to stand, as far behind as empty thoughts are long."""
+    chat = turns("Q", first, "Q", "b")
+    assert supervised(tmp_path, chat, supervise=Supervise.all_turns) == [f"{first}<|im_end|>", "b<|im_end|>"]
+
+
 def test_weight_0_is_not_supervised(tmp_path: Path) -> None:
     chat = turns("the weak", "a shard", "gold", "one")
     chat[1]["weight"] = 0
@@ -185,6 +192,36 @@ REFUSED: dict[str, tuple[Any, str, dict[str, Any], str]] = {
         NO_SYSTEM,
         {},
         r"expected a chat template that writes every message, found the system's 'be kind' left out",
+    ),
+    "a role that the template does not know": (
+        [{"role": "human", "content": "be kind"}, {"role": "assistant", "content": "b"}],
+        CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}"),
+        {},
+        r"expected a chat template that writes every message, found the human's 'be kind' left out",
+    ),
+    "what a tool returned left out": (
+        [*turns("a"), {"role": "tool", "content": "42"}, {"role": "assistant", "content": "c"}],
+        CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}"),
+        {},
+        r"expected a chat template that writes every message, found the tool's '42' left out",
+    ),
+    "calls of tools left out": (
+        turns("a", "", tool_calls=[{"function": {"name": "weather", "arguments": {}}}]),
+        CHATML.replace("m.tool_calls", "(m.tool_calls if m.content is none else [])"),
+        {},
+        r"expected a chat template that writes the whole answer, found 'weather' left out",
+    ),
+    "thoughts left out": (
+        turns("a", "b", reasoning_content="hm"),
+        CHATML,
+        {},
+        r"expected a chat template that writes the whole answer, found 'hm' left out",
+    ),
+    "a surrogate in a call": (
+        turns("a", "", tool_calls=[{"function": {"name": "f", "arguments": {"a": "\ud800"}}}]),
+        CHATML,
+        {},
+        r"column 'messages': expected text, found a lone surrogate",
     ),
     "an earlier turn rewritten": (
         [{"role": "system", "content": "A"}, *turns("Q", "ab", "C", "d")],

@@ -23,6 +23,7 @@ from pipeline.data.tokenize import read_sequences
 from support.tiny import make_tokenizer, text_of, write_lines
 
 TOKENIZER = make_tokenizer()
+Q = "Question: q?\nAnswer:"
 ARC = {"text": ["salt", "sand"], "label": ["1", "2"]}
 
 # name of the shape -> rows of that shape, and of each the prompt and completion that it says
@@ -79,13 +80,14 @@ SHAPES: dict[str, list[tuple[dict[str, Any], str | None, str | None]]] = {
         ({"chosen": "Human: a\n\nAssistant: b", "rejected": "x"}, None, "Human: a\n\nAssistant: b"),
     ],
     "multiple_choice": [
-        ({"question": "q?", "choices": ARC, "answerKey": "2"}, "Question: q?\nAnswer:", " sand"),
+        ({"question": "q?", "choices": ARC, "answerKey": "2"}, Q, " sand"),
+        ({"question": "q?", "choices": {"text": ["2", "1"], "label": ["1", "2"]}, "answerKey": "1"}, Q, " 2"),
         ({"ctx": "He", "endings": ["runs.", "is."], "label": "1"}, "He", " is."),
         ({"ctx": "He", "endings": ["runs.", "is."], "label": ""}, "He", None),
-        ({"question": "q?", "choices": ["salt", "sand"], "answer": "B"}, "Question: q?\nAnswer:", " sand"),
-        ({"question": "q?", "choices": ["salt", "sand"], "answer": 0}, "Question: q?\nAnswer:", " salt"),
-        ({"question": "q?", "choices": ["salt", "sand"], "answer": 1.0}, "Question: q?\nAnswer:", " sand"),
-        ({"question": "q?", "choices": ["salt", "sand"], "answer": "sand"}, "Question: q?\nAnswer:", " sand"),
+        ({"question": "q?", "choices": ["salt", "sand"], "answer": "B"}, Q, " sand"),
+        ({"question": "q?", "choices": ["salt", "sand"], "answer": 0}, Q, " salt"),
+        ({"question": "q?", "choices": ["salt", "sand"], "answer": 1.0}, Q, " sand"),
+        ({"question": "q?", "choices": ["salt", "sand"], "answer": "sand"}, Q, " sand"),
     ],
 }
 FOUND = {name: "own" if name in ("text", "prompt_completion", "chat") else name for name in SHAPES}
@@ -182,6 +184,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"conversations": [{"from": "narrator", "value": "a"}]},
         r"conversations: expected 'from' to be one of .*, found \['narrator'\]",
     ),
+    "sharegpt without a value": (
+        {"conversations": [{"from": "human", "text": "a"}, {"from": "gpt", "value": "b"}]},
+        r"expected messages as a list of \{role, content\}, found one with \['role', 'text'\]",
+    ),
+    "a preference of strings in lists": (
+        {"prompt": "a", "chosen": ["b"], "rejected": ["c"]},
+        r"expected messages as a list of \{role, content\}, found something else",
+    ),
     "history that is none": (
         {"instruction": "a", "output": "b", "history": [["q"]]},
         r"column 'history': expected \[question, answer\] pairs, found \['q'\]",
@@ -227,3 +237,23 @@ def test_skipped_records_are_counted_by_reason(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         assert len(read_records(text, TOKENIZER)) == 1
     assert "corpus: 4 malformed records skipped: 3 x column 'text': expected text; 1 x expected a JSON" in caplog.text
+
+
+def test_choices_of_the_text_reach_every_shape(tmp_path: Path) -> None:
+    rows = {
+        "alpaca": {"instruction": "a", "output": "two"},
+        "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "two"}]},
+        "chat": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "two"}]},
+        "parts": {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+            ]
+        },
+        "prompt": {"prompt": "a", "completion": " two"},
+    }
+    for name, row in rows.items():
+        (record,) = records(write_lines(tmp_path / f"{name}.jsonl", [row]), choices=["one", "two"])
+        assert (record.choices, record.answer) == (("one", "two"), 1)
+        (unlabeled,) = records(write_lines(tmp_path / "b.jsonl", [{"instruction": "a"}]), choices=["one", "two"])
+        assert (unlabeled.choices, unlabeled.answer, unlabeled.completion) == (("one", "two"), None, None)
