@@ -15,9 +15,15 @@ from support.tiny import make_model, make_tokenizer, prompts, write_lines
 torch.set_num_threads(2)
 
 
+def minutes(item: pytest.Item) -> float:
+    """About how long a test takes: 0 for a quick one, 1 for a slow one that does not say it."""
+    mark = item.get_closest_marker("slow")
+    return 0.0 if mark is None else float(mark.kwargs.get("minutes", 1))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("RUN_SLOW") == "1":
-        items.sort(key=lambda item: "slow" not in item.keywords)  # long ones first, so that no core is left with one
+        items.sort(key=minutes, reverse=True)  # long ones first, so that no core is left with one
         return
     for item in items:
         if "slow" in item.keywords:

@@ -15,7 +15,7 @@ import pytest
 from support.commands import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=6)
 def test_quick_demo_from_a_fresh_clone_and_again(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)

@@ -142,7 +142,7 @@ def measure_steps(teacher: Path, folder: Path, num_records: int) -> dict[str, di
     return measures
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_ten_times_the_corpus_takes_the_same_memory(teacher: Path, tmp_path: Path) -> None:
     """The bounds in seconds are several times what two slow cores took."""
     small = measure_steps(teacher, tmp_path / "small", 30_000)
@@ -171,7 +171,7 @@ def test_the_same_steps_with_fewer_sequences(teacher: Path, tmp_path: Path) -> N
     assert "00001.parquet: expected sha256" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_a_plan_with_long_windows_takes_the_same_memory_for_a_larger_corpus(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -119,7 +119,7 @@ def test_a_share_is_captured_only_where_it_is_asked_for(
     assert "share: expected INDEX/COUNT with INDEX from 0 to COUNT - 1, found '2/2'" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_kills_of_workers_lose_nothing_and_double_nothing(
     teacher: Path,
     student: Path,

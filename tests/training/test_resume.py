@@ -49,7 +49,7 @@ def published(run: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------- other ranks, other stages
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_ranks_and_stages_change_in_the_middle(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     """2 ranks at ZeRO 1, then 1 at ZeRO 3, then 2 at ZeRO 2: the same sequences, losses to 1e-4 of an undisturbed run.
 
@@ -117,7 +117,7 @@ def strike(victim: str, process: subprocess.Popen, runs: Path, draw: random.Rand
         os.kill(target, signal.SIGUSR2 if victim == "signalled" else signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=4)
 def test_kills_at_random_times_change_nothing(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     """Eight kills over two ranks, then SIGUSR2 to a rank: bit by bit the undisturbed run."""
     changes = {"launcher__num_processes": 2, "micro_batch": 1, "checkpoint__every_steps": 2}
