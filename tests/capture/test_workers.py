@@ -87,6 +87,7 @@ def test_two_workers_write_the_same_shards_as_one(
     assert shards_of(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_independent_processes_share_a_folder_without_a_coordinator(
     teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_task_of_any_job_array_finishes_the_cache(
     assert len(manifests.committed_shards(cache, manifests.load_manifest(cache))) == 10
 
 
+@pytest.mark.slow
 def test_a_share_is_captured_only_where_it_is_asked_for(
     teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -223,7 +225,7 @@ def test_a_worker_binds_its_gpu_before_it_loads_the_teacher(
         calls.clear()
 
 
-@pytest.mark.parametrize(("name", "num_workers"), [("SIGTERM", 1), ("SIGUSR1", 2)])
+@pytest.mark.parametrize(("name", "num_workers"), [("SIGTERM", 1), pytest.param("SIGUSR1", 2, marks=pytest.mark.slow)])
 def test_a_stopped_capture_releases_its_leases_and_the_same_command_continues(
     name: str, num_workers: int, teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -262,6 +264,7 @@ def test_a_worker_that_waits_logs_for_whom(
     ]
 
 
+@pytest.mark.slow
 def test_a_cache_in_a_folder_whose_name_looks_like_a_glob(teacher: Path, data: Path, tmp_path: Path) -> None:
     """What was written there is found again, by its name and by a glob in that folder; data2 is another folder."""
     folder, quoted = tmp_path / "data[2]", '"data[2]"'
@@ -278,6 +281,7 @@ def test_a_cache_in_a_folder_whose_name_looks_like_a_glob(teacher: Path, data: P
 # ---------------------------------------------------------------------------------------------- disks
 
 
+@pytest.mark.slow
 @needs_root
 def test_a_full_disk_loses_nothing(teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     with mounted(tmp_path / "small", "size=600k") as small:

@@ -100,6 +100,7 @@ def test_a_sweeps_driver_does_not_import_deepspeed() -> None:
 # --------------------------------------------------------------------------- ranks and ZeRO stages
 
 
+@pytest.mark.slow
 def test_zero_0_to_3_on_two_ranks_equal_one_rank_without(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_zero_0_to_3_on_two_ranks_equal_one_rank_without(
 # ------------------------------------------------------------------------------- stops and resumes
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +186,7 @@ def test_a_multirun_killed_in_the_middle_ends_with_all_results_and_nothing_twice
     assert done.stderr.count("is finished; nothing to do") == 4
 
 
+@pytest.mark.slow
 def test_one_failing_run_does_not_end_its_sweep(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     arguments = train_arguments(student, data, str(cache), steps=3)
     done = script("train", *arguments, "optimizer.learning_rate=1e38,0.001", "-m", cwd=tmp_path, check=False)
@@ -221,6 +224,7 @@ def test_bf16_on_two_ranks(student: Path, data: Path, cache: Path, tmp_path: Pat
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_two_drivers_never_train_in_one_folder(
     student: Path, data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

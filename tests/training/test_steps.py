@@ -30,6 +30,7 @@ def test_a_count_below_one_divides_as_any_other() -> None:
     assert inputs.coefficients == {"lm": 6.0, "kd": 24.0, "hard": 1.5}
 
 
+@pytest.mark.slow
 def test_capture_and_training_of_choices(
     teacher: Path, student: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
