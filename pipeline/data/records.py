@@ -31,7 +31,7 @@ class MalformedRecords:
         self.reasons: Counter[str] = Counter()
         """Skipped records by reason: the message without what was found."""
         self.notes: Counter[str] = Counter()
-        """Records that are used, but not as they would be without their neighbours or the window, by what was done."""
+        """Records that are used, but not as they stand, by what was done."""
 
     @property
     def count(self) -> int:

@@ -158,10 +158,13 @@ def _turn_end(tokenizer: Any) -> int | None:
     answer = "Answer"
     chat = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": answer}]
     try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception:  # a template is a program; one that refuses this chat refuses none of the user's
+        before, _, end = str(tokenizer.apply_chat_template(chat, tokenize=False)).rpartition(answer)
+        if not before:
+            raise ValueError("it changes the answer")
+    except Exception as error:  # a template is a program, which may raise anything
+        log.warning("chat template: its end of turn is unknown, completions end at the other end tokens (%s)", error)
         return None
-    after = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
+    after = tokenizer(end, add_special_tokens=False)["input_ids"]
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return next((token for token in after if token in special), None)
 

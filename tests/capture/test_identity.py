@@ -34,7 +34,7 @@ def captured(teacher: Path, folder: Path, rows: list[Any], suffix: str = ".jsonl
     path = write_lines(folder / f"a{suffix}", rows)
     complete = settings.pop("complete", CompletionConfig())
     corpus = TextConfig(files=[str(path)], **settings)
-    return manifests.load_manifest(run(config_of(teacher, path, folder, corpus=corpus, complete=complete)))  # type: ignore[arg-type]
+    return manifests.load_manifest(run(config_of(teacher, path, folder, corpus=corpus, complete=complete)))
 
 
 def keys_of(manifest: Manifest, usual: Manifest) -> set[str]:

@@ -18,6 +18,7 @@ from pipeline.core.types import InputError, Manifest
 from pipeline.models.tokenizer import (
     chat_template_and_end_token,
     check_same_tokenizer,
+    end_token_ids,
     load_tokenizer,
     split_option,
     tokenizer_hash,
@@ -35,6 +36,16 @@ def manifest_of(tokenizer: Any) -> Manifest:
     )
     manifest = planned(options, tokenizer, 1, {"tokenizer": tokenizer_hash(tokenizer)})
     return dataclasses.replace(manifest, tokenizer=json.loads(json.dumps(tokenizer_parts(tokenizer))))
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[1].content | upper }}"])
+def test_an_unknown_end_of_turn_is_said(
+    template: str, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    assert end_token_ids(tmp_path, other) == (tokenizer.eos_token_id,)
+    assert "chat template: its end of turn is unknown" in caplog.text
 
 
 def test_the_end_token_is_in_the_fingerprint_but_not_in_the_tokenizers_hash(tokenizer: Any) -> None:
