@@ -67,7 +67,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     num_characters = 0
     for record in records:
         batch.append(record)
-        num_characters += len(record.prompt or "") + len(record.completion or "")
+        num_characters += len(record.prompt or "") + len(record.completion or "") + sum(map(len, record.choices))
         if len(batch) >= RECORDS_PER_CALL or num_characters >= CHARACTERS_PER_CALL:
             yield batch
             batch, num_characters = [], 0

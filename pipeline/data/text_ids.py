@@ -73,12 +73,13 @@ def open_encoder(tokenizer: Any) -> Encoder:
             f"tokenizer: expected special tokens around a text only, found 'a' as {alone} without them and {special} "
             "with them; use another tokenizer"
         )
+    is_byte_level = _is_byte_level(tokenizer)
     return Encoder(
         tokenizer=tokenizer,
         begin_ids=tuple(special[: starts[0]]),
         end_ids=tuple(special[starts[0] + len(alone) :]),
-        is_byte_level=_is_byte_level(tokenizer),
-        missing_bytes=_missing_bytes(tokenizer),
+        is_byte_level=is_byte_level,
+        missing_bytes=_missing_bytes(tokenizer) if is_byte_level else re.compile(b""),
     )
 
 
@@ -117,8 +118,6 @@ def _missing_bytes(tokenizer: Any) -> re.Pattern[bytes]:
 
     Printable bytes are written as the character of that code, the others as the characters from 256 on.
     """
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        return re.compile(b"")
     vocabulary, others = tokenizer.get_vocab(), itertools.count(256)
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     symbols = [chr(byte if byte in printable else next(others)) for byte in range(256)]
