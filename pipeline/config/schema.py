@@ -40,6 +40,7 @@ GoldFractionOf = Enum("GoldFractionOf", ["sequences", "targets"])
 Offload = Enum("Offload", ["none", "cpu", "nvme"])
 ExportedStep = Enum("ExportedStep", ["last", "best"])
 Tracker = Enum("Tracker", ["tensorboard", "wandb", "mlflow"])
+Role = Enum("Role", ["teacher", "zero_shot", "gold_only", "weak_only", "combined", "ceiling", "control"])
 
 
 @dataclass
@@ -429,6 +430,10 @@ class DownloadsConfig:
 @dataclass
 class TrainConfig:
     name: str = option(MISSING, "first part of the run folder's name; what the report calls the experiment")
+    role: Role | None = option(
+        None, "part in a study, by which the report compares runs: the experiment sets it; null: none", result=False
+    )
+    study: str | None = option(None, "name of the study, set by study=", result=False)
     runs_dir: str = option("runs", "folder that holds all runs", result=False)
     seed: int = option(1, "seed of the data order and of every other draw")
     student: StudentConfig = option(StudentConfig, "the strong model, before training")

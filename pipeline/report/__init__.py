@@ -1,0 +1,1 @@
+"""Run folders in, a readable result out: tables, Markdown, Parquet and the page report.html."""
