@@ -33,7 +33,9 @@ empty.advance(0)
 empty.close()
 log.info("after")
 """
-PLAIN = re.compile(r"\d\d:\d\d:\d\d train \d/6 steps  \S+/s  \d+ s left  loss 0\.\d+|\d\d:\d\d:\d\d train 1/6 .* loss 1")
+PLAIN = re.compile(
+    r"\d\d:\d\d:\d\d train \d/6 steps  \S+/s  \d+ s left  loss 0\.\d+|\d\d:\d\d:\d\d train 1/6 .* loss 1"
+)
 
 
 def messages(lines: list[str]) -> list[str]:
