@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pipeline.config.cli import CONF_DIR, register
+from pipeline.config.cli import CONF_DIR, chosen_groups, register, take_study
 from pipeline.config.options import save_config, to_typed
 from pipeline.config.schema import (
-    ROOTS,
     CaptureConfig,
     Dtype,
     ModelConfig,
     TextConfig,
     TrainConfig,
 )
+from pipeline.config.study import ROOTS
 from pipeline.core.files import RunPaths
 from pipeline.core.types import TokenSequence
 from pipeline.data.mixture import Mixture
@@ -122,9 +122,10 @@ def steps_done(folder: Path) -> int:
 
 
 def composed(root: str, *overrides: str) -> Any:
-    register()
+    study, rest = take_study(list(overrides))
+    register(study, chosen=chosen_groups(rest))
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return to_typed(compose(root, overrides=list(overrides)), ROOTS[root])
+        return to_typed(compose(root, overrides=rest), ROOTS[root])
 
 
 BIT_BY_BIT = ("model.safetensors", "config.json")
