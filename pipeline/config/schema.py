@@ -532,13 +532,3 @@ class AuditConfig:
     out: str | None = option(None, "summary: folder for summary.json, summary.png and summary.svg; null: print only")
     batch_sequences: int = option(8, "replay: sequences in one teacher forward")
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
-
-
-ROOTS: dict[str, type] = {
-    "capture": CaptureConfig,
-    "import": ImportConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "report": ReportConfig,
-    "audit": AuditConfig,
-}
