@@ -12,27 +12,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.config.compose import chosen_groups, register, take_study
 from pipeline.config.groups import CONF_DIR, PACKAGE
 from pipeline.config.help import help_text
 from pipeline.config.options import to_typed
 from pipeline.config.overrides import check_override_names, renamed_hint
-from pipeline.config.schema import ROOTS
+from pipeline.config.study import ROOTS
 from pipeline.config.validate import check_files, urls_in
 from pipeline.core.stopping import EXIT_STOPPED, Stopped, interrupt, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # the place is to blame, and not this code
-
-
-def register() -> None:
-    """Make the dataclasses known to Hydra as `<root>_schema`; every conf root begins with its own."""
-    for name, schema in ROOTS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
 # ------------------------------------------------------------------------------------------- checks
@@ -56,8 +50,8 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
 
     An InputError ends the process with exit code 2 and its message alone, a signal that asks to stop with 75.
     """
-    register()
     if {"--help", "-h"} & set(sys.argv[1:]):
+        register()
         with contextlib.suppress(BrokenPipeError):
             print(help_text(root, story), flush=True)
         return
@@ -65,6 +59,8 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
+        study, sys.argv[1:] = take_study(sys.argv[1:])
+        register(study, chosen=chosen_groups(sys.argv[1:]))
         check_override_names(root, sys.argv[1:])
         job = functools.partial(_run_job, root, body)
         functools.update_wrapper(job, _run_job)  # Hydra reads the name of the function

@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from pipeline.config.groups import groups
 from pipeline.config.options import options, to_plain
-from pipeline.config.schema import ROOTS
+from pipeline.config.study import ROOTS
 
 
 def help_text(root: str, story: str) -> str:

@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pipeline.config.groups import groups
 from pipeline.config.options import RENAMED_FILES, RENAMED_OPTIONS, RENAMED_VALUES, options
-from pipeline.config.schema import ROOTS
+from pipeline.config.study import ROOTS
 from pipeline.core.types import InputError
 
 

@@ -514,8 +514,9 @@ class EvaluateConfig:
 
 @dataclass
 class ReportConfig:
-    runs: list[str] = option(lambda: ["runs/*"], "run folders, or globs of them")
-    out: str | None = option(None, "folder for report.csv and report.parquet; null: print only")
+    study: str | None = option(None, "name of the study, set by study=")
+    runs: list[str] = option(MISSING, "run folders, or globs of them, as runs=[runs/mine/*]; study= gives them")
+    out: str | None = option(None, "folder for report.html, report.md and the tables; null: print only")
 
 
 @dataclass
@@ -531,13 +532,3 @@ class AuditConfig:
     out: str | None = option(None, "summary: folder for summary.json, summary.png and summary.svg; null: print only")
     batch_sequences: int = option(8, "replay: sequences in one teacher forward")
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
-
-
-ROOTS: dict[str, type] = {
-    "capture": CaptureConfig,
-    "import": ImportConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "report": ReportConfig,
-    "audit": AuditConfig,
-}
