@@ -13,16 +13,20 @@ from pipeline.config.layers import command_layers, experiment_layers, without_gr
 from pipeline.config.study import ROOTS, Study, read_study
 from pipeline.core.types import InputError
 
+SECTION = "section"  # a group whose one choice, used, turns a section that is null into its declared defaults
 
-def register(study: Study | None = None, *, chosen: Iterable[str] = ()) -> None:
+
+def register(study: Study | None = None, *, chosen: Iterable[str] = (), roots: Iterable[str] = tuple(ROOTS)) -> None:
     """Make known to Hydra what is not a file of `conf/`: the schemas, and the layers of options of a study.
 
     Every conf root reads `<root>_schema` and `<root>_study`, every experiment `study_of/<experiment>`; without a study
-    the last two are empty. Groups `chosen` on the command line replace what the study says of them.
+    the last two are empty. Groups `chosen` on the command line replace what the study says of them. Only the schemas of
+    `roots` become known: each takes time.
     """
     store, groups = ConfigStore.instance(), set(chosen)
-    for root, schema in ROOTS.items():
-        store.store(name=f"{root}_schema", node=schema)
+    for root in roots:
+        store.store(name=f"{root}_schema", node=ROOTS[root])
+    store.store(group=SECTION, name="used", node={})
     for root, layer in command_layers(study).items():
         store.store(name=f"{root}_study", node=without_groups(layer, groups))
     for experiment, layer in experiment_layers(study).items():
@@ -61,7 +65,7 @@ def find_study(name: str, folder: str | None) -> Path:
 
 def config_dir(arguments: list[str]) -> str | None:
     """The folder of Hydra's flag --config-dir, where a user keeps studies and experiments."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         if argument in ("--config-dir", "-cd"):
             return following
         if argument.startswith("--config-dir="):
