@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.compose import chosen_groups, register, take_study
+from pipeline.config.compose import chosen_groups, register, study_arguments, take_study
 from pipeline.config.groups import CONF_DIR, PACKAGE
 from pipeline.config.help import help_text
 from pipeline.config.options import to_typed
@@ -60,6 +60,8 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
     with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
         study, sys.argv[1:] = take_study(sys.argv[1:])
+        if root == "study":
+            sys.argv[1:] = study_arguments(sys.argv[1:])
         register(study, chosen=chosen_groups(sys.argv[1:]))
         check_override_names(root, sys.argv[1:])
         job = functools.partial(_run_job, root, body)

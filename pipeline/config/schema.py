@@ -515,6 +515,9 @@ class EvaluateConfig:
 @dataclass
 class ReportConfig:
     study: str | None = option(None, "name of the study, set by study=")
+    command: str = option(
+        "python scripts/study.py", "how the study is run, for the command to run next; study= sets it"
+    )
     runs: list[str] = option(MISSING, "run folders, or globs of them, as runs=[runs/mine/*]; study= gives them")
     out: str | None = option(None, "folder for report.html, report.md and the tables; null: print only")
 
