@@ -409,6 +409,7 @@ class LauncherConfig:
         result=False,
     )
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
+    quiet: bool = option(False, "show progress and warnings alone; log.txt has every line", result=False)
 
 
 @dataclass
