@@ -142,7 +142,7 @@ def row_of(raw: Raw, text: Text) -> dict[str, Any]:
 
 
 def fields_of(raw: Raw, text: Text) -> Fields:
-    """What a raw record of a text with a known shape holds, chats not yet rendered; InputError where it is malformed."""
+    """What a raw record of a text of known shape holds, chats not yet rendered; InputError where it is malformed."""
     return _fields(row_of(raw, text), text)
 
 

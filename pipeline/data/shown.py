@@ -39,7 +39,7 @@ class TextSample:
     positions: tuple[int, int]
     """The fewest and the most supervised positions of a record."""
     tokens: tuple[int, int]
-    """The fewest and the most tokens of a record, those of all its segments together."""
+    """The fewest and the most tokens of a record's longest segment."""
     place: str
     """File and line of the record that is shown."""
     record: str
@@ -65,7 +65,7 @@ def sample_text(text: Text, tokenizer: Any, *, window: int | None) -> TextSample
             "the files and the columns' names"
         )
     num_positions = [sum(len(part.targets) for part in own) for _, own in of_record]
-    num_tokens = [sum(len(part.ids) for part in own) for _, own in of_record]
+    num_tokens = [max(len(part.ids) for part in own) for _, own in of_record]
     first, own = of_record[0]
     return TextSample(
         what=text.what,

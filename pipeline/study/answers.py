@@ -27,8 +27,8 @@ STORY = """Write the file of a study from a few answers: it finds the shape of t
 settings for training, and checks models and texts.
 
     python scripts/study.py init                  asks for what is needed
-    python scripts/study.py init name=mine teacher=WEAK student=STRONG corpus=corpus.jsonl gold=gold.jsonl test=test.jsonl
-    python scripts/study.py init name=mine teacher=WEAK student=STRONG corpus=corpus.jsonl labeled=labeled.jsonl
+    python scripts/study.py init name=mine teacher=WEAK student=STRONG corpus=all.jsonl gold=gold.jsonl test=test.jsonl
+    python scripts/study.py init name=mine teacher=WEAK student=STRONG corpus=all.jsonl labeled=labeled.jsonl
 
 Options (name=value):"""
 
@@ -98,8 +98,8 @@ def _check_together(given: Mapping[str, Any]) -> None:
     beside = [name for name in ("gold", "dev", "test") if name in given]
     if "labeled" in given and beside:
         raise InputError(
-            f"labeled: expected it in place of gold, dev and test, found it beside {', '.join(beside)}; give the one or "
-            "the others"
+            f"labeled: expected it in place of gold, dev and test, found it beside {', '.join(beside)}; give the one "
+            "or the others"
         )
     if "gold_records" in given and "labeled" not in given:
         raise InputError(
@@ -136,9 +136,7 @@ def ask(given: Mapping[str, Any], read_line: Callable[[str], str]) -> dict[str, 
     return answers
 
 
-def _ask(
-    name: str, answers: dict[str, Any], read_line: Callable[[str], str], *, otherwise: str | None = None
-) -> None:
+def _ask(name: str, answers: dict[str, Any], read_line: Callable[[str], str], *, otherwise: str | None = None) -> None:
     """Ask until the answer can be used; `otherwise` is what an empty answer means, None: it is needed."""
     if name in answers:
         return
@@ -191,7 +189,7 @@ def confirm(question: str) -> bool:
     return False
 
 
-def shown_folder(config: InitConfig) -> Path:
+def study_folder(config: InitConfig) -> Path:
     """The folder of the study's file; InputError where Hydra could not find it by --config-dir."""
     folder = Path(config.folder or ("conf/study" if Path("conf/study").is_dir() else "study"))
     if folder.name != "study":
@@ -202,6 +200,6 @@ def shown_folder(config: InitConfig) -> Path:
     return folder
 
 
-def without_missing(config: InitConfig) -> dict[str, str]:
+def given_texts(config: InitConfig) -> dict[str, str]:
     """The texts of a study by name, as they were answered."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name in TEXTS and value}

@@ -66,8 +66,8 @@ def check_texts(texts: Mapping[str, Text | TextConfig], *, allowed: bool) -> lis
     if refused:
         lines = "".join(f"\n  {shared.sentence()}" for shared in refused)
         raise InputError(
-            f"texts: expected no record in two of them, found:{lines}\nremove them from one of the two (so that test keeps "
-            "its records, from the other one), or set allow_shared_records: true in the study's file to accept them"
+            f"texts: expected no record in two of them, found:{lines}\nremove them from one of the two (so that "
+            "test keeps its records, from the other one), or set allow_shared_records: true in the study's file"
         )
     return found
 

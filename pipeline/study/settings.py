@@ -36,6 +36,8 @@ class Sizes:
     gold: int
     teacher_labels: int | None
     """None: the teacher is ready-made."""
+    ceiling: int | None
+    """None: there is no ceiling."""
     window: int
     student_parameters: int
     teacher_parameters: int
@@ -55,9 +57,8 @@ class Settings:
     gold_fraction: float
     gold_passes: float
     """Over gold, in the combined run."""
-    combined_steps: int
-    gold_steps: int
-    """Of gold_only."""
+    steps: dict[str, int]
+    """About how many updates each experiment makes; of gold_only exactly."""
     teacher_learning_rate: float
     teacher_epochs: int | None
     evaluate_every_steps: int | None
@@ -86,13 +87,23 @@ def choose_settings(sizes: Sizes) -> Settings:
         epochs=epochs,
         gold_fraction=fraction,
         gold_passes=passes,
-        combined_steps=steps,
-        gold_steps=max(MIN_GOLD_STEPS, round(passes * sizes.gold / global_batch)),
+        steps=_steps(sizes, global_batch, epochs, teacher_epochs)
+        | {"combined": steps, "gold_only": max(MIN_GOLD_STEPS, round(passes * sizes.gold / global_batch))},
         teacher_learning_rate=learning_rate(sizes.teacher_parameters),
         teacher_epochs=teacher_epochs,
         evaluate_every_steps=max(5, steps // DEV_LOOKS) if sizes.has_dev else None,
         attention="eager" if sizes.on_cpu and sizes.window <= SHORT_WINDOW else None,
     )
+
+
+def _steps(sizes: Sizes, global_batch: int, epochs: int, teacher_epochs: int | None) -> dict[str, int]:
+    """The updates of the runs whose length is given in passes over one text."""
+    sequences = {"weak_only": epochs * sizes.corpus}
+    if sizes.ceiling is not None:
+        sequences["ceiling"] = epochs * sizes.ceiling
+    if sizes.teacher_labels is not None and teacher_epochs is not None:
+        sequences["teacher"] = teacher_epochs * sizes.teacher_labels
+    return {name: math.ceil(count / global_batch) for name, count in sequences.items()}
 
 
 def learning_rate(num_parameters: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ class Lengths:
 
     what: str
     tokens: tuple[int, ...]
+    targets: tuple[int, ...]
+    """The supervised positions of each measured record."""
     num_records: int
     """Of the whole text; an estimate where it is large."""
 
@@ -47,31 +50,40 @@ def measure(text: Text, tokenizer: Any) -> Lengths:
     text, malformed = find_shape(text), MalformedRecords(skip=text.skip_malformed)
     _, num_records = count_records(text)
     records = parse_records(_first(text), text, tokenizer, malformed)
-    longest = dict[int, int]()
+    longest, targets = dict[int, int](), Counter[int]()
     for part in segments(records, text, tokenizer, malformed, window=NO_LIMIT):
         longest[part.record_id] = max(longest.get(part.record_id, 0), len(part.ids))
-    return Lengths(what=text.what, tokens=tuple(longest.values()), num_records=round(num_records))
+        targets[part.record_id] += len(part.targets)
+    return Lengths(
+        what=text.what,
+        tokens=tuple(longest.values()),
+        targets=tuple(targets[record_id] for record_id in longest),
+        num_records=round(num_records),
+    )
 
 
 def _first(text: Text) -> Iterable[Raw]:
     return itertools.islice(all_records(text.files, text.read_columns), MEASURED_RECORDS)
 
 
-def fit_window(measured: Sequence[Lengths], *, is_plain: bool, longest: int | None, room: int = 0) -> Window:
-    """The smallest multiple of 16 that fits all records, or 99 % of them where a few are far longer.
+def fit_window(tokens: Sequence[int], *, is_plain: bool, longest: int | None) -> Window:
+    """The smallest multiple of 16 that fits records of these lengths, or 99 % of them where a few are far longer.
 
-    Plain text is split, so its window is at most 512. `longest` are the models' positions, None: no limit; `room` the
-    tokens that the teacher writes after a prompt. InputError where not even half of the records fit.
+    Plain text is split, so its window is at most 512. `longest` are the models' positions, None: no limit. InputError
+    where not even half of the records fit.
     """
-    tokens = sorted(length + room for lengths in measured for length in lengths.tokens)
-    if not tokens:
-        raise InputError("texts: expected records to find a window for, found none; check the files")
+    tokens = sorted(tokens)
     limit = NO_LIMIT if longest is None else longest // STEP * STEP
     if is_plain:
         return Window(size=min(rounded_up(tokens[-1]), PLAIN_WINDOW, limit), too_long=None, fitting_fraction=1.0)
-    usual = tokens[min(math.ceil(QUANTILE * len(tokens)), len(tokens)) - 1]
+    usual = quantile(tokens)
     wanted = tokens[-1] if tokens[-1] <= MAX_STRETCH * usual else usual
     return given_window(min(rounded_up(wanted), limit), tokens)
+
+
+def quantile(lengths: Sequence[int]) -> int:
+    """The length that 99 % of the records do not exceed."""
+    return sorted(lengths)[math.ceil(QUANTILE * len(lengths)) - 1]
 
 
 def given_window(size: int, tokens: Sequence[int]) -> Window:

@@ -22,7 +22,7 @@ COMPLETIONS = (
     *("completion", "label", "label_text", "label_name", "labels", "class", "category", "topic", "target", "answer"),
     *("intent", "sentiment", "tag", "response", "output"),
 )
-READY = ("messages", "conversations", "instruction", "chosen", "choices", "options", "endings")  # shapes read as they are
+READY = ("messages", "conversations", "instruction", "chosen", "choices", "options", "endings")  # read as they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Task:
     choices: tuple[str, ...] = ()
     """The labels of all records; empty where records bring choices of their own."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """How many labeled records have each label, without the spaces around it."""
+    """How many gold records have each label; labels without the spaces around them."""
     is_verbatim: bool = True
     """Whether the records' completions are these choices character by character."""
 
@@ -93,16 +93,20 @@ def _rows(text: Text) -> Iterator[dict[str, Any]]:
             continue
 
 
-def text_config(
-    files: Sequence[str], columns: Mapping[str, str], *, targets: str = "auto", **further: Any
-) -> TextConfig:
-    """The options of a text; with columns of prompt and completion its shape is not looked for."""
-    shape = TextShape.prompt_completion if columns else TextShape.auto
-    if isinstance(further.get("too_long"), str):
-        further["too_long"] = TooLongPolicy[further["too_long"]]
-    return TextConfig(
-        files=list(files), targets=Targets[targets], shape=shape, columns=ColumnsConfig(**columns), **further
-    )
+def column_options(columns: Mapping[str, str]) -> dict[str, Any]:
+    """The options of a text whose prompt and completion stand in columns of other names."""
+    return {"shape": "prompt_completion", "columns": dict(columns)} if columns else {}
+
+
+def text_config(files: Sequence[str], options: Mapping[str, Any]) -> TextConfig:
+    """The options of a text as the YAML of a study writes them, typed."""
+    given = dict(options)
+    for name, kind in (("targets", Targets), ("shape", TextShape), ("too_long", TooLongPolicy)):
+        if name in given:
+            given[name] = kind[given[name]]
+    if "columns" in given:
+        given["columns"] = ColumnsConfig(**given["columns"])
+    return TextConfig(files=list(files), **given)
 
 
 # ------------------------------------------------------------------------------------------- the task
@@ -111,7 +115,7 @@ def text_config(
 def find_task(texts: Mapping[str, Sequence[str]], columns: Mapping[str, str]) -> Task:
     """What the labeled texts (name -> files) ask; InputError where their records cannot be read, or differ in kind."""
     opened = {name: _open(name, files, columns) for name, files in texts.items()}
-    kinds, completions = dict[str, str](), list[tuple[str, str]]()
+    kinds, completions, of_gold = dict[str, str](), list[tuple[str, str]](), Counter[str]()
     own_choices = set[tuple[str, ...]]()
     for name, text in opened.items():
         for where, fields in read_fields(text):
@@ -127,24 +131,27 @@ def find_task(texts: Mapping[str, Sequence[str]], columns: Mapping[str, str]) ->
             own_choices.update([fields.choices] if fields.choices else [])
             right = fields.choices[answer] if isinstance(answer, int) else answer or ""
             completions.append((prompt_end(fields), right))
+            of_gold[right.strip()] += name == "gold"
     if len(kinds) != 1:
         found = ", ".join(f"{kind} ({where})" for kind, where in kinds.items()) or "no record"
         raise InputError(f"labeled texts: expected records of one kind, found {found}; make them alike")
     kind = next(iter(kinds))
     if kind == "choices":
         common = next(iter(own_choices)) if len(own_choices) == 1 else ()
-        counts = Counter(right.strip() for _, right in completions) if common else {}
+        counts = {choice.strip(): of_gold[choice.strip()] for choice in common}
         return Task(kind=kind, columns=columns, choices=common, counts=counts)
     if kind == "completion":
-        return _labels_or_text(completions, columns)
+        return _labels_or_text(completions, columns, of_gold)
     return Task(kind=kind, columns=columns)
 
 
 def _open(name: str, files: Sequence[str], columns: Mapping[str, str]) -> Text:
-    return find_shape(open_text(text_config(files, columns), name))
+    return find_shape(open_text(text_config(files, column_options(columns)), name))
 
 
-def _labels_or_text(completions: Sequence[tuple[str, str]], columns: Mapping[str, str]) -> Task:
+def _labels_or_text(
+    completions: Sequence[tuple[str, str]], columns: Mapping[str, str], of_gold: Mapping[str, int]
+) -> Task:
     """Completions that are few, short and often repeated are labels; others are free text.
 
     A label is read after its prompt, so a space is put before each where neither the prompts end with one nor the
@@ -167,7 +174,7 @@ def _labels_or_text(completions: Sequence[tuple[str, str]], columns: Mapping[str
         kind="choices",
         columns=columns,
         choices=choices,
-        counts={label: counts[label] for label in labels},
+        counts={label: of_gold[label] for label in labels},
         is_verbatim=is_verbatim and not needs_space,
     )
 
@@ -228,8 +235,34 @@ def corpus_options(task: Task, config: TextConfig) -> dict[str, Any]:
     return {"targets": "completion"}
 
 
-def without_completions(config: TextConfig) -> bool:
-    """Whether the first record of a text has a prompt and no completion, so that the teacher has to write it."""
+def lacks_completions(config: TextConfig) -> bool:
+    """Whether the first record of the corpus has a prompt and no completion, so that the teacher has to write it."""
     text = find_shape(open_text(config, "corpus"))
     first = next((fields for _, fields in read_fields(text)), None)
     return first is not None and first.text is None and answer_of(first, text) is None
+
+
+def missing_ending(labeled: Text, corpus: Text) -> str | None:
+    """How the labeled prompts all end, where a prompt of the corpus does not: it asks the teacher something else.
+
+    Of each text the first records; None where the labeled prompts have no common ending of two characters or more.
+    """
+    ends = [list(_first_prompts(text)) for text in (find_shape(labeled), find_shape(corpus))]
+    common = _common_ending(ends[0]).rstrip()
+    if len(ends[0]) < 2 or len(common) < 2 or all(prompt.rstrip().endswith(common) for prompt in ends[1]):
+        return None
+    return common
+
+
+def _first_prompts(text: Text) -> Iterator[str]:
+    for _, fields in itertools.islice(read_fields(text), SAMPLED_RECORDS):
+        if fields.prompt:
+            yield fields.prompt
+
+
+def _common_ending(texts: Sequence[str]) -> str:
+    common = texts[0] if texts else ""
+    for text in texts:
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(common), reversed(text), strict=False))
+        common = common[len(common) - sum(1 for _ in same) :]
+    return common
