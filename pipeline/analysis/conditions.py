@@ -9,8 +9,8 @@ from pipeline.analysis.findings import Findings
 from pipeline.analysis.values import Interval
 
 MARGIN = 0.02
-"""2 points, or 0.02 nats: about two standard errors of a paired difference on 1,000 records with three seeds. An estimate
-below it whose interval covers 0 counts as no difference."""
+"""2 points, or 0.02 nats: about two standard errors of a paired difference on 1,000 records with three seeds. A smaller
+estimate whose interval covers 0 counts as no difference."""
 GUESS_MARGIN = 0.05
 """A teacher that is nearer to always giving the most frequent answer knows next to nothing."""
 PLATEAU_IMITATION = 0.6
@@ -68,7 +68,7 @@ def is_worse(found: Findings) -> bool:
 
 
 def overfits_gold(found: Findings) -> bool:
-    """Gold is known by heart, dev becomes worse, and gold added nothing to the teacher."""
+    """Gold is memorised, dev becomes worse, and gold added nothing to the teacher."""
     learnt = found.gold_loss is not None and found.gold_loss <= GOLD_LEARNT
     rises = found.dev_nll_rise is not None and found.dev_nll_rise >= OVERFIT_RISE
     return learnt and rises and found.over_weak is not None and not above(found.over_weak)
@@ -80,7 +80,7 @@ def needs_more_teacher(found: Findings) -> bool:
 
 
 def imitates(found: Findings) -> bool:
-    """The student has become its teacher: equal scores, and as far as measured equal errors and distributions."""
+    """The student equals its teacher: equal scores, and as far as measured equal errors and distributions."""
     copies = [found.imitation.value >= PLATEAU_IMITATION] if found.imitation else []
     near = [found.divergence <= NEAR_TEACHER] if found.divergence is not None else []
     return is_equal(found.over_teacher, MARGIN) and bool(copies + near) and all(copies + near)
@@ -94,7 +94,7 @@ def is_healthy(found: Findings) -> bool:
 
 
 def is_undertrained(found: Findings) -> bool:
-    """The errors are not the teacher's, and a loss has not come to its end."""
+    """The errors are not the teacher's, and a loss has not reached its end."""
     own_errors = found.teacher_share_of_errors is None or found.teacher_share_of_errors < MOSTLY
     falls = bool(found.gold_loss_falls) or bool(found.divergence_falls)
     high = found.study.main.metric != "-nll" and (found.gold_loss_left or 0.0) > GOLD_LEFT

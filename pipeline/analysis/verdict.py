@@ -74,8 +74,8 @@ RULES: tuple[Rule, ...] = (
         "records than the gold set, all of them with the same wrong answer, and the distillation term outweighs the "
         "few labels that contradict it. Its minimum is the teacher itself, errors included.",
         action="Lower the KD weight, at best below the LM weight, or let it fall to 0 in training (loss=fading); "
-        "add gold of the classes named here. A gate on confidence does not help where the teacher is sure of its "
-        "error.",
+        "add gold of the classes named here. A gate on confidence does not help where the teacher is confident in "
+        "its error.",
         shows=("classes", "examples", "excess imitation over gold_only", "combined - gold_only", "combined - teacher"),
         command=next_command.lower_kd_weight,
     ),
@@ -88,7 +88,7 @@ RULES: tuple[Rule, ...] = (
         headline="The student copies the teacher's errors and loses by it: KD weight {kd_weight} is too high.",
         cause="The student mimics the teacher's style and repeats its factual errors, which it would not make on "
         "the labels alone: the minimum of the distillation term is the teacher itself, errors included, and at this "
-        "weight it decides against the labels.",
+        "weight it outweighs the labels.",
         action="Lower the KD weight, let it fall to 0 in training (loss=fading), or leave out the positions where "
         "the teacher is unsure (loss.kd.gate.keep_fraction); add gold.",
         shows=("combined - gold_only", "combined - lower KD weight", "excess imitation over gold_only", "examples"),
@@ -96,11 +96,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         code="GOLD_OVERFIT",
-        name="gold by heart",
+        name="memorised gold",
         when=f"the gold loss ends at {GOLD_LEARNT:g} nats or less, the nll on dev ends {100 * OVERFIT_RISE:g} % or "
         "more above its minimum, and combined is not significantly above weak_only",
         applies=conditions.overfits_gold,
-        headline="The gold set is known by heart and no longer teaches anything.",
+        headline="The gold set is memorised and no longer adds anything to the teacher.",
         cause="The few gold records were read too often. Their loss is near 0, so that further passes only raise "
         "the confidence in them, and dev becomes worse: a plateau of supervised fine-tuning.",
         action="Fewer passes over gold (gold_fraction, gold_epochs), a lower LM weight, export.what=best with "
@@ -110,10 +110,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         code="KD_TOO_LOW",
-        name="the teacher is better heeded",
+        name="more teacher is better",
         when="combined is significantly below weak_only, or the next higher KD weight is significantly above combined",
         applies=conditions.needs_more_teacher,
-        headline="The teacher knows more than this student takes from it: KD weight {kd_weight} is too low.",
+        headline="The teacher knows more than this student learns from it: KD weight {kd_weight} is too low.",
         cause="The labels, few and read often, outweigh the teacher's distributions over the large corpus.",
         action="Raise the KD weight or lower the LM weight; a smaller gold_fraction has the same direction.",
         shows=("combined - weak_only", "higher KD weight - combined", "combined - gold_only"),
@@ -121,12 +121,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         code="IMITATION_PLATEAU",
-        name="the student has become the teacher",
+        name="equal to the teacher",
         when=f"combined is not significantly different from the teacher and within {SMALL} of it, imitation is "
         f"{100 * PLATEAU_IMITATION:g} % or more, and the KL to the teacher ends at {NEAR_TEACHER:g} nats or less (of "
         "the two at least one is measured, and none contradicts)",
         applies=conditions.imitates,
-        headline="The student has become its teacher: it scores as high and makes the same errors.",
+        headline="The student equals its teacher: it scores as high and makes the same errors.",
         cause="The divergence from the teacher is near 0. Nothing is left to learn from it: the student mimics its "
         "style and repeats its factual errors, and what the student itself knows better has been trained away.",
         action="Soft targets from a better source (a stronger teacher, or a pool of several); leave out the "
@@ -162,7 +162,7 @@ RULES: tuple[Rule, ...] = (
         "loss is left",
         applies=conditions.is_undertrained,
         headline="Training ended before the student had learnt from labels and teacher.",
-        cause="The errors are the student's own, and a loss has not come to its end.",
+        cause="The errors are the student's own, and a loss has not reached its end.",
         action="Train longer, or with a higher learning rate, and look at the curves again.",
         shows=("share of errors", "gold loss", "divergence", "combined - gold_only", "combined - teacher"),
         command=next_command.train_longer,
@@ -175,7 +175,7 @@ RULES: tuple[Rule, ...] = (
         "significantly above gold_only",
         applies=conditions.teacher_adds_nothing,
         headline="The teacher adds nothing that the student does not have.",
-        cause="A teacher whose outputs were dealt to the wrong records does as well, or the student knew as much "
+        cause="A teacher whose outputs were assigned to other records does as well, or the student knew as much "
         "before any training: what was gained, if anything, is smoothing and not knowledge.",
         action="Train the teacher on more labels, take another one, or spend the effort on gold.",
         shows=("combined - shuffled teacher", "teacher - zero_shot", "combined - gold_only", "combined - teacher"),
