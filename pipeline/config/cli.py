@@ -8,7 +8,7 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.options import RENAMED_FILES, RENAMED_OPTIONS, RENAMED_VALUES, options, to_plain, to_typed
-from pipeline.config.schema import ROOTS
+from pipeline.config.study import ROOTS, Study, command_layers, experiment_layers, read_study, without_groups
 from pipeline.config.validate import check_files, urls_in
 from pipeline.core.stopping import EXIT_STOPPED, Stopped, interrupt, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
@@ -31,10 +31,64 @@ CONF_DIR = PACKAGE / "conf"
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # the place is to blame, and not this code
 
 
-def register() -> None:
-    """Make the dataclasses known to Hydra as `<root>_schema`; every conf root begins with its own."""
-    for name, schema in ROOTS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+def register(study: Study | None = None, *, chosen: Iterable[str] = ()) -> None:
+    """Make known to Hydra what is not a file of `conf/`: the schemas, and the layers of options of a study.
+
+    Every conf root reads `<root>_schema` and `<root>_study`, every experiment `study_of/<experiment>`; without a study
+    the last two are empty. Groups `chosen` on the command line replace what the study says of them.
+    """
+    store, groups = ConfigStore.instance(), set(chosen)
+    for root, schema in ROOTS.items():
+        store.store(name=f"{root}_schema", node=schema)
+    for root, layer in command_layers(study).items():
+        store.store(name=f"{root}_study", node=without_groups(layer, groups))
+    for experiment, layer in experiment_layers(study).items():
+        store.store(
+            group="study_of", name=experiment, node=without_groups(layer, groups), package="_global_", provider="study"
+        )
+
+
+def take_study(arguments: list[str]) -> tuple[Study | None, list[str]]:
+    """The study that `study=NAME` or `study=FILE.yaml` names, and the arguments without it."""
+    given = [argument.removeprefix("study=") for argument in arguments if argument.startswith("study=")]
+    if not given:
+        return None, arguments
+    if len(given) > 1 or "," in given[0]:
+        raise InputError(f"study: expected one study, found {given}; run one after the other")
+    rest = [argument for argument in arguments if not argument.startswith("study=")]
+    return read_study(find_study(given[0], config_dir(arguments))), rest
+
+
+def find_study(name: str, folder: str | None) -> Path:
+    """The file of a study: the file itself, else `study/NAME.yaml` in `folder` or in this project's `conf`."""
+    if name.endswith((".yaml", ".yml")):
+        places = [Path(name)]
+    else:
+        places = [place / "study" / f"{name}.yaml" for place in ([Path(folder)] if folder else []) + [CONF_DIR]]
+    for place in places:
+        if place.is_file():
+            return place
+    known = sorted({path.stem for place in places for path in place.parent.glob("*.yaml")})
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known) or 'none'}"
+    raise InputError(
+        f"study: expected a file {' or '.join(map(str, places))}, found none; {hint}; `scripts/study.py init` writes one"
+    )
+
+
+def config_dir(arguments: list[str]) -> str | None:
+    """The folder of Hydra's flag --config-dir, where a user keeps studies and experiments."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument in ("--config-dir", "-cd"):
+            return following
+        if argument.startswith("--config-dir="):
+            return argument.removeprefix("--config-dir=")
+    return None
+
+
+def chosen_groups(arguments: list[str]) -> list[str]:
+    """The groups that are chosen on the command line, as in loss=weak."""
+    return [name for name in ("loss", "deepspeed", "adapter") if any(one.startswith(f"{name}=") for one in arguments)]
 
 
 def help_text(root: str, story: str) -> str:
@@ -108,8 +162,8 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
 
     An InputError ends the process with exit code 2 and its message alone, a signal that asks to stop with 75.
     """
-    register()
     if {"--help", "-h"} & set(sys.argv[1:]):
+        register()
         with contextlib.suppress(BrokenPipeError):
             print(help_text(root, story), flush=True)
         return
@@ -117,6 +171,8 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
+        study, sys.argv[1:] = take_study(sys.argv[1:])
+        register(study, chosen=chosen_groups(sys.argv[1:]))
         check_override_names(root, sys.argv[1:])
         job = functools.partial(_run_job, root, body)
         functools.update_wrapper(job, _run_job)  # Hydra reads the name of the function

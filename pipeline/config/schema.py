@@ -514,8 +514,9 @@ class EvaluateConfig:
 
 @dataclass
 class ReportConfig:
-    runs: list[str] = option(lambda: ["runs/*"], "run folders, or globs of them")
-    out: str | None = option(None, "folder for report.csv and report.parquet; null: print only")
+    study: str | None = option(None, "name of the study, set by study=")
+    runs: list[str] = option(MISSING, "run folders, or globs of them, as runs=[runs/mine/*]; study= gives them")
+    out: str | None = option(None, "folder for report.html, report.md and the tables; null: print only")
 
 
 @dataclass
