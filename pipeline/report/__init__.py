@@ -1,1 +1,1 @@
-"""The report: finished runs become the figures of a study, in the terminal, as Markdown, as tables and as a page."""
+"""Run folders in, a readable result out: tables, Markdown, Parquet and the page report.html."""

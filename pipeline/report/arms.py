@@ -33,6 +33,14 @@ SHORT = {
 }
 """Options by the words of a table; others by the last part of their name."""
 
+HOW = {
+    **dict.fromkeys(("combined", "weak_only"), "the best on dev; without dev scores the one with most seeds"),
+    "gold_only": "the gold set of combined, then the best on dev",
+    "zero_shot": "combined's student before training, without examples",
+    "control": "the shuffled teacher, with the settings nearest to combined's",
+}
+"""How the main arm of a role is chosen among several."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ArmRuns:
@@ -65,6 +73,8 @@ def group_arms(runs: Sequence[StudyRun], gold_sizes: Mapping[str, int]) -> list[
             is_main = mains.get(role) == of_setting[0].settings
             arm = make_arm(of_setting, label, differing, gold_sizes, is_main=is_main)
             arms.append(ArmRuns(arm=arm, runs=tuple(of_setting)))
+            if is_main and len(settings) > 1:
+                log.info("%s: conclusions rest on %s, one of %d settings: %s", role, label, len(settings), HOW[role])
     return arms
 
 
@@ -111,9 +121,7 @@ def check_one_setting(role: str, settings: Sequence[Sequence[StudyRun]]) -> None
 # --------------------------------------------------------------------------------------- main arms
 
 
-def main_settings(
-    unique: Mapping[str, Sequence[Sequence[StudyRun]]], gold_sizes: Mapping[str, int]
-) -> dict[str, str]:
+def main_settings(unique: Mapping[str, Sequence[Sequence[StudyRun]]], gold_sizes: Mapping[str, int]) -> dict[str, str]:
     """For each role the settings that conclusions rest on.
 
     combined: the best mean score on dev; without dev the most seeds, then the first. The floor has combined's gold set,
@@ -128,10 +136,6 @@ def main_settings(
         reference = chosen["combined"][0] if "combined" in chosen else None
         fitting = _fitting(role, settings, reference, gold_sizes)
         chosen[role] = best_on_dev(fitting)
-        if len(settings) > 1 and role not in ("zero_shot", "control"):
-            how = "best on dev" if dev_score(chosen[role]) is not None else "no dev scores: most seeds, then the first"
-            folders = ", ".join(run.folder.name for run in chosen[role])
-            log.info("%s: conclusions rest on one of %d settings (%s): %s", role, len(settings), how, folders)
     return {role: runs[0].settings for role, runs in chosen.items()}
 
 

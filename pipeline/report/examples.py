@@ -28,7 +28,7 @@ def find_examples(arms: list[ArmRuns], text: TextPredictions, records: Mapping[b
         return ()
     answers = {role: _answers(main[role], arms, text, records) for role in SHOWN_ROLES if role in main}
     examples = []
-    for kind, rows in _ranked(main).items():
+    for kind, rows in _ranked(main, _same_answer(main, arms, text)).items():
         for m in rows:
             record = records.get(text.keys[m])
             if record is not None and len([e for e in examples if e.kind == kind]) < EXAMPLES_PER_KIND:
@@ -43,18 +43,29 @@ def find_examples(arms: list[ArmRuns], text: TextPredictions, records: Mapping[b
     return tuple(examples)
 
 
-def _ranked(main: Mapping[str, ArmPredictions]) -> dict[str, list[int]]:
+def _generated(label: str, arms: list[ArmRuns], text: TextPredictions) -> np.ndarray:
+    """The generated answers of all runs of an arm, [R, M]."""
+    runs = next(of_arm.runs for of_arm in arms if of_arm.arm.label == label)
+    return np.stack([text.tables[run.folder]["generated"].to_numpy() for run in runs])
+
+
+def _same_answer(main: Mapping[str, ArmPredictions], arms: list[ArmRuns], text: TextPredictions) -> np.ndarray:
+    """Where runs of combined answer as the teacher's first run does, [R, M]."""
+    teacher, combined = main["teacher"], main["combined"]
+    if combined.predicted_RM is None or teacher.predicted_RM is None:
+        teacher_RM = _generated(teacher.arm.label, arms, text)
+        return np.asarray(_generated(combined.arm.label, arms, text) == teacher_RM[0])
+    return np.asarray(combined.predicted_RM == teacher.predicted_RM[0])
+
+
+def _ranked(main: Mapping[str, ArmPredictions], same_RM: np.ndarray) -> dict[str, list[int]]:
     """Record indices of each kind, the most telling first; records with tied choices are not shown."""
     teacher, combined = main["teacher"], main["combined"]
     teacher_right_M, right_RM = teacher.credit_RM[0] == 1, combined.credit_RM == 1
     shown_M = np.ones(len(teacher_right_M), dtype=bool)
-    same_RM = ~right_RM  # without choices an answer that is wrong as the teacher's is, too
     surest_M = np.zeros(len(teacher_right_M))
-    if combined.predicted_RM is not None and teacher.predicted_RM is not None:
-        same_RM = combined.predicted_RM == teacher.predicted_RM[0]
+    if combined.num_tied_RM is not None and teacher.num_tied_RM is not None:
         assert combined.probability_RMC is not None
-        assert combined.num_tied_RM is not None
-        assert teacher.num_tied_RM is not None
         surest_M = combined.probability_RMC[0].max(axis=1)
         shown_M = (combined.num_tied_RM[0] == 1) & (teacher.num_tied_RM[0] == 1)
     kinds = {
@@ -78,9 +89,8 @@ def _answers(
     if predictions.predicted_RM is not None:
         predicted_M = predictions.predicted_RM[0]
         return lambda m: records[text.keys[m]].choices[predicted_M[m]].strip()
-    folder = next(of_arm.runs[0].folder for of_arm in arms if of_arm.arm.label == predictions.arm.label)
-    generated = text.tables[folder]["generated"].to_list()
-    return lambda m: generated[m]
+    generated_M = _generated(predictions.arm.label, arms, text)[0]
+    return lambda m: str(generated_M[m])
 
 
 def _truth(record: Record) -> str:
