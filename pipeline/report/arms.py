@@ -203,7 +203,7 @@ def _labels(
 ) -> list[tuple[str, dict[str, Any]]]:
     """For each setting of a role a unique label, and the options (or inputs) in which the settings differ."""
     firsts = [runs[0] for runs in settings]
-    described = [run.options | _named_inputs(run, gold_sizes) for run in firsts]
+    described = [dict(run.options) | _named_inputs(run, gold_sizes) for run in firsts]
     names = sorted({name for options in described for name in options})
     varying = [name for name in names if len({repr(options.get(name)) for options in described}) > 1]
     has_names = role == OTHER or len({run.name for run in firsts}) > 1

@@ -28,7 +28,7 @@ class Column:
 
 
 def bounds(interval: Interval, form: str, *, scale: float = 1.0) -> str:
-    """0.874 [0.861, 0.887] in a format such as ".1f", all three multiplied by `scale`; the value alone without bounds."""
+    """0.874 [0.861, 0.887] in a format such as ".3f", all multiplied by `scale`; without bounds the value alone."""
     value = format(scale * interval.value, form)
     if interval.low is None or interval.high is None:
         return value
@@ -112,11 +112,10 @@ def _measures(arms: Sequence[ArmFigures], metric: str, *, is_wide: bool) -> dict
 
 
 def row_names(arms: Sequence[ArmFigures]) -> list[str]:
-    """A name for each row: without its options where the columns of options tell rows apart, else the whole label."""
+    """A name for each row: the whole label only where the columns of options do not tell two rows apart."""
     bases = [_base(figures) for figures in arms]
-    rows = [
-        (base, tuple(sorted(figures.arm.differing.items(), key=str))) for base, figures in zip(bases, arms, strict=True)
-    ]
+    options = [repr(sorted(figures.arm.differing.items(), key=str)) for figures in arms]
+    rows = list(zip(bases, options, strict=True))
     return [
         base if rows.count(row) == 1 else figures.arm.label
         for base, row, figures in zip(bases, rows, arms, strict=True)

@@ -27,7 +27,7 @@ def find_examples(arms: list[ArmRuns], text: TextPredictions, records: Mapping[b
     if not records or not {"teacher", "combined"} <= main.keys() or text.metric == "-nll":
         return ()
     answers = {role: _answers(main[role], arms, text, records) for role in SHOWN_ROLES if role in main}
-    examples = []
+    examples: list[Example] = []
     for kind, rows in _ranked(main, _same_answer(main, arms, text)).items():
         for m in rows:
             record = records.get(text.keys[m])

@@ -81,8 +81,8 @@ def _weights(run: StudyRun) -> str:
 def cache_figures(arms: Sequence[ArmRuns], training: Sequence[Training]) -> dict[str, Any]:
     """Counts and retained mass of the cache that combined (else weak_only) has read; empty where it is gone.
 
-    `retained_mass`: 1 minus the mean tail that training logged at the positions of kd; where it logged none, the mean of
-    the histogram with each bin at its middle, which may be wrong by half a bin.
+    `retained_mass`: 1 minus the mean tail that training logged at the positions of kd; where it logged none, the mean
+    of the histogram with each bin at its middle, which may be wrong by half a bin.
     """
     run = main_run(arms, "combined") or main_run(arms, "weak_only")
     if run is None or run.config.get("cache") is None or "cache" not in run.inputs:
@@ -114,9 +114,8 @@ def _retained_mass(
     arms: Sequence[ArmRuns], training: Sequence[Training], run: StudyRun, histogram: Sequence[int]
 ) -> float | None:
     label = next(of_arm.arm.label for of_arm in arms if run in of_arm.runs)
-    tails = [
-        tail for of in training if of.label == label for tail in of.curves.get("teacher_tail", ()) if tail is not None
-    ]
+    curves = [of_arm.curves.get("teacher_tail", ()) for of_arm in training if of_arm.label == label]
+    tails = [tail for curve in curves for tail in curve if tail is not None]
     if tails:
         return 1.0 - sum(tails) / len(tails)
     total, bins = sum(histogram), len(histogram)
@@ -127,7 +126,7 @@ def _retained_mass(
 
 
 def diagram_counts(arms: Sequence[ArmRuns], cache: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers on the diagram of the objective, of the main arm of combined (else of the first arm that there is)."""
+    """The numbers on the diagram of the objective, of the main arm of combined (else weak_only, gold_only, any)."""
     roles = ("combined", "weak_only", "gold_only")
     student = next((run for role in roles if (run := main_run(arms, role)) is not None), arms[0].runs[0])
     teacher, arm = main_run(arms, "teacher"), next(of_arm.arm for of_arm in arms if student in of_arm.runs)

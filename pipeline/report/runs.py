@@ -90,9 +90,7 @@ def read_runs(patterns: Sequence[str]) -> list[StudyRun]:
         for folder in left_out:
             log.warning("%s is %s: left out", folder, what)
     if renamed:
-        log.info(
-            "runs of an earlier version have no role: their names are taken for it (%s)", ", ".join(sorted(renamed))
-        )
+        log.info("runs without a role are taken for what they are called: %s", ", ".join(sorted(renamed)))
     if not runs:
         raise InputError(
             f"runs: expected finished run folders with test scores, found none in {list(patterns)}; train with "
@@ -202,9 +200,7 @@ def effective_options(options: Mapping[str, Any], inputs: Mapping[str, str]) -> 
         unread += ["gold_epochs", "gold_fraction_of"]
         unread += [] if "corpus" in options["loss.lm.on"] else ["loss.lm"]
     if not options["loss.kd.weight"]:
-        unread += [
-            f"loss.kd.{name}" for name in ("ramp", "divergence", "beta", "temperature_squared", "adaptive_weight")
-        ]
+        unread += [f"loss.kd.{name}" for name in KD_ALONE]
     for term in ("hard", "confidence"):
         unread += [] if options[f"loss.{term}.weight"] else [f"loss.{term}"]
     if not options["early_stopping.patience"]:
@@ -216,6 +212,7 @@ def effective_options(options: Mapping[str, Any], inputs: Mapping[str, str]) -> 
 
 
 KEPT = ("name", "seed", "steps")
+KD_ALONE = ("ramp", "divergence", "beta", "temperature_squared", "adaptive_weight")  # gate, T and control: others too
 
 
 def dev_decides(options: Mapping[str, Any]) -> bool:

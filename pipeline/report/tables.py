@@ -37,8 +37,10 @@ ARM_COLUMNS: dict[str, Any] = {
     **dict.fromkeys(("value", "low", "high"), pl.Float64),
 }
 CURVE_COLUMNS: dict[str, Any] = {"arm": pl.String, "step": pl.Int64, "key": pl.String, "value": pl.Float64}
-PREDICTION_VALUES = ("record_key", "copy", "answer", "predicted", "num_tied", "correct", "exact", "generated")
-PREDICTION_VALUES += ("num_targets", "nll_sum", "teacher_predicted", "agreement")
+PREDICTION_VALUES = (
+    *("record_key", "copy", "answer", "predicted", "num_tied", "correct", "exact", "generated"),
+    *("num_targets", "nll_sum", "teacher_predicted", "agreement"),
+)
 
 
 def runs_table(arms: Sequence[ArmRuns], texts: Sequence[TextPredictions]) -> pl.DataFrame:

@@ -12,7 +12,6 @@ from pipeline.report.cells import Column, Paired, columns, conclusions, duration
 WIDTH = 80
 GAP = "  "
 MAX_NAME = 28  # characters of a row's name in the terminal; a longer one loses its middle
-HEURISTIC = "a heuristic: read the evidence"
 METRICS = {"accuracy": "accuracy", "exact_match": "exact match", "-nll": "perplexity a target; differences in nats"}
 
 
@@ -38,12 +37,11 @@ def terminal(study: StudyFigures, verdict: Verdict) -> Iterator[str]:
 
 def verdict_lines(verdict: Verdict) -> Iterator[str]:
     """The verdict, its evidence, and the command to run next."""
-    yield from wrapped(f"{verdict.code}  {verdict.headline}")
+    yield from wrapped(f"{verdict.code} (heuristic)  {verdict.headline}")
     for name, sentence in (("cause", verdict.cause), ("action", verdict.action)):
         yield from wrapped(f"{name:<8}{sentence}", indent=8)
     for number, sentence in enumerate(verdict.evidence):
         yield from wrapped(f"{'' if number else 'because':<8}{sentence}", indent=8)
-    yield from wrapped(f"({HEURISTIC})")
     yield "next:"
     yield from command_lines(verdict.command)
 
@@ -145,7 +143,7 @@ def markdown(study: StudyFigures, verdict: Verdict) -> str:
     lines = [f"# {_escaped(study.name)}: {verdict.code}", "", f"**{_escaped(verdict.headline)}**", ""]
     lines += [f"- Cause: {_escaped(verdict.cause)}", f"- Action: {_escaped(verdict.action)}"]
     lines += [f"- Because: {_escaped(sentence)}" for sentence in verdict.evidence]
-    lines += [f"- The verdict is {HEURISTIC}.", "", "Next:", "", "```bash", verdict.command, "```"]
+    lines += ["- The verdict is a heuristic.", "", "Next:", "", "```bash", verdict.command, "```"]
     for text in (study.main, *study.more):
         lines += ["", f"## {_escaped(heading(text))}", "", *_markdown_table(columns(text, is_wide=True)), ""]
         for paired in paired_differences(text):
