@@ -72,13 +72,17 @@ class PreparedRun:
 
 def run(config: TrainConfig) -> float | None:
     """Bring one run to its result, from nothing or from where it stands; returns its score on dev (else test)."""
-    start_logging()
-    prepared = prepare(config)
+    start_logging(quiet=config.launcher.quiet)
+    return run_prepared(prepare(config))
+
+
+def run_prepared(prepared: PreparedRun) -> float | None:
+    """The same for a run whose inputs are checked already."""
     paths = prepared.paths
     if not paths.result.exists():
         # refuse an incomplete checkpoint before waiting for the lock
         checkpoints.needed(paths, prepared.config)
-        if config.steps != 0:
+        if prepared.config.steps != 0:
             check_adapter(prepared.config.student)
         check_writable(paths.folder, "runs_dir")
         with run_lock(paths) as lock:

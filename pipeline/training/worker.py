@@ -41,7 +41,8 @@ def run(folder: Path) -> None:
     stop = StopRequest(paths.stop)
     with ranks_from_environment() as ranks:
         is_first = ranks.rank == 0
-        start_logging(paths.log if is_first else None, level=logging.INFO if is_first else logging.ERROR)
+        level = logging.INFO if is_first else logging.ERROR
+        start_logging(paths.log if is_first else None, level=level, quiet=config.launcher.quiet)
         try:
             is_trained = paths.model.exists() or train(config, paths, ranks, stop)
         except Exception:
