@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.compose import chosen_groups, register, take_study
+from pipeline.config.compose import chosen_groups, register, study_arguments, take_study
 from pipeline.config.groups import CONF_DIR, PACKAGE
 from pipeline.config.help import help_text, help_words
 from pipeline.config.options import to_typed
@@ -72,7 +72,9 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
     with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
         study, sys.argv[1:] = take_study(sys.argv[1:])
-        register(study, chosen=chosen_groups(sys.argv[1:]), roots=[root])
+        if root == "study":
+            sys.argv[1:] = study_arguments(sys.argv[1:])
+        register(study, chosen=chosen_groups(sys.argv[1:]), roots=ROOTS if root == "study" else [root])
         sys.argv[1:], notes = completed_overrides(root, sys.argv[1:])
         for note in notes:
             print(note, file=sys.stderr)

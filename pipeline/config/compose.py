@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, get_type_hints
 
+from hydra import compose
 from hydra.core.config_store import ConfigStore
 
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.layers import command_layers, experiment_layers, without_groups
-from pipeline.config.study import ROOTS, Study, read_study
+from pipeline.config.options import to_typed
+from pipeline.config.study import ROOTS, Study, StudyConfig, read_study
 from pipeline.core.types import InputError
 
 SECTION = "section"  # a group whose one choice, used, turns a section that is null into its declared defaults
@@ -43,7 +46,12 @@ def take_study(arguments: list[str]) -> tuple[Study | None, list[str]]:
     if len(given) > 1 or "," in given[0]:
         raise InputError(f"study: expected one study, found {given}; run one after the other")
     rest = [argument for argument in arguments if not argument.startswith("study=")]
-    return read_study(find_study(given[0], config_dir(arguments))), rest
+    return open_study(given[0], config_dir(arguments)), rest
+
+
+def open_study(given: str, folder: str | None) -> Study:
+    """The study of a name or file as it is given on the command line."""
+    return read_study(find_study(given, folder), given=given, config_dir=folder)
 
 
 def find_study(name: str, folder: str | None) -> Path:
@@ -76,3 +84,36 @@ def config_dir(arguments: list[str]) -> str | None:
 def chosen_groups(arguments: list[str]) -> list[str]:
     """The groups that are chosen on the command line, as in loss=weak."""
     return [name for name in ("loss", "deepspeed", "adapter") if any(one.startswith(f"{name}=") for one in arguments)]
+
+
+def compose_job(root: str, overrides: Iterable[str]) -> Any:
+    """The typed options of another command, from within a command that Hydra runs."""
+    return to_typed(compose(root, overrides=list(overrides)), ROOTS[root])
+
+
+def study_arguments(arguments: list[str]) -> list[str]:
+    """The arguments of scripts/study.py as Hydra reads them.
+
+    `seeds=1,2` is a list and no sweep; options that only scripts/train.py has are collected in `overrides`.
+    """
+    hints = get_type_hints(StudyConfig)
+    lists = {name for name, hint in hints.items() if "list" in str(hint)}
+    kept: list[str] = []
+    of_students: list[str] = []
+    for argument in arguments:
+        name, is_option, value = argument.partition("=")
+        if not is_option or argument.startswith("-") or name.startswith("hydra") or name == "study":
+            kept.append(argument)
+        elif name not in hints:
+            of_students.append(argument)
+        elif name in lists and not value.startswith("[") and value != "null":
+            items = value.split(";" if name == "grid" else ",")
+            kept.append(f"{name}={quoted(items)}")
+        else:
+            kept.append(argument)
+    return kept + ([f"overrides={quoted(of_students)}"] if of_students else [])
+
+
+def quoted(values: Iterable[str]) -> str:
+    """A list of strings in Hydra's grammar."""
+    return "[" + ",".join("'" + value.replace("'", "\\'") + "'" for value in values) + "]"

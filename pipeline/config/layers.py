@@ -37,9 +37,14 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
         "capture": _nested(capture | {"window": file.window} | content.get("capture", {})),
         "evaluate": {} if test is None else {"text": test},
         "audit": {"cache": f"{file.caches_dir}/{study.name}-*", "teacher": teacher},
-        "report": {"study": study.name, "runs": [f"{file.runs_dir}/*"], "out": study.report_dir},
+        "report": {
+            "study": study.name,
+            "command": study.command,
+            "runs": [f"{file.runs_dir}/*"],
+            "out": study.report_dir,
+        },
         "import": {"caches_dir": file.caches_dir},
-        "study": {"study": study.name},
+        "study": {"study": study.given, "command": study.command, "config_dir": study.config_dir},
     }
 
 
@@ -50,7 +55,7 @@ def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
         return {name: {} for name in names}
     content, runs_dir, cache = study.content, study.file.runs_dir, f"{study.file.caches_dir}/{study.name}-*"
     teacher = _complete(ModelConfig, content["teacher"])
-    reads = {
+    reads: dict[str, dict[str, Any]] = {
         "teacher": {"student": teacher, "gold": content.get("teacher_labels")},
         "teacher_as_is": {"student": teacher},
         "zero_shot": {},
@@ -110,3 +115,16 @@ def _one_length(given: Mapping[str, Any]) -> dict[str, Any]:
     other = {"steps": "epochs", "epochs": "steps"}
     replaced = {other[name]: None for name in other if given.get(name) is not None and other[name] not in given}
     return replaced | dict(given)
+
+
+def option_text(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{option_text(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(option_text(item) for item in value) + "]"
+    return str(value) if isinstance(value, (int, float)) else "'" + value.replace("'", "\\'") + "'"

@@ -4,7 +4,6 @@ from an option is added."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -18,7 +17,6 @@ from pipeline.config.options import (
     option_types,
     options,
     sections,
-    without_null,
 )
 from pipeline.config.study import ROOTS
 from pipeline.config.synonyms import SYNONYMS, nearest_options
@@ -32,11 +30,9 @@ def completed_overrides(root: str, arguments: Sequence[str]) -> tuple[list[str],
     """The arguments of a script with those that follow from them, and a note on each that replaces another option.
 
     An option of a section that may be null, as gold.files, turns the section on. Of steps and epochs the given one
-    replaces the other. A study does not sweep: what stands between commas is a list there (seeds=1,2,3). InputError for
-    a wrong name or value, and for options that contradict each other.
+    replaces the other. InputError for a wrong name or value, and for options that contradict each other.
     """
     types = option_types(ROOTS[root])
-    arguments = [_as_list(types, argument) for argument in arguments] if root == "study" else arguments
     parsed = check_override_names(root, arguments)
     names = [override.key_or_group.replace("/", ".") for override in parsed.values()]
     optional = [name for name, may_be_null, _ in sections(ROOTS[root]) if may_be_null]
@@ -55,12 +51,6 @@ def completed_overrides(root: str, arguments: Sequence[str]) -> tuple[list[str],
                 completed.append(f"{other}=null")
                 notes.append(f"{argument} replaces {other}: {other}=null")
     return completed, notes
-
-
-def _as_list(types: dict[str, Any], argument: str) -> str:
-    name, _, value = argument.partition("=")
-    is_list = name in types and get_origin(without_null(types[name])[0]) is list
-    return f"{name}=[{value}]" if is_list and value not in ("", "null") and not value.startswith("[") else argument
 
 
 def _check_not_null(section: str, argument: str, overrides: Iterable[Override]) -> None:

@@ -411,6 +411,7 @@ class LauncherConfig:
         result=False,
     )
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
+    quiet: bool = option(False, "show progress and warnings alone; log.txt has every line", result=False)
 
 
 @dataclass
@@ -481,7 +482,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "keep only each layer's input and recompute the rest in the backward", result=False
     )
-    steps: int | None = option(None, "optimizer steps; give this or epochs")
+    steps: int | None = option(
+        None, "optimizer steps; give this or epochs; 0: no training, the student is scored as it is"
+    )
     epochs: float | None = option(
         None, "passes over the corpus, all caches at once (over gold where gold_fraction is 1)"
     )
@@ -517,6 +520,9 @@ class EvaluateConfig:
 @dataclass
 class ReportConfig:
     study: str | None = option(None, "name of the study, set by study=")
+    command: str = option(
+        "python scripts/study.py", "how the study is run, for the command to run next; study= sets it"
+    )
     runs: list[str] = option(MISSING, "run folders, or globs of them, as runs=[runs/mine/*]; study= gives them")
     out: str | None = option(None, "folder for report.html, report.md and the tables; null: print only")
 

@@ -35,6 +35,11 @@ class RunPaths:
         return self.folder / "identity.json"
 
     @property
+    def environment(self) -> Path:
+        """The command that started the run last, versions of libraries, and the machine: `core.runtime.environment`."""
+        return self.folder / "environment.json"
+
+    @property
     def lock(self) -> Path:
         """Locked by the driver, which it names, during the run. If that dies, the ranks' launcher holds the lock."""
         return self.folder / "lock"

@@ -25,13 +25,16 @@ class AboveBars:
         sys.stderr.flush()
 
 
-def start_logging(file: Path | None = None, *, level: int = logging.INFO) -> None:
+def start_logging(file: Path | None = None, *, level: int = logging.INFO, quiet: bool = False) -> None:
     """Write the log lines of this package to standard error, and also to `file` if it is given.
 
-    The file has the progress lines, too, where standard error shows a bar in their place.
+    The file has the progress lines, too, where standard error shows a bar in their place. With `quiet`, standard error
+    has progress and warnings alone.
     """
     shown = logging.StreamHandler(AboveBars())
     shown.addFilter(lambda record: not getattr(record, "has_bar", False))
+    if quiet:
+        shown.addFilter(lambda record: record.levelno >= logging.WARNING or hasattr(record, "has_bar"))
     handlers: list[logging.Handler] = [shown]
     if file is not None:
         handlers.append(logging.FileHandler(file))

@@ -169,13 +169,6 @@ def test_the_older_spelling_means_the_same_and_a_section_that_is_there_keeps_its
     assert (of_study.files, of_study.end_token) == (["data/demo/gold.jsonl"], False)
 
 
-def test_a_study_takes_lists_without_brackets() -> None:
-    arguments = ["seeds=1,2,3", "seeds=4", "seeds=[5]", "experiments=null", "grid=kd_weight:0,0.3,1"]
-    completed, _ = completed_overrides("study", arguments)
-    assert completed == ["seeds=[1,2,3]", "seeds=[4]", "seeds=[5]", "experiments=null", "grid=[kd_weight:0,0.3,1]"]
-    assert composed("study", "study=demo", *completed[:1], completed[-1]).grid == ["kd_weight:0", "0.3", "1"]
-
-
 # ------------------------------------------------------------------------------------------- files
 
 
