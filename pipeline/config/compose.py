@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
-from hydra import compose
 from hydra.core.config_store import ConfigStore
 
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.layers import command_layers, experiment_layers, without_groups
-from pipeline.config.options import to_typed
 from pipeline.config.study import ROOTS, Study, StudyConfig, read_study
 from pipeline.core.types import InputError
 
@@ -84,11 +82,6 @@ def config_dir(arguments: list[str]) -> str | None:
 def chosen_groups(arguments: list[str]) -> list[str]:
     """The groups that are chosen on the command line, as in loss=weak."""
     return [name for name in ("loss", "deepspeed", "adapter") if any(one.startswith(f"{name}=") for one in arguments)]
-
-
-def compose_job(root: str, overrides: Iterable[str]) -> Any:
-    """The typed options of another command, from within a command that Hydra runs."""
-    return to_typed(compose(root, overrides=list(overrides)), ROOTS[root])
 
 
 def study_arguments(arguments: list[str]) -> list[str]:

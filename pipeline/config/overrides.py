@@ -4,7 +4,9 @@ from an option is added."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
@@ -17,6 +19,7 @@ from pipeline.config.options import (
     option_types,
     options,
     sections,
+    to_typed,
 )
 from pipeline.config.study import ROOTS
 from pipeline.config.synonyms import SYNONYMS, nearest_options
@@ -51,6 +54,12 @@ def completed_overrides(root: str, arguments: Sequence[str]) -> tuple[list[str],
                 completed.append(f"{other}=null")
                 notes.append(f"{argument} replaces {other}: {other}=null")
     return completed, notes
+
+
+def compose_job(root: str, overrides: Iterable[str]) -> Any:
+    """The typed options of another command, from within a command that Hydra runs."""
+    completed, _ = completed_overrides(root, [*overrides])
+    return to_typed(compose(root, overrides=completed), ROOTS[root])
 
 
 def _check_not_null(section: str, argument: str, overrides: Iterable[Override]) -> None:
