@@ -14,7 +14,7 @@ from pipeline.capture import driver as capture
 from pipeline.config.compose import compose_job, open_study, quoted
 from pipeline.config.groups import PACKAGE
 from pipeline.config.schema import TrainConfig
-from pipeline.config.study import Study, StudyConfig
+from pipeline.config.study import Study, StudyConfig, more_tests_of
 from pipeline.config.validate import check_files
 from pipeline.config.validate_train import check_train
 from pipeline.core.progress import readable, start_logging
@@ -68,7 +68,7 @@ def texts_of(study: Study) -> dict[str, Any]:
     file = study.file
     texts: dict[str, Any] = {name: getattr(file, name) for name in ("teacher_labels", "corpus", "gold", "dev", "test")}
     texts["ceiling"] = file.ceiling
-    return {name: text for name, text in texts.items() if text is not None} | dict(file.more_tests)
+    return {name: text for name, text in texts.items() if text is not None} | more_tests_of(study)
 
 
 def check_jobs(study: Study, jobs: Sequence[Job]) -> None:
