@@ -144,8 +144,8 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"{path}: {str(error).splitlines()[0]} ({error.full_key}){hint}") from error
     assert isinstance(typed, StudyFile)
-    for where, given, root in _free_options(content):
-        _check_names(path, where, given, root)
+    for where, found, root in _free_options(content):
+        _check_names(path, where, found, root)
     return Study(
         name=path.stem,
         path=path,

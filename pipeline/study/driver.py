@@ -76,7 +76,7 @@ def check_jobs(study: Study, jobs: Sequence[Job]) -> None:
     capture_config = compose_job("capture", ["teacher.path=."])
     check_files(dataclasses.replace(capture_config, teacher=study.file.teacher))
     for job in [teacher_job(study), *jobs]:
-        overrides = ["cache=null", "scoring.teacher_predictions=null", "scoring.teacher_dev_predictions=null"]
+        overrides = ["cache=null", "scoring.teacher_predictions=null"]
         config = compose_job("train", job.arguments + overrides)
         check_files(config)
         reads_cache = job.experiment in READS_CACHE
