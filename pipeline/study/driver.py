@@ -15,7 +15,7 @@ from pipeline.config.compose import open_study, quoted
 from pipeline.config.groups import PACKAGE
 from pipeline.config.overrides import compose_job
 from pipeline.config.schema import TrainConfig
-from pipeline.config.study import Study, StudyConfig
+from pipeline.config.study import Study, StudyConfig, more_tests_of
 from pipeline.config.validate import check_files
 from pipeline.config.validate_train import check_train
 from pipeline.core.progress import readable, start_logging
@@ -69,7 +69,7 @@ def texts_of(study: Study) -> dict[str, Any]:
     file = study.file
     texts: dict[str, Any] = {name: getattr(file, name) for name in ("teacher_labels", "corpus", "gold", "dev", "test")}
     texts["ceiling"] = file.ceiling
-    return {name: text for name, text in texts.items() if text is not None} | dict(file.more_tests)
+    return {name: text for name, text in texts.items() if text is not None} | more_tests_of(study)
 
 
 def check_jobs(study: Study, jobs: Sequence[Job]) -> None:
@@ -77,7 +77,7 @@ def check_jobs(study: Study, jobs: Sequence[Job]) -> None:
     capture_config = compose_job("capture", ["teacher.path=."])
     check_files(dataclasses.replace(capture_config, teacher=study.file.teacher))
     for job in [teacher_job(study), *jobs]:
-        overrides = ["cache=null", "scoring.teacher_predictions=null", "scoring.teacher_dev_predictions=null"]
+        overrides = ["cache=null", "scoring.teacher_predictions=null"]
         config = compose_job("train", job.arguments + overrides)
         check_files(config)
         reads_cache = job.experiment in READS_CACHE
