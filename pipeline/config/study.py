@@ -25,7 +25,8 @@ from pipeline.core.types import InputError
 
 TEXTS = ("teacher_labels", "corpus", "gold", "dev", "test", "ceiling")
 STUDENTS = ("zero_shot", "few_shot", "gold_only", "weak_only", "combined", "shuffled", "smoothed", "ceiling")
-"""Experiments that train or score the strong model; the others are of the teacher."""
+"""Experiments that train or score the strong model."""
+EXPERIMENTS = ("teacher", "teacher_as_is", *STUDENTS)
 
 
 @dataclass
@@ -144,6 +145,11 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"{path}: {str(error).splitlines()[0]} ({error.full_key}){hint}") from error
     assert isinstance(typed, StudyFile)
+    for name in content.get("experiments", {}):
+        if name not in EXPERIMENTS:
+            near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}"
+            raise InputError(f"{path}: experiments: expected the name of an experiment, found {name!r}; {hint}")
     for where, found, root in _free_options(content):
         _check_names(path, where, found, root)
     return Study(
