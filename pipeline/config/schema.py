@@ -261,7 +261,9 @@ class AdaptiveWeightConfig:
 
 @dataclass
 class KdConfig:
-    weight: float = option(1.0, "weight of the distillation term (lambda of Xiao & Zhu, eq. 4.13)")
+    weight: float = option(
+        1.0, "weight of the distillation term (lambda of Xiao & Zhu, Foundations of Large Language Models, eq. 4.13)"
+    )
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(
         lambda: [Source.corpus], "texts whose positions it reads, where they carry a captured distribution"

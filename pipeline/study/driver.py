@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.capture import driver as capture
-from pipeline.config.compose import compose_job, open_study, quoted
+from pipeline.config.compose import open_study, quoted
 from pipeline.config.groups import PACKAGE
+from pipeline.config.overrides import compose_job
 from pipeline.config.schema import TrainConfig
 from pipeline.config.study import Study, StudyConfig, more_tests_of
 from pipeline.config.validate import check_files

@@ -15,6 +15,7 @@ from pipeline.models.loading import open_model
 from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer
 from pipeline.monitoring.metrics import MetricsFile
+from pipeline.monitoring.trackers import record_result
 from pipeline.training import checkpoints
 from pipeline.training.card import card
 from pipeline.training.dev_evaluation import dev_summary
@@ -53,6 +54,7 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
         identity = json.loads(paths.identity.read_text())
         write_atomically(paths.model / "README.md", card(base=config.student.path, identity=identity, result=result))
     write_json(paths.result, result)
+    record_result(config, paths, result)
 
 
 def training_summary(config: TrainConfig, paths: RunPaths) -> dict[str, Any]:
