@@ -108,6 +108,7 @@ def test_without_a_study_nothing_of_the_demo_is_a_default() -> None:
         ("train: {optimizer.lr: 1}", "train: expected the name of an option, found 'optimizer.lr'"),
         ("experiments: {combined: {gold_fracton: 1}}", "found 'gold_fracton'; did you mean gold_fraction"),
         ("experiments: {combind: {gold_fraction: 1}}", "expected the name of an experiment, found 'combind'"),
+        ("teacher: {num_layers: 3}", "expected a value for teacher.path, found none; add it"),
         ("{", "expected YAML"),
         ("- a", "expected"),
     ],
