@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from pipeline.analysis.curve_ends import FALL_ERRORS, FALL_FRACTION, FALL_NATS, LAST_FRACTION
 from pipeline.analysis.evidence import shortened
+from pipeline.analysis.findings import ASSUMED_SEED_SD
 from pipeline.analysis.values import ArmFigures, Example, Interval, StudyFigures, Verdict
 from pipeline.analysis.verdict import RULES, verdict
 from pipeline.config.options import options
 from pipeline.config.schema import TrainConfig
 from pipeline.config.study import StudyConfig
+from support.commands import ROOT
 from support.study_values import arm, curves, imitation, interval, slice_of, study
 
 GRID_NAMES = {"kd_weight", "lm_weight", "temperature", "learning_rate", "gold_fraction"}
@@ -303,3 +306,28 @@ def test_options_of_the_study_are_kept_and_replaced() -> None:
         command
         == "python scripts/study.py study=mine file.window=64 'seeds=[1, 2, 3]' seeds=1,2,3 grid=kd_weight:0.03,0.1,0.3"
     )
+
+
+# --------------------------------------------------------------------------------------------- docs
+
+
+def test_the_page_for_users_has_every_rule_with_its_thresholds() -> None:
+    """In the order of the table, and word for word: an edited threshold or text has to be edited there too."""
+    page = " ".join((ROOT / "docs" / "verdicts.md").read_text().split())
+    sections = page.split("## The rules")[1].split(" ### ")[1:]
+    assert len(sections) == len(RULES)
+    for number, (rule, section) in enumerate(zip(RULES, sections, strict=True), 1):
+        assert section.startswith(f"{number}. {rule.code}: {rule.name} ")
+        for words in (rule.when, rule.cause, rule.action):
+            assert words in section, rule.name
+
+
+def test_the_page_for_users_has_the_thresholds_of_what_the_rules_read() -> None:
+    page = " ".join((ROOT / "docs" / "verdicts.md").read_text().split())
+    assert f"A standard deviation of {100 * ASSUMED_SEED_SD:g} point ({ASSUMED_SEED_SD:g} nats)" in page
+    assert (
+        f"falls by {100 * FALL_FRACTION:g} % of its mean, by {FALL_NATS:g} nats and by {FALL_ERRORS:g} standard errors"
+        in page
+    )
+    assert LAST_FRACTION == 1 / 5
+    assert "The end of a curve is its last fifth." in page
