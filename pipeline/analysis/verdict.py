@@ -123,7 +123,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         code="IMITATION_PLATEAU",
         name="equal to the teacher",
-        when=f"combined is not significantly different from the teacher and within {SMALL} of it, imitation is "
+        when=f"combined is not significantly above the teacher and within {SMALL} of it, imitation is "
         f"{100 * PLATEAU_IMITATION:g} % or more, and the KL to the teacher ends at {NEAR_TEACHER:g} nats or less (of "
         "the two at least one is measured, and none contradicts)",
         applies=conditions.imitates,

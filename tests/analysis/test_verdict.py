@@ -167,6 +167,7 @@ def test_each_rule_is_reached_by_the_study_built_for_it(name: str) -> None:
         (too_low(over_weak=EVEN), "more teacher is better"),
         (plateau(over_teacher=UP), "equal to the teacher"),
         (plateau(over_teacher=interval(0.021, 0.05)), "equal to the teacher"),
+        (plateau(over_teacher=interval(-0.021)), "equal to the teacher"),
         (plateau(copied=0.5), "equal to the teacher"),
         (plateau(kl=0.15), "equal to the teacher"),
         (healthy(over_gold=EVEN), "better than labels and teacher"),

@@ -43,12 +43,14 @@ def arms(**accuracy_and_imitation: tuple[float, float]) -> tuple[TrueArm, ...]:
 
 
 SHUFFLED = TrueArm(role="control", label="shuffled", control="shuffled", accuracy=0.79, imitation=0.12, correction=0.6)
-HIGHER = TrueArm(role="combined", label="kd 3", kd_weight=3.0, accuracy=0.86, imitation=0.3, is_main=False)
+HIGHER = TrueArm(
+    role="combined", label="kd 3", kd_weight=3.0, accuracy=0.86, imitation=0.3, num_gold=500, is_main=False
+)
 CHANCE = tuple(
     TrueArm(role=role, accuracy=accuracy, imitation=0.06, seed_noise=SEED_NOISE, seeds=seeds)
     for role, accuracy, seeds in (("zero_shot", 0.5, 1), ("gold_only", 0.76, 3), ("weak_only", 0.2, 3), ("combined", 0.76, 3))
 )
-EVEN = arms(gold_only=(0.76, 0.3), weak_only=(0.76, 0.4), combined=(0.765, 0.3))
+EVEN = arms(gold_only=(0.76, 0.3), weak_only=(0.76, 0.4), combined=(0.76, 0.3))
 
 SCENARIOS: dict[str, Scenario] = {
     "healthy": Scenario(code="HEALTHY", study=TrueStudy(arms=arms())),
@@ -83,7 +85,13 @@ SCENARIOS: dict[str, Scenario] = {
     "random labels": Scenario(code="BAD_TEACHER", study=TrueStudy(weak=0.2, arms=CHANCE)),
     "a shuffled teacher is as good": Scenario(
         code="BAD_TEACHER",
-        study=TrueStudy(arms=(*arms(combined=(0.79, 0.12)), replace(SHUFFLED, seed_noise=SEED_NOISE))),
+        study=TrueStudy(
+            num_records=2000,
+            arms=(
+                *arms(combined=(0.78, 0.12), weak_only=(0.77, 0.4)),
+                replace(SHUFFLED, accuracy=0.78, seed_noise=SEED_NOISE),
+            ),
+        ),
     ),
     "training cut off": Scenario(
         code="UNDERTRAINED",
