@@ -7,22 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.simulated_study import TrueArm, TrueStudy, simulate
-from support.simulated_verdicts import SCENARIOS, figures
 
-from pipeline.analysis import bootstrap
 from pipeline.analysis.figures import text_figures
 from pipeline.analysis.values import StudyFigures
 from pipeline.analysis.verdict import RULES, verdict
-
-NUM_DRAWS = 1000
-
-
-@pytest.fixture(autouse=True)
-def fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of the draws of an interval: its ends vary by about 5 % of its width, and a study takes a quarter."""
-    monkeypatch.setattr(bootstrap, "NUM_DRAWS", NUM_DRAWS)
-    monkeypatch.setattr(bootstrap, "BOUNDS", [NUM_DRAWS // 40 - 1, NUM_DRAWS - NUM_DRAWS // 40])
+from support.simulated_study import TrueArm, TrueStudy, simulate
+from support.simulated_verdicts import SCENARIOS, figures
 
 
 def test_every_code_has_a_scenario() -> None:
@@ -35,16 +25,16 @@ def test_a_study_has_the_verdict_that_it_was_built_for(name: str) -> None:
     assert verdict(figures(SCENARIOS[name], seed=1)).code == SCENARIOS[name].code
 
 
-@pytest.mark.slow(minutes=6)
+@pytest.mark.slow(minutes=3)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_studies_of_one_truth_have_one_verdict(name: str) -> None:
-    """Of 100 studies at least 85 have the right verdict, and at most 7 any other than that and INCONCLUSIVE.
+    """Of 40 studies at least 34 have the right verdict, and at most 3 another one that is not INCONCLUSIVE.
 
     A rule needs one or two significant differences, so chance alone leads 2.5 % of studies into each neighbour.
     """
-    codes = Counter(verdict(figures(SCENARIOS[name], seed)).code for seed in range(100))
-    assert codes[SCENARIOS[name].code] >= 85, codes
-    assert all(count <= 7 for code, count in codes.items() if code not in (SCENARIOS[name].code, "INCONCLUSIVE")), codes
+    codes = Counter(verdict(figures(SCENARIOS[name], seed)).code for seed in range(40))
+    assert codes[SCENARIOS[name].code] >= 34, codes
+    assert all(count <= 3 for code, count in codes.items() if code not in (SCENARIOS[name].code, "INCONCLUSIVE")), codes
 
 
 def useless_teacher(*, seeds: int, weak: float) -> TrueStudy:
@@ -67,14 +57,16 @@ def null_verdict(study: TrueStudy, seed: int) -> str:
 @pytest.mark.slow(minutes=4)
 @pytest.mark.parametrize(("seeds", "weak"), [(1, 0.4), (2, 0.4), (3, 0.2), (3, 0.4)])
 def test_a_useless_teacher_is_rarely_called_healthy(seeds: int, weak: float) -> None:
-    """1,000 studies: at most 50. It is significantly below every student, so that one of the two differences is free."""
+    """1,000 studies: under 50. All students are above this teacher, so that one of the two differences is no hurdle."""
     study = useless_teacher(seeds=seeds, weak=weak)
     codes = Counter(null_verdict(study, seed) for seed in range(1000))
     assert codes["HEALTHY"] < 50, codes
 
 
-def test_the_null_is_found_now_and_then() -> None:
-    """So that the test above can fail: with a gain of 10 points the same function calls the study HEALTHY."""
+def test_a_real_gain_is_found_in_the_same_study() -> None:
+    """So that the test above can fail: with a gain of 10 points it is called HEALTHY."""
     study = useless_teacher(seeds=3, weak=0.4)
-    gain = replace(study, arms=tuple(replace(arm, accuracy=0.8) if arm.role == "combined" else arm for arm in study.arms))
+    gain = replace(
+        study, arms=tuple(replace(arm, accuracy=0.8) if arm.role == "combined" else arm for arm in study.arms)
+    )
     assert np.mean([null_verdict(gain, seed) == "HEALTHY" for seed in range(5)]) > 0.5

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from support.simulated_study import STUDENTS, TrueArm, TrueStudy, simulate
 
 from pipeline.analysis.figures import text_figures
 from pipeline.analysis.values import StudyFigures, Training
+from support.simulated_study import STUDENTS, TrueArm, TrueStudy, simulate
 
 NUM_STEPS = 200
 SEED_NOISE = 0.005
@@ -48,13 +48,20 @@ HIGHER = TrueArm(
 )
 CHANCE = tuple(
     TrueArm(role=role, accuracy=accuracy, imitation=0.06, seed_noise=SEED_NOISE, seeds=seeds)
-    for role, accuracy, seeds in (("zero_shot", 0.5, 1), ("gold_only", 0.76, 3), ("weak_only", 0.2, 3), ("combined", 0.76, 3))
+    for role, accuracy, seeds in (
+        ("zero_shot", 0.5, 1),
+        ("gold_only", 0.76, 3),
+        ("weak_only", 0.2, 3),
+        ("combined", 0.76, 3),
+    )
 )
 EVEN = arms(gold_only=(0.76, 0.3), weak_only=(0.76, 0.4), combined=(0.76, 0.3))
 
 SCENARIOS: dict[str, Scenario] = {
     "healthy": Scenario(code="HEALTHY", study=TrueStudy(arms=arms())),
-    "healthy, with a control": Scenario(code="HEALTHY", study=TrueStudy(arms=(*arms(), replace(SHUFFLED, accuracy=0.75)))),
+    "healthy, with a control": Scenario(
+        code="HEALTHY", study=TrueStudy(arms=(*arms(), replace(SHUFFLED, accuracy=0.75)))
+    ),
     "errors copied at a high weight": Scenario(
         code="KD_TOO_HIGH",
         study=TrueStudy(weak=0.7, arms=arms(gold_only=(0.82, 0.1), combined=(0.74, 0.7), weak_only=(0.73, 0.8))),
@@ -75,7 +82,9 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "a higher weight is better": Scenario(
         code="KD_TOO_LOW",
-        study=TrueStudy(arms=(*arms(combined=(0.78, 0.15), weak_only=(0.78, 0.3)), replace(HIGHER, seed_noise=SEED_NOISE))),
+        study=TrueStudy(
+            arms=(*arms(combined=(0.78, 0.15), weak_only=(0.78, 0.3)), replace(HIGHER, seed_noise=SEED_NOISE))
+        ),
     ),
     "a copy of the teacher": Scenario(
         code="IMITATION_PLATEAU",
