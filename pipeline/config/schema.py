@@ -480,7 +480,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "keep only each layer's input and recompute the rest in the backward", result=False
     )
-    steps: int | None = option(None, "optimizer steps; give this or epochs")
+    steps: int | None = option(
+        None, "optimizer steps; give this or epochs; 0: no training, the student is scored as it is"
+    )
     epochs: float | None = option(
         None, "passes over the corpus, all caches at once (over gold where gold_fraction is 1)"
     )

@@ -144,8 +144,8 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"{path}: {str(error).splitlines()[0]} ({error.full_key}){hint}") from error
     assert isinstance(typed, StudyFile)
-    for where, given, root in _free_options(content):
-        _check_names(path, where, given, root)
+    for where, found, root in _free_options(content):
+        _check_names(path, where, found, root)
     return Study(
         name=path.stem,
         path=path,
@@ -180,6 +180,15 @@ def flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         is_nested = isinstance(value, Mapping) and value
         found |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
     return found
+
+
+def more_tests_of(study: Study) -> dict[str, TextConfig]:
+    """The further test texts of a study by name, typed, with the options that all its texts share."""
+    texts = study.content.get("more_tests") or {}
+    return {
+        name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TextConfig), text))
+        for name, text in texts.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- init
