@@ -206,11 +206,12 @@ def _labels(
     described = [dict(run.options) | _named_inputs(run, gold_sizes) for run in firsts]
     names = sorted({name for options in described for name in options})
     varying = [name for name in names if len({repr(options.get(name)) for options in described}) > 1]
+    varying = [name for name in varying if (role, name) != ("control", "loss.kd.control")]  # their labels begin with it
     has_names = role == OTHER or len({run.name for run in firsts}) > 1
     found = []
     for run, options in zip(firsts, described, strict=True):
         differing = {name: options.get(name) for name in varying}
-        parts = [run.name if has_names else role]
+        parts = [run.options["loss.kd.control"] if role == "control" else run.name if has_names else role]
         parts += [f"{short_name(name, varying)} {shown(value)}" for name, value in differing.items()]
         found.append((" ".join(parts), differing))
     labels = [label for label, _ in found]

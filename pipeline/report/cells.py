@@ -124,7 +124,9 @@ def row_names(arms: Sequence[ArmFigures]) -> list[str]:
 
 def _base(figures: ArmFigures) -> str:
     arm = figures.arm
-    return arm.role if arm.label.startswith(arm.role) or arm.label == arm.role else arm.name
+    if arm.role == "control":
+        return arm.control
+    return arm.role if arm.label.startswith(arm.role) else arm.name
 
 
 def _option_columns(arms: Sequence[ArmFigures]) -> Iterator[Column]:
