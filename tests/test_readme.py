@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from pipeline.config.cli import CONF_DIR, check_override_names
+from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import options
-from pipeline.config.schema import ROOTS
+from pipeline.config.overrides import check_override_names
+from pipeline.config.study import ROOTS
 from support.commands import ROOT, composed, script
 from support.tiny import write_lines
 

@@ -409,6 +409,7 @@ class LauncherConfig:
         result=False,
     )
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
+    quiet: bool = option(False, "show progress and warnings alone; log.txt has every line", result=False)
 
 
 @dataclass
@@ -515,6 +516,9 @@ class EvaluateConfig:
 @dataclass
 class ReportConfig:
     study: str | None = option(None, "name of the study, set by study=")
+    command: str = option(
+        "python scripts/study.py", "how the study is run, for the command to run next; study= sets it"
+    )
     runs: list[str] = option(MISSING, "run folders, or globs of them, as runs=[runs/mine/*]; study= gives them")
     out: str | None = option(None, "folder for report.html, report.md and the tables; null: print only")
 
@@ -532,13 +536,3 @@ class AuditConfig:
     out: str | None = option(None, "summary: folder for summary.json, summary.png and summary.svg; null: print only")
     batch_sequences: int = option(8, "replay: sequences in one teacher forward")
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
-
-
-ROOTS: dict[str, type] = {
-    "capture": CaptureConfig,
-    "import": ImportConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "report": ReportConfig,
-    "audit": AuditConfig,
-}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,11 @@ class StudyFile:
 class StudyConfig:
     """Options of scripts/study.py."""
 
-    study: str = option(MISSING, "name of the study: a file in conf/study, or in the folder study of --config-dir")
+    study: str = option(
+        MISSING, "NAME of conf/study/NAME.yaml, or of study/NAME.yaml in the folder of --config-dir; or FILE.yaml"
+    )
+    command: str = option("python scripts/study.py", "how this study is run; study= sets it")
+    config_dir: str | None = option(None, "the folder of --config-dir; study= sets it")
     seeds: list[int] = option(lambda: [1], "seeds of every student, as seeds=1,2,3")
     experiments: list[str] | None = option(
         None, "experiments to run; null: zero_shot, gold_only, weak_only, combined, and ceiling if the study has one"
@@ -67,13 +72,24 @@ class StudyConfig:
     label_curve: list[int] = option(
         list, "sizes of gold sets cut from the ceiling's text, trained on alone: how many labels the teacher is worth"
     )
-    overrides: list[str] = option(list, "options of scripts/train.py for every student; give them directly")
-    launcher: str | None = option(None, "Hydra launcher of the students, such as submitit_slurm; null: one by one here")
+    overrides: list[str] = option(list, "filled with the options of scripts/train.py that are given: for every student")
+    hydra_launcher: str | None = option(
+        None, "Hydra launcher of the students, such as submitit_slurm; null: one by one in this process"
+    )
     probe_seconds: float = option(20.0, "seconds to measure the speed of this machine for the estimate; 0: no estimate")
     dry_run: bool = option(False, "print the plan and its cost, and run nothing")
 
 
-ROOTS: dict[str, type] = {**schema.ROOTS, "study": StudyConfig}
+ROOTS: dict[str, type] = {
+    "capture": CaptureConfig,
+    "import": schema.ImportConfig,
+    "train": TrainConfig,
+    "evaluate": schema.EvaluateConfig,
+    "report": schema.ReportConfig,
+    "audit": schema.AuditConfig,
+    "study": StudyConfig,
+}
+"""The options of each command."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +98,10 @@ class Study:
 
     name: str
     path: Path
+    given: str
+    """As it was named on the command line."""
+    config_dir: str | None
+    """The folder of --config-dir."""
     content: dict[str, Any]
     """As it stands in the file: the options of `StudyFile` that it gives."""
     file: StudyFile
@@ -93,12 +113,18 @@ class Study:
         return self.file.teacher_labels is not None
 
     @property
+    def command(self) -> str:
+        """How it is run: the beginning of each command that a report recommends."""
+        place = "" if self.config_dir is None else f" --config-dir {shlex.quote(self.config_dir)}"
+        return f"python scripts/study.py study={shlex.quote(self.given)}{place}"
+
+    @property
     def report_dir(self) -> str:
         """Where its report is written."""
         return self.file.report_dir or f"{self.file.runs_dir}/report"
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, *, given: str | None = None, config_dir: str | None = None) -> Study:
     """Read and check a study's file; InputError where an option does not exist or a value is of another kind."""
     try:
         content = yaml.safe_load(path.read_text()) or {}
@@ -120,7 +146,14 @@ def read_study(path: Path) -> Study:
     assert isinstance(typed, StudyFile)
     for where, given, root in _free_options(content):
         _check_names(path, where, given, root)
-    return Study(name=path.stem, path=path, content=content | texts, file=typed)
+    return Study(
+        name=path.stem,
+        path=path,
+        given=path.stem if given is None else given,
+        config_dir=config_dir,
+        content=content | texts,
+        file=typed,
+    )
 
 
 def _free_options(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], type]]:
@@ -140,82 +173,6 @@ def _check_names(path: Path, where: str, given: Mapping[str, Any], root: type) -
             raise InputError(f"{path}: {where}: expected the name of an option, found {name!r}{hint}")
 
 
-# ------------------------------------------------------------------------------------------- layers
-
-
-def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
-    """The options that each command takes from a study, by the command's name; empty without one."""
-    if study is None:
-        return {root: {} for root in ROOTS}
-    content, file = study.content, study.file
-    teacher = _complete(ModelConfig, content["teacher"])
-    if study.trains_teacher:
-        kept = {name: teacher[name] for name in ("dtype", "attention", "trust_remote_code")}
-        teacher = _complete(ModelConfig, kept | {"path": f"{file.runs_dir}/teacher-*/model"})
-    test = content.get("test")
-    train = {
-        "study": study.name,
-        "runs_dir": file.runs_dir,
-        "student": _complete(StudentConfig, content["student"]),
-        "window": file.window,
-        "dev": content.get("dev"),
-        "test": test,
-    }
-    if file.more_tests:
-        train |= {"more_tests": content["more_tests"], "out_of_domain": file.out_of_domain}
-    capture = {"name": study.name, "caches_dir": file.caches_dir, "teacher": teacher, "corpus": content["corpus"]}
-    return {
-        "train": _nested(train | _one_length(content.get("train", {}))),
-        "capture": _nested(capture | {"window": file.window} | content.get("capture", {})),
-        "evaluate": {} if test is None else {"text": test},
-        "audit": {"cache": f"{file.caches_dir}/{study.name}-*", "teacher": teacher},
-        "report": {"study": study.name, "runs": [f"{file.runs_dir}/*"], "out": study.report_dir},
-        "import": {"caches_dir": file.caches_dir},
-        "study": {"study": study.name},
-    }
-
-
-def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
-    """The options of scripts/train.py that each experiment takes from a study; empty without one."""
-    names = ("teacher", "teacher_as_is", *STUDENTS)
-    if study is None:
-        return {name: {} for name in names}
-    content, runs_dir, cache = study.content, study.file.runs_dir, f"{study.file.caches_dir}/{study.name}-*"
-    teacher = _complete(ModelConfig, content["teacher"])
-    reads = {
-        "teacher": {"student": teacher, "gold": content.get("teacher_labels")},
-        "teacher_as_is": {"student": teacher},
-        "zero_shot": {},
-        "few_shot": {"scoring.few_shot_from": content.get("gold")},
-        "gold_only": {"gold": content.get("gold")},
-        "weak_only": {"cache": cache},
-        "combined": {"gold": content.get("gold"), "cache": cache},
-        "ceiling": {"gold": content.get("ceiling")},
-    }
-    reads |= {control: reads["combined"] for control in ("shuffled", "smoothed")}
-    scored = {
-        "scoring.teacher_predictions": f"{runs_dir}/teacher-*/predictions-test.parquet",
-    }
-    own = content.get("experiments", {})
-    own = {control: own.get("combined", {}) for control in ("shuffled", "smoothed")} | own
-    return {
-        name: _nested(
-            {key: value for key, value in reads[name].items() if value is not None}
-            | (scored if name in STUDENTS else {})
-            | _one_length(own.get(name, {}))
-        )
-        for name in names
-    }
-
-
-def without_groups(layer: dict[str, Any], groups: set[str]) -> dict[str, Any]:
-    """A layer without what a group says that was chosen on the command line: loss, deepspeed, adapter."""
-    kept = {name: value for name, value in layer.items() if name not in groups}
-    if "adapter" in groups and "student" in kept:
-        kept["student"] = {name: value for name, value in kept["student"].items() if name != "adapter"}
-    return kept
-
-
 def flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options by their dotted names; a dictionary without keys is a value."""
     found: dict[str, Any] = {}
@@ -223,30 +180,3 @@ def flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         is_nested = isinstance(value, Mapping) and value
         found |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
     return found
-
-
-def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse: dotted names as nested dictionaries; the later of two wins."""
-    found: dict[str, Any] = {}
-    for name, value in flat(given).items():
-        *parents, last = name.split(".")
-        place = found
-        for parent in parents:
-            if not isinstance(place.get(parent), dict):
-                place[parent] = {}
-            place = place[parent]
-        place[last] = value
-    return found
-
-
-def _complete(schema_of: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a model: those not given are as by default, whatever another layer says."""
-    defaults = OmegaConf.to_container(OmegaConf.structured(schema_of), enum_to_str=True)
-    assert isinstance(defaults, dict)
-    return {str(name): value for name, value in defaults.items()} | dict(given)
-
-
-def _one_length(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `steps` and `epochs` the one that is given replaces the other one of an experiment."""
-    other = {"steps": "epochs", "epochs": "steps"}
-    return {other[name]: None for name in other if given.get(name) is not None and other[name] not in given} | dict(given)

@@ -10,12 +10,13 @@ import dataclasses
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -189,13 +190,24 @@ def run_lock(paths: RunPaths) -> Iterator[int]:
                         f"{paths.folder}: expected a free run folder, found {paths.lock.name} held by another "
                         f"process for {LOCK_WAIT_SECONDS:.0f} s; wait for that run or stop it"
                     ) from None
-                log.info("%s: the run folder is locked by another process; waiting", paths.folder)
+                log.info("%s: %s; waiting", paths.folder, paths.lock.read_text().partition("\n")[0] or "locked")
                 time.sleep(2.0)
             except OSError as error:  # such as ENOLCK or ENOSYS of a network file system
                 raise InputError(
                     f"{paths.lock}: expected a file system with locks, found {error.strerror}; choose another runs_dir"
                 ) from error
-        yield file.fileno()
+        try:
+            _write_lock(file, f"locked by process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
+            yield file.fileno()
+        finally:
+            _write_lock(file, f"free since {time.ctime()}")
+
+
+def _write_lock(file: TextIO, state: str) -> None:
+    """What a lock file holds: its state, for people to read; only the lock of the operating system counts."""
+    file.truncate(0)
+    file.write(f"{state}\nTwo commands must not train the same run: the one that locks this file (flock) trains it.\n")
+    file.flush()
 
 
 def sweep_objective(paths: RunPaths) -> float | None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.cli import CONF_DIR, check_override_names, help_text
+from pipeline.config.groups import CONF_DIR
+from pipeline.config.help import help_text
 from pipeline.config.options import identity_options, load_config, options, save_config
+from pipeline.config.overrides import check_override_names
 from pipeline.config.schema import TrainConfig
 from pipeline.config.study import ROOTS
 from pipeline.config.validate import check_capture

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pipeline.config.cli import CONF_DIR, chosen_groups, register, take_study
+from pipeline.config.compose import chosen_groups, register, take_study
+from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import save_config, to_typed
 from pipeline.config.schema import (
     CaptureConfig,
