@@ -180,3 +180,32 @@ def flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         is_nested = isinstance(value, Mapping) and value
         found |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
     return found
+
+
+# -------------------------------------------------------------------------------------------------------------- init
+
+
+@dataclass
+class InitConfig:
+    """Options of `scripts/study.py init`; texts are files, folders or globs, several with commas between them."""
+
+    name: str = option(MISSING, "name of the study, and of its file")
+    teacher: str = option(MISSING, "the weak model: a folder in Hugging Face layout, or a hub name")
+    student: str = option(MISSING, "the strong model, before training: a folder or a hub name")
+    corpus: str = option(MISSING, "unlabeled records, which the teacher labels")
+    gold: str | None = option(None, "the small trusted text: labeled records that train the student")
+    test: str | None = option(None, "labeled records, held out for the reported scores")
+    dev: str | None = option(None, "labeled records, held out for decisions; null: none")
+    labeled: str | None = option(None, "in place of gold, dev and test: labeled records to be cut into the three")
+    teacher_labels: str | None = option(None, "labeled records that train the teacher; null: it is ready-made")
+    ceiling: str | None = option(None, "the corpus with its true labels, or as many of its kind; null: no ceiling")
+    teacher_num_layers: int | None = option(None, "keep only this many first layers of the teacher; null: all")
+    prompt_column: str | None = option(None, "column of the prompt; null: found by its name")
+    completion_column: str | None = option(None, "column of the label or completion; null: found by its name")
+    window: int | None = option(None, "longest sequence, in tokens; null: found from the records")
+    gold_records: int | None = option(None, "labeled: this many records of it become gold; null: 35 %")
+    seed: int = option(0, "labeled: seed of the cut")
+    allow_shared_records: bool = option(False, "accept records that two of the texts have in common")
+    folder: str | None = option(
+        None, "folder of the study's file, called study; null: conf/study where it exists, else study"
+    )
