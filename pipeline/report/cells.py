@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.analysis.values import ArmFigures, Comparison, Interval, LabelSaving, TextFigures
 from pipeline.report.arms import short_name, shown
+from pipeline.report.main_arms import first_of
 
 METRIC_HEADS = {"accuracy": "accuracy %", "exact_match": "exact match %", "-nll": "perplexity"}
 
@@ -154,11 +155,6 @@ def _is_informative(column: Column) -> bool:
 # ---------------------------------------------------------------------------------------- sentences
 
 
-def main_arm(text: TextFigures, role: str) -> ArmFigures | None:
-    """The figures of the arm that conclusions on a role rest on."""
-    return next((figures for figures in text.arms if figures.arm.role == role and figures.arm.is_main), None)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
     """The paired differences of one arm, in parts that a terminal aligns."""
@@ -172,7 +168,7 @@ class Paired:
 def paired_differences(text: TextFigures) -> Iterator[Paired]:
     """Of combined to all other roles, of weak_only to the floor and the teacher."""
     for role, others in (("combined", None), ("weak_only", ("gold_only", "teacher"))):
-        figures = main_arm(text, role)
+        figures = first_of(text, role)
         found = () if figures is None else figures.comparisons
         rows = tuple(_paired_row(role, one, text.metric) for one in found if others is None or one.against in others)
         if figures is not None and rows:
@@ -193,7 +189,7 @@ def seeds(figures: ArmFigures) -> str:
 
 def conclusions(text: TextFigures, saving: LabelSaving | None = None) -> Iterator[str]:
     """What follows from a text's figures beside the paired differences, one sentence each."""
-    figures = main_arm(text, "combined") or main_arm(text, "weak_only")
+    figures = first_of(text, "combined", "weak_only")
     if figures is not None:
         yield from _student_lines(figures)
     if saving is not None:

@@ -28,11 +28,11 @@ class Study:
     """The main test text first."""
 
 
-def read_study(patterns: Sequence[str], *, name: str | None = None, command: str | None = None) -> Study:
+def read_study(patterns: Sequence[str], *, command: str, name: str | None = None) -> Study:
     """Read run folders, or globs of them, and compute all figures.
 
-    `name`: of the study; None: as the runs have it, else their folder's. `command`: how the study is run; None: by
-    that name. InputError where there is no finished run, or where runs cannot be compared.
+    `command`: how the study is run. `name`: of the study; None: as the runs have it, else their folder's. InputError
+    where there is no finished run, or where runs cannot be compared.
     """
     runs = read_runs(patterns)
     arms = group_arms(runs, gold_sizes(runs))
@@ -55,7 +55,7 @@ def read_study(patterns: Sequence[str], *, name: str | None = None, command: str
         cache=cache,
         counts=diagram_counts(arms, cache),
         provenance=provenance(arms),
-        command=command or "python scripts/study.py" + (f" study={given}" if given else ""),
+        command=command,
     )
     return Study(figures=figures, arms=tuple(arms), texts=tuple(texts))
 
