@@ -10,6 +10,8 @@ from pipeline.analysis.values import ArmFigures, Comparison, Interval, LabelSavi
 from pipeline.report.arms import short_name, shown
 from pipeline.report.main_arms import first_of
 
+MAIN = " *"
+"""Marks the arm of a role with several on which conclusions rest."""
 METRIC_HEADS = {"accuracy": "accuracy %", "exact_match": "exact match %", "-nll": "perplexity"}
 
 
@@ -117,8 +119,10 @@ def row_names(arms: Sequence[ArmFigures]) -> list[str]:
     bases = [_base(figures) for figures in arms]
     options = [repr(sorted(figures.arm.differing.items(), key=str)) for figures in arms]
     rows = list(zip(bases, options, strict=True))
+    roles = [figures.arm.role for figures in arms]
     return [
-        base if rows.count(row) == 1 else figures.arm.label
+        (base if rows.count(row) == 1 else figures.arm.label)
+        + MAIN * (figures.arm.is_main and roles.count(figures.arm.role) > 1)
         for base, row, figures in zip(bases, rows, arms, strict=True)
     ]
 

@@ -140,12 +140,8 @@ def probabilities(log_probs: pl.Series) -> np.ndarray:
 
 
 def held_out(text: TextPredictions, records: Mapping[bytes, Record]) -> HeldOut:
-    """What is known of the records, in the order of the predictions; classes and lengths only of those found again."""
-    found = [records.get(key) for key in text.keys]
-    is_complete = all(record is not None for record in found)
-    if records and not is_complete:
-        log.warning("%s: some of its records cannot be found again: no classes and lengths", text.name)
-    known = [record for record in found if record is not None] if is_complete else []
+    """What is known of the records, in the order of the predictions; without `records` no classes and lengths."""
+    known = [records[key] for key in text.keys] if records else []
     answer_M = None
     if text.metric == "accuracy":
         answer_M = next(iter(text.tables.values()))["answer"].to_numpy().astype(np.int64)

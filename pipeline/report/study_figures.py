@@ -38,10 +38,8 @@ def read_study(patterns: Sequence[str], *, command: str, name: str | None = None
     arms = group_arms(runs, gold_sizes(runs))
     further = further_texts(runs)
     texts = [read_predictions(arms), *(read_predictions(arms, text) for text in further)]
-    records = held_out_records(runs)
-    found = [_figures(texts[0], held_out(texts[0], records))]
-    for text in texts[1:]:
-        found.append(_figures(text, held_out(text, held_out_records(runs, text.name))))
+    records = [held_out_records(runs, text.name, text.keys) for text in texts]
+    found = [_figures(text, held_out(text, of_text)) for text, of_text in zip(texts, records, strict=True)]
     training = tuple(curves for of_arm in arms if (curves := training_of(of_arm)) is not None)
     cache = cache_figures(arms, training)
     given = runs[0].config.get("study") if name is None else name
@@ -51,7 +49,7 @@ def read_study(patterns: Sequence[str], *, command: str, name: str | None = None
         more=tuple(found[1:]),
         training=training,
         label_saving=None,
-        examples=find_examples(arms, texts[0], records),
+        examples=find_examples(arms, texts[0], records[0]),
         cache=cache,
         counts=diagram_counts(arms, cache),
         provenance=provenance(arms),

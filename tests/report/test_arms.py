@@ -151,6 +151,8 @@ def test_labels_name_what_differs_and_are_unique() -> None:
     runs += [make_run("other", name=name) for name in ("mine", "yours")] + [make_run("teacher")]
     arms = by_label(runs)
     assert len(arms) == 7
+    without = by_label([make_run("combined", kd=kd) for kd in (0.0, 1.0)])
+    assert set(without) == {"combined kd 0", "combined kd 1"}  # not each option that weight 0 leaves unread
     assert "combined kd 0.3 lr 1e-05" in arms
     assert dict(arms["combined kd 0.3 lr 1e-05"].arm.differing) == {
         "loss.kd.weight": 0.3,

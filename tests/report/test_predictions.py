@@ -10,15 +10,21 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.core.types import InputError
+from pipeline.config.options import identity_options, save_config
+from pipeline.config.schema import StudentConfig, TextConfig, TrainConfig
+from pipeline.core.types import InputError, Record
+from pipeline.data.records import read_records
+from pipeline.data.text_files import open_text
+from pipeline.evaluation.requests import record_key
 from pipeline.report.arms import ArmRuns, group_arms
 from pipeline.report.curves import MAX_PARSED, MAX_POINTS, mean_curves, read_rows, training_of
 from pipeline.report.examples import EXAMPLES_PER_KIND, MAX_CHARACTERS, find_examples, shortened
-from pipeline.report.predictions import held_out, probabilities, read_predictions
+from pipeline.report.predictions import TextPredictions, held_out, probabilities, read_predictions
 from pipeline.report.records import gold_sizes, held_out_records
 from pipeline.report.runs import read_runs
 from support.run_folders import StudyFolder, write_study
 from support.simulated_study import TrueArm, simulate, study_of
+from support.tiny import make_model, make_tokenizer, write_lines
 
 STUDENTS = (
     TrueArm(role="gold_only", accuracy=0.76, imitation=0.12, kd_weight=0.0, gold_fraction=1.0, num_gold=50, seeds=2),
@@ -45,6 +51,10 @@ def arms_of(study: StudyFolder) -> list[ArmRuns]:
     return group_arms(runs, gold_sizes(runs))
 
 
+def records_of(study: StudyFolder, found: TextPredictions) -> dict[bytes, Record]:
+    return held_out_records(read_runs(study.runs), found.name, found.keys)
+
+
 def rewrite(study: StudyFolder, name: str, change: object) -> None:
     path = next(study.folder.glob(f"runs/{name}-*/predictions-test.parquet"))
     change(pl.read_parquet(path)).write_parquet(path)  # type: ignore[operator]
@@ -54,7 +64,7 @@ def test_what_was_simulated_is_what_is_read(study: StudyFolder) -> None:
     simulated, text = simulate(study_of(STUDENTS, num_records=NUM_RECORDS), seed=1)
     found = read_predictions(arms_of(study))
     assert found.metric == "accuracy"
-    of_text = held_out(found, held_out_records(read_runs(study.runs)))
+    of_text = held_out(found, records_of(study, found))
     assert of_text.answer_M is not None
     assert of_text.class_M is not None
     assert of_text.length_M is not None
@@ -130,7 +140,7 @@ def test_texts_without_choices(tmp_path: Path, metric: str) -> None:
         expected = [-score["nll"] if metric == "-nll" else score["exact_match"] for score in scores]
         np.testing.assert_allclose(predictions.credit_RM.sum(axis=1) / predictions.weight_M.sum(), expected)
         assert predictions.predicted_RM is None
-    examples = find_examples(arms, found, held_out_records(read_runs(folder.runs)))
+    examples = find_examples(arms, found, records_of(folder, found))
     assert bool(examples) == (metric == "exact_match")
     assert all(e.answers["teacher"] == e.answers["combined"] for e in examples if e.kind == "copied")
     assert all(e.answers["combined"] == e.truth for e in examples if e.kind == "corrected")
@@ -145,25 +155,52 @@ def test_texts_that_have_changed_are_not_taken_for_those_scored(
     simulated, text = simulate(study_of(STUDENTS, num_records=20), seed=2)
     folder = write_study(tmp_path, simulated, text, steps=2)
     runs = read_runs(folder.runs)
-    assert len(held_out_records(runs)) == 20
+    found = read_predictions(arms_of(folder))
+    assert len(records_of(folder, found)) == 20
     assert gold_sizes(runs) == {run.inputs["gold"]: 900 if run.role == "teacher" else 50 for run in runs}
-    for path in (tmp_path / "data").glob("*.jsonl"):
-        path.write_text(path.read_text() + '{"prompt": "new", "completion": " class 1", "choices": ["a", "b"]}\n')
-    assert held_out_records(runs) == {}
-    assert gold_sizes(runs) == {}
-    assert caplog.text.count("expected the files that were scored, found others") == 1  # not once for each run
+    test, *_ = lines = folder.texts["test"].read_text().splitlines(keepends=True)
+    folder.texts["test"].write_text("".join([*lines, test.replace("record 0", "new record")]))
+    assert len(records_of(folder, found)) == 21  # all that were scored are there
+    folder.texts["test"].write_text("".join([*lines[1:], test.replace("record 0", "new record")]))
+    assert records_of(folder, found) == {}
+    assert caplog.text.count("found 1 of 20 missing or changed") == 1  # not once for each run
     folder.texts["test"].unlink()
-    assert held_out_records(runs) == {}
-    found = read_predictions(group_arms(runs, {}))
+    assert records_of(folder, found) == {}
     of_text = held_out(found, {})
     assert of_text.class_M is None
     assert of_text.length_M is None
     assert of_text.answer_M is not None  # of the predictions
+    for path in (tmp_path / "data").glob("gold*.jsonl"):
+        path.write_text(path.read_text() + '{"prompt": "new", "completion": " class 1"}\n')
+    assert gold_sizes(runs) == {}
+
+
+def test_records_of_chats_are_read_as_they_were_scored(tmp_path: Path) -> None:
+    """Their prompt is what the template of the run's tokenizer writes."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"which class has {m}?"}], "choices": ["one", "two"], "answer": m % 2}
+        for m in range(4)
+    ]
+    text = TextConfig(files=[str(write_lines(tmp_path / "chats.jsonl", rows))])
+    tokenizer = make_tokenizer()
+    model = make_model(tmp_path / "model", tokenizer, seed=1)
+    keys = [record_key(record) for record in read_records(open_text(text, "test"), tokenizer)]
+    folder = tmp_path / "runs" / "combined"
+    folder.mkdir(parents=True)
+    student = StudentConfig(path=str(model))
+    save_config(TrainConfig(name="combined", gold_fraction=1.0, student=student, test=text), folder / "config.yaml")
+    identity = {"options": identity_options(TrainConfig(steps=1)), "test": "hash"}
+    (folder / "identity.json").write_text(json.dumps(identity))
+    (folder / "result.json").write_text(json.dumps({"test": {"accuracy": 1.0}}))
+    records = held_out_records(read_runs([str(folder)]), "test", keys)
+    assert list(records) == keys
+    assert records[keys[0]].prompt == "<user>which class has 0?</><assistant>"
 
 
 def test_examples_are_of_their_kind(study: StudyFolder) -> None:
     arms = arms_of(study)
-    examples = find_examples(arms, read_predictions(arms), held_out_records(read_runs(study.runs)))
+    found = read_predictions(arms)
+    examples = find_examples(arms, found, records_of(study, found))
     kinds = [example.kind for example in examples]
     assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(("copied", "corrected", "damaged"), 5)
     assert len({example.prompt for example in examples}) == 3 * EXAMPLES_PER_KIND
