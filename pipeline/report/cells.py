@@ -31,11 +31,12 @@ class Column:
 
 
 def bounds(interval: Interval, form: str, *, scale: float = 1.0) -> str:
-    """0.874 [0.861, 0.887] in a format such as ".3f", all multiplied by `scale`; without bounds the value alone."""
+    """0.874 [0.861, 0.887] in a format such as ".3f", all multiplied by `scale`; a bound that is not known is a "?"."""
     value = format(scale * interval.value, form)
-    if interval.low is None or interval.high is None:
+    if interval.low is None and interval.high is None:
         return value
-    return f"{value} [{scale * interval.low:{form}}, {scale * interval.high:{form}}]"
+    low, high = ("?" if end is None else format(scale * end, form) for end in (interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
 
 
 def score_text(score: Interval, metric: str) -> str:

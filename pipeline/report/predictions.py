@@ -125,6 +125,15 @@ def arm_predictions(of_arm: ArmRuns, tables: Mapping[Path, pl.DataFrame], metric
     )
 
 
+def mean_nll(of_arm: ArmRuns, tables: Mapping[Path, pl.DataFrame]) -> float | None:
+    """Mean negative log-likelihood per known target in nats, mean over seeds; None without targets."""
+    rows = [tables[run.folder] for run in of_arm.runs]
+    num_targets = _stacked(rows, "num_targets").sum(axis=1)
+    if not num_targets.all():
+        return None
+    return float((_stacked(rows, "nll_sum").sum(axis=1) / num_targets).mean())
+
+
 def _stacked(tables: Sequence[pl.DataFrame], column: str) -> np.ndarray:
     return np.stack([table[column].cast(pl.Float64).to_numpy() for table in tables])
 
