@@ -81,7 +81,9 @@ def _mass_at_k(figures: dict[str, Any]) -> Any:
     )
     value_texts = base.mark_text(dy=-12, color=LIGHT["text"], fontSize=11).encode(text=alt.Text("mass:Q", format=".0%"))
     chart = (
-        base.mark_line(color=LIGHT["amber"], strokeWidth=2.5) + base.mark_circle(color=LIGHT["amber"], size=50, opacity=1) + value_texts
+        base.mark_line(color=LIGHT["amber"], strokeWidth=2.5)
+        + base.mark_circle(color=LIGHT["amber"], size=50, opacity=1)
+        + value_texts
     )
     return _panel(chart, "Retained mass at a smaller k", "Mean probability of the first k entries")
 

@@ -261,7 +261,9 @@ class AdaptiveWeightConfig:
 
 @dataclass
 class KdConfig:
-    weight: float = option(1.0, "weight of the distillation term (lambda of Xiao & Zhu, eq. 4.13)")
+    weight: float = option(
+        1.0, "weight of the distillation term (lambda of Xiao & Zhu, Foundations of Large Language Models, eq. 4.13)"
+    )
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(
         lambda: [Source.corpus], "texts whose positions it reads, where they carry a captured distribution"
@@ -480,7 +482,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "keep only each layer's input and recompute the rest in the backward", result=False
     )
-    steps: int | None = option(None, "optimizer steps; give this or epochs")
+    steps: int | None = option(
+        None, "optimizer steps; give this or epochs; 0: no training, the student is scored as it is"
+    )
     epochs: float | None = option(
         None, "passes over the corpus, all caches at once (over gold where gold_fraction is 1)"
     )

@@ -58,17 +58,23 @@ def _columns(text: TextFigures) -> list[Column]:
         *(_comparison(role, scale) for role in ("gold_only", "weak_only", "teacher", "zero_shot")),
         Column(title="PGR", cell=_pgr),
         Column(title="Imitation", cell=lambda f: f.imitation and _interval(f.imitation.imitation)),
-        Column(title="Excess imitation", cell=lambda f: f.imitation and _difference(f.imitation.excess, numbers.PERCENT)),
+        Column(
+            title="Excess imitation", cell=lambda f: f.imitation and _difference(f.imitation.excess, numbers.PERCENT)
+        ),
         Column(title="Correction", cell=lambda f: f.imitation and _interval(f.imitation.correction)),
         Column(title="Damage", cell=lambda f: f.imitation and _interval(f.imitation.damage)),
         Column(title="Agreement", cell=lambda f: f.imitation and _interval(f.imitation.agreement)),
-        Column(title="Nll", cell=lambda f: None if f.nll is None else Cell(text=numbers.decimal(f.nll, 3), value=f.nll)),
+        Column(
+            title="Nll", cell=lambda f: None if f.nll is None else Cell(text=numbers.decimal(f.nll, 3), value=f.nll)
+        ),
         Column(title="ECE", cell=lambda f: f.calibration and _rate(f.calibration.ece)),
         Column(title="Ties", cell=lambda f: _number(f.num_ties) if f.num_ties else None),
         Column(title="LM weight", cell=lambda f: _number(f.arm.lm_weight), is_setting=True),
         Column(title="Gold fraction", cell=lambda f: _number(f.arm.gold_fraction), is_setting=True),
         Column(title="Gold records", cell=lambda f: _number(f.arm.num_gold), is_setting=True),
-        Column(title="Control", cell=lambda f: None if f.arm.control == "none" else _text_cell(f.arm.control), is_text=True),
+        Column(
+            title="Control", cell=lambda f: None if f.arm.control == "none" else _text_cell(f.arm.control), is_text=True
+        ),
         Column(title="Seeds", cell=lambda f: _number(len(f.arm.seeds)), is_setting=True),
     ]
 
@@ -93,9 +99,7 @@ def _comparison(role: str, scale: numbers.Scale) -> Column:
 
 
 def _interval(interval: Interval, scale: numbers.Scale = numbers.PERCENT) -> Cell:
-    return Cell(
-        text=numbers.score(interval.value, scale), value=interval.value, note=numbers.bounds(interval, scale)
-    )
+    return Cell(text=numbers.score(interval.value, scale), value=interval.value, note=numbers.bounds(interval, scale))
 
 
 def _difference(interval: Interval | None, scale: numbers.Scale) -> Cell | None:
@@ -130,7 +134,9 @@ def _is_shown(cells: Sequence[Cell | None], column: Column) -> bool:
 
 def _head(title: str, is_text: bool) -> Html:
     arrow = tag("span", class_="arrow", aria_hidden="true")
-    button = tag("button", tag("span", title[:1].upper() + title[1:] if title in LOWERED else title), arrow, type="button")
+    button = tag(
+        "button", tag("span", title[:1].upper() + title[1:] if title in LOWERED else title), arrow, type="button"
+    )
     return tag("th", button, scope="col", aria_sort="none", class_="text" if is_text else None)
 
 
@@ -157,7 +163,9 @@ def _controls(arms: Sequence[ArmFigures]) -> Html:
     options += [tag("option", numbers.ROLES[role], value=role) for role in roles]
     return tag(
         "div",
-        tag("label", tag("span", "Search"), tag("input", type="search", id="arm-search", placeholder="label or option")),
+        tag(
+            "label", tag("span", "Search"), tag("input", type="search", id="arm-search", placeholder="label or option")
+        ),
         tag("label", tag("span", "Role"), tag("select", *options, id="arm-role")),
         tag("output", f"{len(arms)} of {len(arms)} arms", id="arm-count", aria_live="polite"),
         class_="controls",

@@ -135,7 +135,15 @@ def tall(study: StudyFigures) -> str:
         Box(x=169, y=228, width=158, height=100, title="Gold set", lines=text["gold"], color=LM),
         Box(x=169, y=386, width=158, height=72, title="LM term", lines=text["lm"], color=LM),
         Box(x=84, y=508, width=160, height=90, title="Student (strong)", lines=text["student"], color=LIGHT["text"]),
-        Box(x=1, y=652, width=326, height=58, title="Combined loss", lines=(" ".join(text["loss"]),), color=LIGHT["text"]),
+        Box(
+            x=1,
+            y=652,
+            width=326,
+            height=58,
+            title="Combined loss",
+            lines=(" ".join(text["loss"]),),
+            color=LIGHT["text"],
+        ),
     )
     edges = (
         Edge(points=((80, 68), (80, 96)), color=KD),

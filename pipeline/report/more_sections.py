@@ -31,7 +31,11 @@ def cache(study: StudyFigures, drawings: Sequence[Drawing]) -> Section:
         "bytes": "size",
     }
     facts = [(sizes[key], _value(key, study.cache[key])) for key in sizes if study.cache.get(key) is not None]
-    shown = tag("dl", *(join((tag("dt", name), tag("dd", value))) for name, value in facts), class_="facts") if facts else None
+    shown = (
+        tag("dl", *(join((tag("dt", name), tag("dd", value))) for name, value in facts), class_="facts")
+        if facts
+        else None
+    )
     body = tag("div", *map(figure, drawings), shown, class_="beside") if drawings else None
     return Section(id="cache", title="The teacher's cache", body=body)
 
@@ -66,7 +70,11 @@ def _text_row(text: TextFigures, roles: Sequence[str]) -> Html:
     cells = []
     for role in roles:
         score = arms[role].score if role in arms else None
-        shown = None if score is None else join((numbers.score(score.value, scale), " ", _small(numbers.bounds(score, scale))))
+        shown = (
+            None
+            if score is None
+            else join((numbers.score(score.value, scale), " ", _small(numbers.bounds(score, scale))))
+        )
         cells.append(tag("td", shown))
     name = tag("th", text.name, " ", mark, " ", _small(f"{text.num_records:,} records"), scope="row")
     return tag("tr", name, *cells)

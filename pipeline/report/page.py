@@ -156,4 +156,3 @@ def _palette() -> str:
 
 def _variables(palette: dict[str, str]) -> str:
     return ";".join(f"--{name}:{color}" for name, color in palette.items())
-

@@ -28,7 +28,9 @@ def calibration(text: TextFigures) -> list[Drawing]:
             drawings.append(_reliability(f"calibration-{role}", title, figures.calibration, COLORS[role]))
         if role == "combined" and figures.teacher_calibration is not None:
             title = "Combined, against the teacher's choice"
-            drawings.append(_reliability(f"calibration-{role}-teacher", title, figures.teacher_calibration, LIGHT["blue"]))
+            drawings.append(
+                _reliability(f"calibration-{role}-teacher", title, figures.teacher_calibration, LIGHT["blue"])
+            )
     return drawings
 
 
@@ -135,7 +137,12 @@ def _slice_chart(rows: Sequence[dict[str, Any]], role: str, metric: str, plot: P
     limits = domain(ends, margin=0.03)
     if metric != "-nll":
         limits = [max(limits[0], 0.0), min(limits[1], 1.0)]
-    y = alt.Y("label:N", title=None, sort=None, axis=alt.Axis(labelColor=LIGHT["text"], labelLimit=180 if plot.width > WIDE else 128))
+    y = alt.Y(
+        "label:N",
+        title=None,
+        sort=None,
+        axis=alt.Axis(labelColor=LIGHT["text"], labelLimit=180 if plot.width > WIDE else 128),
+    )
     x = alt.X(
         "score:Q",
         title=scale.title,

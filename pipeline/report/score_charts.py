@@ -187,7 +187,9 @@ def _difference_chart(figures: ArmFigures, metric: str, plot: Plot) -> Any:
         row["shown"] = row["value_text"] if plot.width < WIDE else f"{row['value_text']}  {row['bounds']}"
     unit = "nats" if metric == "-nll" else "points"
     axis = alt.Axis(tickCount=6 if plot.width >= WIDE else 3, format="+~f", title=unit)
-    y = alt.Y("label:N", title=None, sort=None, axis=alt.Axis(labelColor=LIGHT["text"], labelLimit=150, labelFontSize=12))
+    y = alt.Y(
+        "label:N", title=None, sort=None, axis=alt.Axis(labelColor=LIGHT["text"], labelLimit=150, labelFontSize=12)
+    )
     x = alt.X("value:Q", scale=alt.Scale(domain=limits, nice=False), axis=axis)
     inside, outside = (data([row for row in rows if row["is_outside"] == which]) for which in (False, True))
     color = COLORS[figures.arm.role]
@@ -252,7 +254,12 @@ def _saving_chart(saving: LabelSaving, combined: ArmFigures | None, metric: str,
     ends = [min(saving.sizes) / 1.2, max(saving.sizes) * 1.2]
     ticks = alt.Axis(values=list(saving.sizes), grid=False, format=",d", labelOverlap="greedy")
     x = alt.X("x:Q", title="gold records", scale=alt.Scale(type="log", domain=ends, nice=False), axis=ticks)
-    y = alt.Y("y:Q", title=None, scale=alt.Scale(domain=y_domain, nice=False, zero=False), axis=alt.Axis(format=scale.axis_format, tickCount=5))
+    y = alt.Y(
+        "y:Q",
+        title=None,
+        scale=alt.Scale(domain=y_domain, nice=False, zero=False),
+        axis=alt.Axis(format=scale.axis_format, tickCount=5),
+    )
     base = data(rows).encode(x=x, y=y, description="text:N")
     amber = COLORS["gold_only"]
     layers = [
@@ -263,7 +270,10 @@ def _saving_chart(saving: LabelSaving, combined: ArmFigures | None, metric: str,
     names = [{"y": rows[-1]["y"], "label": "gold only", "color": amber}]
     for row in goal:
         rule = data(goal).mark_rule(color=COLORS["combined"], strokeDash=[5, 4], strokeWidth=1.4, aria=False)
-        layers += [rule.encode(y=y), data(goal).mark_point(color=COLORS["combined"], filled=True, size=70).encode(x=x, y=y)]
+        layers += [
+            rule.encode(y=y),
+            data(goal).mark_point(color=COLORS["combined"], filled=True, size=70).encode(x=x, y=y),
+        ]
         names.append({"y": row["y"], "label": "combined", "color": COLORS["combined"]})
     if goal and saving.equivalent is not None:
         reached = [{"x": min(max(saving.equivalent.value, ends[0]), ends[1])}]
@@ -271,4 +281,3 @@ def _saving_chart(saving: LabelSaving, combined: ArmFigures | None, metric: str,
         layers.append(mark.encode(x=x))
     layers.append(labels_at_end(names, x=ends[1], scale=y_domain, height=plot.height))
     return alt.layer(*layers).properties(width=plot.width, height=plot.height)
-

@@ -69,9 +69,19 @@ def verdict_card(verdict: Verdict) -> Html:
         tag("div", tag("h3", "What to do"), tag("p", verdict.action)),
         class_="columns",
     )
-    evidence = tag("ul", *(tag("li", line) for line in verdict.evidence), class_="evidence") if verdict.evidence else None
+    evidence = (
+        tag("ul", *(tag("li", line) for line in verdict.evidence), class_="evidence") if verdict.evidence else None
+    )
     next_command = join((tag("h3", "Next"), command(verdict.command))) if verdict.command else None
-    shown = (badge, tag("h2", verdict.headline), reasons, evidence and tag("h3", "Evidence"), evidence, next_command, note)
+    shown = (
+        badge,
+        tag("h2", verdict.headline),
+        reasons,
+        evidence and tag("h3", "Evidence"),
+        evidence,
+        next_command,
+        note,
+    )
     return tag("section", *shown, id="verdict", class_=f"verdict {TONES.get(verdict.code, 'change')}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +13,14 @@ from pipeline.config.study import InitConfig, Study, read_study
 from pipeline.core.files import check_writable, write_atomically
 from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError
-from pipeline.data.shown import CLOSE, OPEN, sample_lines, sample_text, visible
+from pipeline.data.shown import visible
 from pipeline.data.text_files import open_text
 from pipeline.study.answers import confirm, files_of, given_texts, help_lines, read_answers, study_folder
 from pipeline.study.cut import cut_labeled, cut_sentence, write_cut
 from pipeline.study.draft import LABELED, Draft, Files, make_draft
 from pipeline.study.leaks import check_texts
 from pipeline.study.models import Models, open_models
+from pipeline.study.shown import show_texts
 from pipeline.study.study_yaml import study_yaml, window_sentence
 from pipeline.study.task import column_options, find_columns, missing_ending, text_config
 
@@ -125,15 +125,7 @@ def _story(draft: Draft, study: Study, models: Models) -> Iterator[str]:
     """What was found, three records as the models read them, and how much will be trained."""
     yield from _found_lines(draft, models)
     yield ""
-    yield f"Three records as the models will read them; {OPEN} {CLOSE} stands around what is supervised:"
-    yield ""
-    for name in SHOWN:
-        text = open_text(getattr(study.file, name), name)
-        tokenizer = models.teacher_tokenizer if name == "corpus" else models.student_tokenizer
-        if name == "corpus":
-            text = dataclasses.replace(text, completes=draft.max_new_tokens is not None)
-        yield from sample_lines(sample_text(text, tokenizer, window=None if name == "test" else draft.window.size))
-        yield ""
+    yield from show_texts({name: getattr(study.file, name) for name in SHOWN}, study)
     settings = draft.settings
     names = [name for name in ("teacher", "gold_only", "weak_only", "combined", "ceiling") if name in settings.steps]
     counts = ", ".join(f"{name} {settings.steps[name]:,}" for name in names)

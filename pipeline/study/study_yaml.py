@@ -103,9 +103,8 @@ def _experiment_lines(draft: Draft) -> Iterator[str]:
     if settings.teacher_epochs is not None:
         teacher = {"epochs": settings.teacher_epochs, "optimizer.learning_rate": settings.teacher_learning_rate}
         yield from _entry("teacher", teacher, "passes over teacher_labels, and its rate", indent="  ")
-    yield from _entry(
-        "gold_only", {"steps": settings.steps["gold_only"]}, "the floor: updates on gold alone", indent="  "
-    )
+    gold_only = {"steps": settings.steps["gold_only"]}
+    yield from _entry("gold_only", gold_only, "the floor: updates on gold alone", indent="  ")
     yield from _entry("weak_only", {"epochs": settings.epochs}, "passes over the corpus, without gold", indent="  ")
     yield "  combined:  # both: the purpose of a study"
     yield from _entry("epochs", settings.epochs, "passes over the corpus", indent="    ")
