@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from pipeline.core.chart_style import LIGHT, histogram, with_style
+from pipeline.core.chart_style import CONFIG, LIGHT, histogram
 from pipeline.core.progress import readable
 
 WIDTH, HEIGHT = 380, 190  # of one panel, pixels
@@ -47,7 +47,7 @@ def draw_summary(figures: dict[str, Any], *, name: str, out: Path) -> list[Path]
         padding=24,
         background="white",
     )
-    chart = with_style(chart)
+    chart = chart.properties(config=CONFIG)
     files = [out / "summary.png", out / "summary.svg"]
     chart.save(files[0], scale_factor=2)
     chart.save(files[1])
@@ -81,7 +81,9 @@ def _mass_at_k(figures: dict[str, Any]) -> Any:
     )
     value_texts = base.mark_text(dy=-12, color=LIGHT["text"], fontSize=11).encode(text=alt.Text("mass:Q", format=".0%"))
     chart = (
-        base.mark_line(color=LIGHT["amber"], strokeWidth=2.5) + base.mark_circle(color=LIGHT["amber"], size=50, opacity=1) + value_texts
+        base.mark_line(color=LIGHT["amber"], strokeWidth=2.5)
+        + base.mark_circle(color=LIGHT["amber"], size=50, opacity=1)
+        + value_texts
     )
     return _panel(chart, "Retained mass at a smaller k", "Mean probability of the first k entries")
 

@@ -47,10 +47,10 @@ CURVES = {
     "dev_accuracy": Curve(title="Accuracy on dev", caption="Over the steps", format=".0%"),
     "dev_exact_match": Curve(title="Exact match on dev", caption="Over the steps", format=".0%"),
     "dev_nll": Curve(title="Nll on dev", caption="Nats a target"),
-    "dev_imitation": Curve(
-        title="Imitation on dev", caption="Of the teacher's errors, those repeated", format=".0%"
+    "dev_imitation": Curve(title="Imitation on dev", caption="Of the teacher's errors, those repeated", format=".0%"),
+    "dev_correction": Curve(
+        title="Correction on dev", caption="Of the teacher's errors, those put right", format=".0%"
     ),
-    "dev_correction": Curve(title="Correction on dev", caption="Of the teacher's errors, those put right", format=".0%"),
     "dev_damage": Curve(title="Damage on dev", caption="Of the teacher's right answers, those lost", format=".0%"),
 }
 """By key, in the order of the page; other keys are in curves.parquet alone."""
@@ -72,7 +72,7 @@ def curves(training: Sequence[Training], text: TextFigures) -> list[Drawing]:
 
 
 def _panel(key: str, curve: Curve, runs: Mapping[str, Training]) -> Any:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"x": step, "y": value, "role": role}
         for role, run in runs.items()
         for step, value in zip(run.steps, run.curves[key], strict=True)
@@ -102,8 +102,12 @@ def _panel(key: str, curve: Curve, runs: Mapping[str, Training]) -> Any:
         )
         layers.append(line.encode(x=x, y=y))
     ends = [
-        {"y": [row["y"] for row in rows if row["role"] == role][-1], "label": numbers.ROLES[role], "color": COLORS[role]}
+        {
+            "y": [row["y"] for row in rows if row["role"] == role][-1],
+            "label": numbers.ROLES[role],
+            "color": COLORS[role],
+        }
         for role in runs
     ]
     layers.append(labels_at_end(ends, x=last, scale=y_domain, height=SIZE.height))
-    return alt.layer(*layers).properties(width=SIZE.width, height=SIZE.height)
+    return alt.layer(*layers, width=SIZE.width, height=SIZE.height)

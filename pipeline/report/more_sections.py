@@ -31,7 +31,11 @@ def cache(study: StudyFigures, drawings: Sequence[Drawing]) -> Section:
         "bytes": "size",
     }
     facts = [(sizes[key], _value(key, study.cache[key])) for key in sizes if study.cache.get(key) is not None]
-    shown = tag("dl", *(join((tag("dt", name), tag("dd", value))) for name, value in facts), class_="facts") if facts else None
+    shown = (
+        tag("dl", *(join((tag("dt", name), tag("dd", value))) for name, value in facts), class_="facts")
+        if facts
+        else None
+    )
     body = tag("div", *map(figure, drawings), shown, class_="beside") if drawings else None
     return Section(id="cache", title="The teacher's cache", body=body)
 
@@ -46,7 +50,7 @@ def texts(study: StudyFigures) -> Section:
     rows = [_text_row(text, roles) for text in all_texts]
     scroll = tag(
         "div",
-        tag("table", tag("thead", head), tag("tbody", *rows)),
+        tag("table", tag("thead", head), tag("tbody", *rows), class_="stacked"),
         class_="scroll",
         tabindex=0,
         role="region",
@@ -66,7 +70,11 @@ def _text_row(text: TextFigures, roles: Sequence[str]) -> Html:
     cells = []
     for role in roles:
         score = arms[role].score if role in arms else None
-        shown = None if score is None else join((numbers.score(score.value, scale), " ", _small(numbers.bounds(score, scale))))
+        shown = (
+            None
+            if score is None
+            else join((numbers.score(score.value, scale), " ", _small(numbers.bounds(score, scale))))
+        )
         cells.append(tag("td", shown))
     name = tag("th", text.name, " ", mark, " ", _small(f"{text.num_records:,} records"), scope="row")
     return tag("tr", name, *cells)
@@ -86,7 +94,7 @@ def label_saving(study: StudyFigures, drawing: Drawing | None) -> Section:
     else:
         value = numbers.score(saving.equivalent.value, numbers.COUNT)
         shown = f"{value} {numbers.bounds(saving.equivalent, numbers.COUNT)}".strip()
-        lead = f"With {saving.num_gold:,} gold records and the teacher, the student scores as with {shown} gold records alone."
+        lead = f"{saving.num_gold:,} gold records and the teacher are worth {shown} gold records without it."
     return Section(id="labels", title="Label saving", lead=lead, body=figure(drawing, is_large=True))
 
 
