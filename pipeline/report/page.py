@@ -46,7 +46,7 @@ def draw(study: StudyFigures) -> dict[str, list[Drawing]]:
     return {
         "objective": [
             Drawing(
-                name="objective",
+                name="combined-loss",
                 title="The combined loss",
                 caption="Numbers are this study's; a dashed line is the gradient.",
                 wide=diagram.wide(study),
