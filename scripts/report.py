@@ -9,7 +9,7 @@ from pipeline.config.schema import ReportConfig
 
 
 def main(config: ReportConfig) -> None:
-    from pipeline.evaluation.report import run  # here, so that a wrong option is refused before torch has loaded
+    from pipeline.report.commands import run  # here, so that a wrong option is refused before torch has loaded
 
     run(config)
 

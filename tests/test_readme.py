@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from pipeline.config.cli import CONF_DIR, check_override_names
+from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import options
-from pipeline.config.schema import ROOTS
+from pipeline.config.overrides import check_override_names
+from pipeline.config.study import ROOTS
 from support.commands import ROOT, composed, script
 from support.tiny import write_lines
 
@@ -147,8 +148,6 @@ def test_every_command_composes(arguments: list[str]) -> None:
     if root == "audit":
         root = "capture" if arguments[2] == "plan" else "audit"
     overrides = [word for word in arguments[2:] if "=" in word and not word.startswith("-")]
-    if root == "audit" and any(word.startswith("teacher.") for word in overrides):
-        overrides.insert(0, "model@teacher=own")  # as scripts/audit.py does
     check_override_names(root, overrides)
     fixed, sweeps = [], []
     for text, override in zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True):

@@ -3,91 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import functools
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config.options import RENAMED_FILES, RENAMED_OPTIONS, RENAMED_VALUES, options, to_plain, to_typed
-from pipeline.config.schema import ROOTS
+from pipeline.config.compose import chosen_groups, register, study_arguments, take_study
+from pipeline.config.groups import CONF_DIR, PACKAGE
+from pipeline.config.help import help_text, help_words
+from pipeline.config.options import to_typed
+from pipeline.config.overrides import completed_overrides, renamed_hint
+from pipeline.config.study import ROOTS
 from pipeline.config.validate import check_files, urls_in
 from pipeline.core.stopping import EXIT_STOPPED, Stopped, interrupt, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 
-PACKAGE = Path(__file__).resolve().parents[1]
-CONF_DIR = PACKAGE / "conf"
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # the place is to blame, and not this code
 
 
-def register() -> None:
-    """Make the dataclasses known to Hydra as `<root>_schema`; every conf root begins with its own."""
-    for name, schema in ROOTS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-
-
-def help_text(root: str, story: str) -> str:
-    """What `--help` prints: the story of the script, its groups with their choices, every option."""
-    lines = [story.strip(), "", "Groups (name=choice):"]
-    for group, choices in _groups().items():
-        lines.append(f"  {group:<14} {', '.join(choices)}")
-    lines += ["", "Options (name=value; -m and a comma-separated list sweep over values):"]
-    for name, default, help in options(ROOTS[root]):
-        shown = "must be given" if default is MISSING else to_plain(default)
-        lines.append(f"  {name} = {shown}\n      {help}")
-    return "\n".join([*lines, "", "Hydra's own flags: --hydra-help.  The configuration as composed: --cfg job."])
-
-
-def _groups() -> dict[str, list[str]]:
-    return {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
-        for folder in sorted(CONF_DIR.iterdir())
-        if folder.is_dir()
-    }
-
-
 # ------------------------------------------------------------------------------------------- checks
-
-
-def check_override_names(root: str, arguments: list[str]) -> None:
-    """Reject an option that does not exist, naming the nearest that do, before Hydra composes anything."""
-    known = {name for name, _, _ in options(ROOTS[root])}
-    nodes = {name[:i] for name in known for i, letter in enumerate(name) if letter == "."}
-    free_form = [name for name, default, _ in options(ROOTS[root]) if default == {}]  # such as deepspeed.overrides
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("--")]
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group.replace("/", ".")
-        check_renamed(key, str(override.get_value_element_as_str()) if override.is_sweep_override() is False else "")
-        if key in _groups() and not override.is_sweep_override() and override.value() is None:
-            name = override.package or key
-            raise InputError(f"{override.input_line}: expected one of {_groups()[key]}; for none use {name}=null")
-        if key.split(".")[0] == "hydra" or key in known | nodes or key in _groups():
-            continue
-        if any(key.startswith(f"{name}.") for name in free_form):
-            continue
-        near = difflib.get_close_matches(key, sorted(known | nodes), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
-        raise InputError(f"expected the name of an option, found {key!r}; {hint}")
-
-
-def check_renamed(key: str, value: str) -> None:
-    """Reject an old name of an option or of a value, naming the new one."""
-    for old, new in RENAMED_OPTIONS.items():
-        if key == old or key.startswith(f"{old}."):
-            raise InputError(f"expected {new + key[len(old) :]}, found its old name {key}; use the new one")
-    if (renamed := RENAMED_VALUES.get(key, {}).get(value)) is not None:
-        raise InputError(f"{key}: expected {renamed}, found its old name {value}; use the new one")
 
 
 def check_checkout() -> None:
@@ -100,6 +43,17 @@ def check_checkout() -> None:
         )
 
 
+def warn_of_another_checkout() -> None:
+    """For a command without a place of its own (weak-to-strong, python -m): the current folder may hold other code."""
+    code = Path.cwd() / "pipeline"
+    if (code / "config" / "schema.py").is_file() and code.resolve() != PACKAGE:
+        print(
+            f"warning: this runs the code of {PACKAGE}, and not that of the current folder; for that one use its own "
+            "environment (scripts/setup) and its scripts/",
+            file=sys.stderr,
+        )
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -108,19 +62,27 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
 
     An InputError ends the process with exit code 2 and its message alone, a signal that asks to stop with 75.
     """
-    register()
-    if {"--help", "-h"} & set(sys.argv[1:]):
+    if help_words(sys.argv[1:]) is not None:
         with contextlib.suppress(BrokenPipeError):
-            print(help_text(root, story), flush=True)
+            print(help_text(root, story, sys.argv[1:]), flush=True)
         return
     # Hydra would wrap errors in its own messages; this way ours reach the user
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    failures: Counter[str] = Counter()
     with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
-        check_override_names(root, sys.argv[1:])
-        job = functools.partial(_run_job, root, body)
+        study, sys.argv[1:] = take_study(sys.argv[1:])
+        if root == "study":
+            sys.argv[1:] = study_arguments(sys.argv[1:])
+        register(study, chosen=chosen_groups(sys.argv[1:]), roots=ROOTS if root == "study" else [root])
+        sys.argv[1:], notes = completed_overrides(root, sys.argv[1:])
+        for note in notes:
+            print(note, file=sys.stderr)
+        job = functools.partial(_run_job, root, body, failures)
         functools.update_wrapper(job, _run_job)  # Hydra reads the name of the function
         hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
+        if failures:
+            _end_of_failed_sweep(failures)
 
 
 @contextlib.contextmanager
@@ -132,17 +94,7 @@ def _exit_codes() -> Iterator[None]:
         exit_with_error(error)
     except (OmegaConfBaseException, hydra.errors.HydraException) as error:
         cause = "" if error.__cause__ is None else f": {str(error.__cause__).splitlines()[0]}"
-        exit_with_error(InputError(f"{error}{cause}{_renamed_hint(str(error))}"))
-    except AssertionError as error:  # OmegaConf's answer to options below a null
-        if "Unexpected type for root: NoneType" not in str(error):
-            raise
-        given = " ".join(sys.argv[1:])
-        exit_with_error(
-            InputError(
-                f"expected options of groups that are chosen, found one of a null in {given}; choose it, as "
-                "in adapter=lora or text@gold=own"
-            )
-        )
+        exit_with_error(InputError(f"{error}{cause}{renamed_hint(str(error))}"))
     except KeyboardInterrupt as request:
         print(f"stopped by {request}; the same command continues with what is left", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
@@ -150,8 +102,11 @@ def _exit_codes() -> Iterator[None]:
         sys.exit(EXIT_STOPPED)
 
 
-def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float | None:
-    """One job of a sweep, or the only one: options made typed and checked, then the script's body."""
+def _run_job(root: str, body: Callable[[Any], float | None], failures: Counter[str], node: Any) -> float | None:
+    """One job of a sweep, or the only one: options made typed and checked, then the script's body.
+
+    The errors of a sweep that runs here are counted in `failures`, each printed once; the other jobs follow.
+    """
     try:
         config: Any = to_typed(node, ROOTS[root])
         check_files(config)
@@ -163,11 +118,24 @@ def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float
             return body(config)
     except Stopped as stopped:
         return _after_stop(stopped)
-    except InputError as error:  # here, before Hydra adds its own words; a sweep continues with its other runs
+    except (InputError, RunFailed) as error:  # here, before Hydra adds its own words
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             exit_with_error(error)
-        print(f"error: {error}", file=sys.stderr)
+        if not failures[str(error)]:
+            print(f"error: {error}", file=sys.stderr)
+        failures[str(error)] += 1
+        choices = HydraConfig.get().runtime.choices
+        if (choices["hydra/launcher"], choices["hydra/sweeper"]) == ("basic", "basic"):
+            return None  # `hydra_main` ends the process; Hydra would print all overrides and the error once more
         raise
+
+
+def _end_of_failed_sweep(failures: Counter[str]) -> NoReturn:
+    """End a sweep some of whose jobs failed: how many did, and how often the same reason was found."""
+    repeated = [f"{count} for the same reason ({error.partition(':')[0]})" for error, count in failures.items()]
+    num_failed = failures.total()
+    shown = f", {', '.join(repeated)}" if num_failed > len(failures) else ""
+    exit_with_error(RunFailed(f"{num_failed} of the sweep's jobs failed{shown}; the reasons stand above"))
 
 
 @contextlib.contextmanager
@@ -201,12 +169,6 @@ def _after_stop(stopped: Stopped) -> float | None:
     raise stopped
 
 
-def _renamed_hint(message: str) -> str:
-    """For a YAML of the user's own that holds an old name."""
-    names = {old.rsplit(".", 1)[-1]: new for old, new in RENAMED_OPTIONS.items()} | RENAMED_FILES
-    return "".join(f"; {old} is called {new} now" for old, new in names.items() if old in message)
-
-
 def pop_action(actions: Mapping[str, str], story: str) -> str:
     """Take the first word off the command line; `--help` passes, a missing or unknown one ends with exit code 2.
 
@@ -215,7 +177,7 @@ def pop_action(actions: Mapping[str, str], story: str) -> str:
     word = next(iter(sys.argv[1:]), "")
     if word in actions:
         return sys.argv.pop(1)
-    if {"--help", "-h"} & set(sys.argv[1:]):
+    if help_words(sys.argv[1:]) is not None:
         return ""
     listed = "\n".join(f"  {name:<8} {sentence}" for name, sentence in actions.items())
     found = f"{word!r}" if word else "nothing"

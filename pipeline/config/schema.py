@@ -261,7 +261,9 @@ class AdaptiveWeightConfig:
 
 @dataclass
 class KdConfig:
-    weight: float = option(1.0, "weight of the distillation term (lambda of Xiao & Zhu, eq. 4.13)")
+    weight: float = option(
+        1.0, "weight of the distillation term (lambda of Xiao & Zhu, Foundations of Large Language Models, eq. 4.13)"
+    )
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(
         lambda: [Source.corpus], "texts whose positions it reads, where they carry a captured distribution"
@@ -409,6 +411,7 @@ class LauncherConfig:
         result=False,
     )
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
+    quiet: bool = option(False, "show progress and warnings alone; log.txt has every line", result=False)
 
 
 @dataclass
@@ -479,7 +482,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "keep only each layer's input and recompute the rest in the backward", result=False
     )
-    steps: int | None = option(None, "optimizer steps; give this or epochs")
+    steps: int | None = option(
+        None, "optimizer steps; give this or epochs; 0: no training, the student is scored as it is"
+    )
     epochs: float | None = option(
         None, "passes over the corpus, all caches at once (over gold where gold_fraction is 1)"
     )
@@ -514,8 +519,12 @@ class EvaluateConfig:
 
 @dataclass
 class ReportConfig:
-    runs: list[str] = option(lambda: ["runs/*"], "run folders, or globs of them")
-    out: str | None = option(None, "folder for report.csv and report.parquet; null: print only")
+    study: str | None = option(None, "name of the study, set by study=")
+    command: str = option(
+        "python scripts/study.py", "how the study is run, for the command to run next; study= sets it"
+    )
+    runs: list[str] = option(MISSING, "run folders, or globs of them, as runs=[runs/mine/*]; study= gives them")
+    out: str | None = option(None, "folder for report.html, report.md and the tables; null: print only")
 
 
 @dataclass
@@ -531,13 +540,3 @@ class AuditConfig:
     out: str | None = option(None, "summary: folder for summary.json, summary.png and summary.svg; null: print only")
     batch_sequences: int = option(8, "replay: sequences in one teacher forward")
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
-
-
-ROOTS: dict[str, type] = {
-    "capture": CaptureConfig,
-    "import": ImportConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "report": ReportConfig,
-    "audit": AuditConfig,
-}

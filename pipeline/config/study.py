@@ -6,14 +6,27 @@ defaults of a command and the options of an experiment, so that everything on th
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline.config import schema
-from pipeline.config.options import option
-from pipeline.config.schema import ModelConfig, StudentConfig, TextConfig
+from pipeline.config.options import option, options
+from pipeline.config.schema import CaptureConfig, ModelConfig, StudentConfig, TextConfig, TrainConfig
+from pipeline.core.types import InputError
+
+TEXTS = ("teacher_labels", "corpus", "gold", "dev", "test", "ceiling")
+STUDENTS = ("zero_shot", "few_shot", "gold_only", "weak_only", "combined", "shuffled", "smoothed", "ceiling")
+"""Experiments that train or score the strong model."""
+EXPERIMENTS = ("teacher", "teacher_as_is", *STUDENTS)
 
 
 @dataclass
@@ -45,8 +58,11 @@ class StudyFile:
 class StudyConfig:
     """Options of scripts/study.py."""
 
-    study: str = option(MISSING, "name of the study: a file in conf/study, or in the folder study of --config-dir")
-    file: StudyFile = option(StudyFile, "the study itself; each of its options can be overridden here")
+    study: str = option(
+        MISSING, "NAME of conf/study/NAME.yaml, or of study/NAME.yaml in the folder of --config-dir; or FILE.yaml"
+    )
+    command: str = option("python scripts/study.py", "how this study is run; study= sets it")
+    config_dir: str | None = option(None, "the folder of --config-dir; study= sets it")
     seeds: list[int] = option(lambda: [1], "seeds of every student, as seeds=1,2,3")
     experiments: list[str] | None = option(
         None, "experiments to run; null: zero_shot, gold_only, weak_only, combined, and ceiling if the study has one"
@@ -57,10 +73,160 @@ class StudyConfig:
     label_curve: list[int] = option(
         list, "sizes of gold sets cut from the ceiling's text, trained on alone: how many labels the teacher is worth"
     )
-    overrides: list[str] = option(list, "options of scripts/train.py for every student; give them directly")
-    launcher: str | None = option(None, "Hydra launcher of the students, such as submitit_slurm; null: one by one here")
+    overrides: list[str] = option(list, "filled with the options of scripts/train.py that are given: for every student")
+    hydra_launcher: str | None = option(
+        None, "Hydra launcher of the students, such as submitit_slurm; null: one by one in this process"
+    )
     probe_seconds: float = option(20.0, "seconds to measure the speed of this machine for the estimate; 0: no estimate")
     dry_run: bool = option(False, "print the plan and its cost, and run nothing")
 
 
-ROOTS: dict[str, type] = {**schema.ROOTS, "study": StudyConfig}
+ROOTS: dict[str, type] = {
+    "capture": CaptureConfig,
+    "import": schema.ImportConfig,
+    "train": TrainConfig,
+    "evaluate": schema.EvaluateConfig,
+    "report": schema.ReportConfig,
+    "audit": schema.AuditConfig,
+    "study": StudyConfig,
+}
+"""The options of each command."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """A study as read from its file."""
+
+    name: str
+    path: Path
+    given: str
+    """As it was named on the command line."""
+    config_dir: str | None
+    """The folder of --config-dir."""
+    content: dict[str, Any]
+    """As it stands in the file: the options of `StudyFile` that it gives."""
+    file: StudyFile
+    """The same, typed and complete."""
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether the teacher is trained here; else it is ready-made."""
+        return self.file.teacher_labels is not None
+
+    @property
+    def command(self) -> str:
+        """How it is run: the beginning of each command that a report recommends."""
+        place = "" if self.config_dir is None else f" --config-dir {shlex.quote(self.config_dir)}"
+        return f"python scripts/study.py study={shlex.quote(self.given)}{place}"
+
+    @property
+    def report_dir(self) -> str:
+        """Where its report is written."""
+        return self.file.report_dir or f"{self.file.runs_dir}/report"
+
+
+def read_study(path: Path, *, given: str | None = None, config_dir: str | None = None) -> Study:
+    """Read and check a study's file; InputError where an option does not exist or a value is of another kind."""
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: expected YAML, found {error}; correct the file") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected options as name: value, found {type(content).__name__}")
+    _check_free_options(path, content)
+    base = content.get("text", {})
+    texts = {name: {**base, **content[name]} for name in TEXTS if content.get(name) is not None}
+    texts |= {"more_tests": {name: {**base, **text} for name, text in content.get("more_tests", {}).items()}}
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyFile), content, texts))
+        for text in texts["more_tests"].values():
+            OmegaConf.merge(OmegaConf.structured(TextConfig), text)
+    except MissingMandatoryValue as error:
+        raise InputError(f"{path}: expected a value for {error.full_key}, found none; add it") from error
+    except OmegaConfBaseException as error:
+        near = difflib.get_close_matches(str(error.key), [item.name for item in dataclasses.fields(StudyFile)], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{path}: {str(error).splitlines()[0]} ({error.full_key}){hint}") from error
+    assert isinstance(typed, StudyFile)
+    return Study(
+        name=path.stem,
+        path=path,
+        given=path.stem if given is None else given,
+        config_dir=config_dir,
+        content=content | texts,
+        file=typed,
+    )
+
+
+def _check_free_options(path: Path, content: Mapping[str, Any]) -> None:
+    for name in content.get("experiments", {}):
+        if name not in EXPERIMENTS:
+            near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}"
+            raise InputError(f"{path}: experiments: expected the name of an experiment, found {name!r}; {hint}")
+    for where, found, root in _free_options(content):
+        _check_names(path, where, found, root)
+
+
+def _free_options(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], type]]:
+    found: list[tuple[str, Mapping[str, Any], type]] = [("train", content.get("train", {}), TrainConfig)]
+    found.append(("capture", content.get("capture", {}), CaptureConfig))
+    found += [(f"experiments.{name}", given, TrainConfig) for name, given in content.get("experiments", {}).items()]
+    return found
+
+
+def _check_names(path: Path, where: str, given: Mapping[str, Any], root: type) -> None:
+    known = {name for name, _, _ in options(root)}
+    free = tuple(f"{name}." for name, default, _ in options(root) if default == {})
+    for name in flat(given):
+        if name not in known and not name.startswith(free):
+            near = difflib.get_close_matches(name, sorted(known), n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(f"{path}: {where}: expected the name of an option, found {name!r}{hint}")
+
+
+def flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names; a dictionary without keys is a value."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        is_nested = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
+    return found
+
+
+def more_tests_of(study: Study) -> dict[str, TextConfig]:
+    """The further test texts of a study by name, typed, with the options that all its texts share."""
+    texts = study.content.get("more_tests") or {}
+    return {
+        name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TextConfig), text))
+        for name, text in texts.items()
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- init
+
+
+@dataclass
+class InitConfig:
+    """Options of `scripts/study.py init`; texts are files, folders or globs, several with commas between them."""
+
+    name: str = option(MISSING, "name of the study, and of its file")
+    teacher: str = option(MISSING, "the weak model: a folder in Hugging Face layout, or a hub name")
+    student: str = option(MISSING, "the strong model, before training: a folder or a hub name")
+    corpus: str = option(MISSING, "unlabeled records, which the teacher labels")
+    gold: str | None = option(None, "the small trusted text: labeled records that train the student")
+    test: str | None = option(None, "labeled records, held out for the reported scores")
+    dev: str | None = option(None, "labeled records, held out for decisions; null: none")
+    labeled: str | None = option(None, "in place of gold, dev and test: labeled records to be cut into the three")
+    teacher_labels: str | None = option(None, "labeled records that train the teacher; null: it is ready-made")
+    ceiling: str | None = option(None, "the corpus with its true labels, or as many of its kind; null: no ceiling")
+    teacher_num_layers: int | None = option(None, "keep only this many first layers of the teacher; null: all")
+    prompt_column: str | None = option(None, "column of the prompt; null: found by its name")
+    completion_column: str | None = option(None, "column of the label or completion; null: found by its name")
+    window: int | None = option(None, "longest sequence, in tokens; null: found from the records")
+    gold_records: int | None = option(None, "labeled: this many records of it become gold; null: 35 %")
+    seed: int = option(0, "labeled: seed of the cut")
+    allow_shared_records: bool = option(False, "accept records that two of the texts have in common")
+    folder: str | None = option(
+        None, "folder of the study's file, called study; null: conf/study where it exists, else study"
+    )

@@ -135,6 +135,17 @@ def read_records(text: Text, tokenizer: Any) -> list[Record]:
     return records
 
 
+def row_of(raw: Raw, text: Text) -> dict[str, Any]:
+    """The columns of a raw record by name, without those that are null; InputError where it is malformed."""
+    _, kind, content = raw
+    return _row(kind, content, text)
+
+
+def fields_of(raw: Raw, text: Text) -> Fields:
+    """What a raw record of a text of known shape holds, chats not yet rendered; InputError where it is malformed."""
+    return _fields(row_of(raw, text), text)
+
+
 def _row(kind: str, content: Any, text: Text) -> dict[str, Any]:
     """The columns of a raw record, without those that are null."""
     if kind == "bad":

@@ -10,12 +10,13 @@ import dataclasses
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -71,13 +72,18 @@ class PreparedRun:
 
 def run(config: TrainConfig) -> float | None:
     """Bring one run to its result, from nothing or from where it stands; returns its score on dev (else test)."""
-    start_logging()
-    prepared = prepare(config)
+    start_logging(quiet=config.launcher.quiet)
+    return run_prepared(prepare(config))
+
+
+def run_prepared(prepared: PreparedRun) -> float | None:
+    """The same for a run whose inputs are checked already."""
     paths = prepared.paths
     if not paths.result.exists():
         # refuse an incomplete checkpoint before waiting for the lock
         checkpoints.needed(paths, prepared.config)
-        check_adapter(prepared.config.student)
+        if prepared.config.steps != 0:
+            check_adapter(prepared.config.student)
         check_writable(paths.folder, "runs_dir")
         with run_lock(paths) as lock:
             if not paths.result.exists():  # else another process finished it while this one waited
@@ -93,9 +99,10 @@ def prepare(config: TrainConfig) -> PreparedRun:
     batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
     revision = config.student.revision
     config = dataclasses.replace(config, student=pinned(resolve_dtype(config.student)), global_batch=batch)
-    check_trained_dtype(config.student)
     num_ranks = num_processes(config)
-    fitting_micro_batch(config.global_batch, world_size=num_ranks, at_most=config.micro_batch)
+    if config.steps != 0:
+        check_trained_dtype(config.student)
+        fitting_micro_batch(config.global_batch, world_size=num_ranks, at_most=config.micro_batch)
     identity, inputs = identity_of(config)
     if is_hub_name(config.student.path):  # as it was given: the files' content is hashed, so a name needs no commit
         identity["options"]["student"]["revision"] = revision
@@ -140,25 +147,30 @@ def convert_checkpoints(config: TrainConfig, paths: RunPaths, ranks: int) -> Non
 
 
 def num_processes(config: TrainConfig) -> int:
-    """Ranks on this machine: as configured, else one per GPU, else one."""
+    """Ranks on this machine: as configured, else one per GPU, else one; one where nothing is trained."""
+    if config.steps == 0:
+        return 1
     if config.launcher.num_processes is not None:
         return config.launcher.num_processes
     return max(torch.cuda.device_count(), 1)
 
 
 def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> int:
-    """Start the ranks under torchrun and wait for them; returns the exit code."""
+    """Start the ranks under torchrun, or without training the one that scores; wait for them; the exit code."""
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1))}
     defaults = threads if torch.cuda.is_available() else threads | ALLOCATOR_SETTINGS
     environment = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
     if config.launcher.time_limit is not None:
         stop_at = STARTED + 60.0 * config.launcher.time_limit - config.launcher.leave_seconds
         environment["PIPELINE_STOP_AT"] = str(stop_at)
-    rank = module_command("pipeline.training.worker", str(paths.folder))
-    launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python")
+    if config.steps == 0:
+        command = module_command("pipeline.training.scorer", str(paths.folder))
+    else:
+        rank = module_command("pipeline.training.worker", str(paths.folder))
+        launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python")
+        command = module_command(*launcher, *rank)
     # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; they inherit the
     # lock, so that it is held until the last rank has ended even if this process is killed
-    command = module_command(*launcher, *rank)
     return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(lock,)).wait()
 
 
@@ -189,13 +201,24 @@ def run_lock(paths: RunPaths) -> Iterator[int]:
                         f"{paths.folder}: expected a free run folder, found {paths.lock.name} held by another "
                         f"process for {LOCK_WAIT_SECONDS:.0f} s; wait for that run or stop it"
                     ) from None
-                log.info("%s: the run folder is locked by another process; waiting", paths.folder)
+                log.info("%s: %s; waiting", paths.folder, paths.lock.read_text().partition("\n")[0] or "locked")
                 time.sleep(2.0)
             except OSError as error:  # such as ENOLCK or ENOSYS of a network file system
                 raise InputError(
                     f"{paths.lock}: expected a file system with locks, found {error.strerror}; choose another runs_dir"
                 ) from error
-        yield file.fileno()
+        try:
+            _write_lock(file, f"locked by process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
+            yield file.fileno()
+        finally:
+            _write_lock(file, f"free since {time.ctime()}")
+
+
+def _write_lock(file: TextIO, state: str) -> None:
+    """What a lock file holds: its state, for people to read; only the lock of the operating system counts."""
+    file.truncate(0)
+    file.write(f"{state}\nTwo commands must not train the same run: the one that locks this file (flock) trains it.\n")
+    file.flush()
 
 
 def sweep_objective(paths: RunPaths) -> float | None:

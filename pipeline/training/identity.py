@@ -10,9 +10,8 @@ from typing import Any
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import check_k
-from pipeline.config.options import identity_options
-from pipeline.config.schema import HardLabels, Optimizer, OptimizerConfig, Shape, Source, TrainConfig
-from pipeline.core.files import content_hash, is_hub_name
+from pipeline.config.schema import HardLabels, Source, TrainConfig
+from pipeline.core.files import content_hash
 from pipeline.core.object_store import one_location
 from pipeline.core.progress import log
 from pipeline.core.topk import temperature_index
@@ -40,6 +39,7 @@ from pipeline.models.tokenizer import (
 from pipeline.objective.divergences import NEEDS_EXACT_TAIL
 from pipeline.training.builders import class_ids
 from pipeline.training.inputs import RunInputs
+from pipeline.training.options_read import caches_read, options_read, reads_corpus, reads_gold_text
 
 
 def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
@@ -49,8 +49,9 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     """
     folder, tokenizer = open_tokenizer(config.student)
     check_model(config.student, tokenizer)
-    check_window(folder, config.window)
-    class_ids(config.loss.confidence.choices, tokenizer)
+    if config.steps != 0:
+        check_window(folder, config.window)
+        class_ids(config.loss.confidence.choices, tokenizer)
     identity: dict[str, Any] = {
         "options": options_read(config),
         "student": [weights_hash(folder), tokenizer_hash(tokenizer), chat_template_and_end_token(tokenizer)],
@@ -60,7 +61,8 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     identity |= _cache_identity(config, folder, tokenizer)
     gold: list[TokenSequence] = []
     records: dict[str, Iterable[Record]] = {}
-    if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
+    if reads_gold_text(config):
+        assert config.gold is not None
         text = open_text(config.gold, "gold")
         if config.gold.window_begin_token is None:
             text = dataclasses.replace(text, begins_windows=needs_begin_token(folder))
@@ -83,20 +85,6 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     return identity, RunInputs(gold=gold, held_out=held_out)
 
 
-def options_read(config: TrainConfig) -> dict[str, Any]:
-    """The options that decide the result. Those that nothing reads in this run are as by default: no other run."""
-    options = identity_options(config)
-    if not is_hub_name(config.student.path):
-        options["student"]["revision"] = None
-    if all(manifests.load_manifest(one_location(address, what)).k == config.k for what, address in caches_read(config)):
-        options["k"] = None  # all kept entries, as by default; or there is no cache
-    unread = [] if config.optimizer.name is Optimizer.muon else ["muon_learning_rate", "muon_momentum"]
-    unread += [] if config.optimizer.schedule is Shape.wsd else ["decay_fraction"]
-    defaults = identity_options(OptimizerConfig())
-    options["optimizer"] |= {name: defaults[name] for name in unread}
-    return options
-
-
 def warn_of_shared_records(records: dict[str, Iterable[Record]]) -> None:
     """Warn of records that a later text shares with an earlier one: gold, dev, test. Their scores measure memory."""
     keys = {name: [_content(record) for record in found] for name, found in records.items()}
@@ -113,28 +101,15 @@ def _content(record: Record) -> tuple[str, str]:
     return record.prompt or "", record.completion or right or ""
 
 
-def caches_read(config: TrainConfig) -> list[tuple[str, str]]:
-    """The caches that a run reads: the option that names each, and its address."""
-    caches = []
-    if config.cache is not None and config.gold_fraction < 1:
-        caches += [("cache", config.cache), *(("more_caches", address) for address in config.more_caches)]
-    if config.gold_cache is not None and config.gold_fraction > 0:
-        caches.append(("gold_cache", config.gold_cache))
-    return caches
-
-
 def _cache_identity(config: TrainConfig, folder: Path, tokenizer: Any) -> dict[str, Any]:
     """The fingerprints of the caches that a run reads."""
-    identity: dict[str, Any] = {}
-    read_together = [] if config.gold_cache is None else [config.gold_cache]
-    if config.cache is not None and config.gold_fraction < 1:
-        identity["cache"] = check_cache(config, config.cache, "cache", folder, tokenizer)
-        more = [check_cache(config, address, "more_caches", folder, tokenizer) for address in config.more_caches]
-        if more:
-            identity["more_caches"] = more
-        check_same_temperatures([config.cache, *config.more_caches, *read_together])
-    if config.gold_cache is not None and config.gold_fraction > 0:
-        identity["gold_cache"] = check_cache(config, config.gold_cache, "gold_cache", folder, tokenizer)
+    read = caches_read(config)
+    found = [(what, check_cache(config, address, what, folder, tokenizer)) for what, address in read]
+    if reads_corpus(config):
+        check_same_temperatures([address for _, address in read])
+    identity: dict[str, Any] = {what: fingerprint for what, fingerprint in found if what != "more_caches"}
+    if more := [fingerprint for what, fingerprint in found if what == "more_caches"]:
+        identity["more_caches"] = more
     return identity
 
 
@@ -142,7 +117,8 @@ def _teacher_identity(config: TrainConfig, held_out: dict[str, EvaluationSet]) -
     """What a run takes from the teacher's predictions: its score on dev, its choices on test."""
     identity: dict[str, Any] = {}
     adaptive, choices = config.loss.kd.adaptive_weight, config.scoring.teacher_predictions
-    if "dev" in held_out and adaptive.every_steps > 0 and adaptive.teacher_predictions is not None:
+    is_adaptive = config.steps != 0 and adaptive.every_steps > 0
+    if "dev" in held_out and is_adaptive and adaptive.teacher_predictions is not None:
         identity["dev_goal"] = teacher_score(held_out["dev"], adaptive.teacher_predictions)
     if "test" in held_out and choices is not None:
         found = teacher_choices(held_out["test"], choices)

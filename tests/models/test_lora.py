@@ -272,15 +272,15 @@ def test_an_adapter_that_does_not_fit_the_student_is_rejected(
 )
 def test_contradictory_options_are_rejected(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        check_train(composed("train", *overrides))
+        check_train(composed("train", "study=demo", *overrides))
 
 
 def test_without_peft_only_an_adapter_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else real(name))
-    check_train(composed("train"))
+    check_train(composed("train", "study=demo"))
     with pytest.raises(InputError, match=re.escape('expected the package peft, found none; pip install ".[lora]"')):
-        check_train(composed("train", "adapter=lora"))
+        check_train(composed("train", "study=demo", "adapter=lora"))
 
 
 def test_options_of_an_adapter_without_the_adapter_are_rejected(tmp_path: Path) -> None:

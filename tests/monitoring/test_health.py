@@ -257,7 +257,7 @@ def test_every_tracker_of_the_options_exists_and_has_a_package() -> None:
 
 
 def test_contradictory_options_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = composed("train", "experiment=combined")
+    base = composed("train", "study=demo", "experiment=combined")
     patient = EarlyStoppingConfig(patience=3)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"evaluate_every_steps": 5, "dev": None}, "evaluate_every_steps=5: expected dev"),

@@ -16,16 +16,18 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pipeline.config.cli import CONF_DIR, register
+from pipeline.config.compose import chosen_groups, register, take_study
+from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import save_config, to_typed
+from pipeline.config.overrides import completed_overrides
 from pipeline.config.schema import (
-    ROOTS,
     CaptureConfig,
     Dtype,
     ModelConfig,
     TextConfig,
     TrainConfig,
 )
+from pipeline.config.study import ROOTS
 from pipeline.core.files import RunPaths
 from pipeline.core.types import TokenSequence
 from pipeline.data.mixture import Mixture
@@ -53,6 +55,16 @@ def script(name: str, *arguments: str, cwd: Path, check: bool = True, **settings
     return done
 
 
+def labeled(text: str, data: Path) -> dict[str, Any]:
+    """A text of prompts with completions of the tiny data."""
+    return {
+        f"text@{text}": "own",
+        f"{text}.files": f"[{data}/{text}.jsonl]",
+        f"{text}.targets": "completion",
+        f"{text}.end_token": "false",
+    }
+
+
 def train_arguments(student: Path, data: Path, cache: str, **changes: Any) -> list[str]:
     """A short fp32 run on the tiny models; `changes` are options, dots written as double underscores."""
     chosen: dict[str, Any] = {
@@ -63,9 +75,9 @@ def train_arguments(student: Path, data: Path, cache: str, **changes: Any) -> li
         "cache": cache,
         "runs_dir": "runs",
         "window": 48,
-        "gold.files": f"[{data}/gold.jsonl]",
-        "dev.files": f"[{data}/dev.jsonl]",
-        "test.files": f"[{data}/test.jsonl]",
+        **labeled("gold", data),
+        **labeled("dev", data),
+        **labeled("test", data),
         "scoring.teacher_predictions": "null",
         "global_batch": 4,
         "micro_batch": 2,
@@ -87,6 +99,8 @@ def capture_arguments(teacher: Path, data: Path, **changes: Any) -> list[str]:
         "teacher.dtype": "float32",
         "teacher.attention": "sdpa",
         "corpus.files": f"[{data}/corpus.jsonl]",
+        "corpus.targets": "next",
+        "corpus.end_token": "false",
         "window": 48,
         "k": 8,
         "temperatures": "[1.0,2.0]",
@@ -122,9 +136,11 @@ def steps_done(folder: Path) -> int:
 
 
 def composed(root: str, *overrides: str) -> Any:
-    register()
+    study, rest = take_study(list(overrides))
+    register(study, chosen=chosen_groups(rest))
+    completed, _ = completed_overrides(root, rest)
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return to_typed(compose(root, overrides=list(overrides)), ROOTS[root])
+        return to_typed(compose(root, overrides=completed), ROOTS[root])
 
 
 BIT_BY_BIT = ("model.safetensors", "config.json")
@@ -161,7 +177,7 @@ def config_of(teacher: Path, files: Path, folder: Path, **changes: Any) -> Captu
 def prepare_run(folder: Path, arguments: list[str], *, stop: bool = False) -> Path:
     """A run folder as the driver leaves it to the ranks; with `stop`, they are asked to stop at once."""
     folder.mkdir()
-    config, paths = composed("train", *arguments), RunPaths(folder=folder)
+    config, paths = composed("train", "study=demo", *arguments), RunPaths(folder=folder)
     _, inputs = identity_of(config)
     save_config(config, paths.config)
     save_inputs(paths, inputs)

@@ -76,7 +76,7 @@ def student(*, tied: bool, dtype: str) -> LlamaForCausalLM:
 
 @functools.cache
 def options(dtype: str) -> TrainConfig:
-    return composed("train", "experiment=combined", "loss.kd.temperature=2", f"student.dtype={dtype}")
+    return composed("train", "study=demo", "experiment=combined", "loss.kd.temperature=2", f"student.dtype={dtype}")
 
 
 def weights_after(ranks, layout: str, stage: int, *how: Any) -> dict[str, torch.Tensor] | None:

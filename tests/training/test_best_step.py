@@ -117,7 +117,7 @@ def test_killed_and_resumed_the_best_is_that_of_an_undisturbed_run(
 
 
 def test_a_best_of_nothing_is_refused() -> None:
-    config = composed("train", "export.what=best", "evaluate_every_steps=9")
+    config = composed("train", "study=demo", "export.what=best", "evaluate_every_steps=9")
     assert config.export.what is ExportedStep.best
     dev_evaluation.check(config, 9)
     with pytest.raises(InputError, match="expected evaluate_every_steps of at most the 8 steps of this run, found 9"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +39,7 @@ from support.commands import (
     train_arguments,
     wait_for,
 )
+from support.modes import other_modes
 from support.tiny import make_model, make_tokenizer, write_lines
 
 SCORES = {"num_records": 4, "num_targets": 4, "nll": 1.0, "perplexity": 2.7, "num_choice_records": 4, "accuracy": 0.75}
@@ -60,6 +63,8 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
         *("config.yaml", "identity.json", "lock", "log.txt", "metrics.jsonl", "model"),
         *("predictions-dev.parquet", "predictions-test.parquet", "result.json"),
     }
+    assert other_modes(tmp_path / "runs") == {}
+    assert (run / "lock").read_text().startswith("free since ")
     rows = pl.read_ndjson(run / "metrics.jsonl")
     assert rows["step"].to_list() == list(range(1, 9))
     assert rows["lm_count"].sum() > 0
@@ -241,6 +246,21 @@ def test_two_drivers_never_train_in_one_folder(
     assert process.wait(60) == 75
     assert done.returncode == 2
     assert "expected a free run folder, found lock held" in done.stderr
+
+
+def test_a_lock_names_its_process_to_those_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = RunPaths(folder=tmp_path)
+    monkeypatch.setattr(driver, "LOCK_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    logging.getLogger("pipeline").propagate = True
+    with driver.run_lock(paths), caplog.at_level(logging.INFO), pytest.raises(InputError), driver.run_lock(paths):
+        pass
+    state = f"locked by process {os.getpid()} on {socket.gethostname()} since "
+    assert all(f"{tmp_path}: {state}" in record.getMessage() for record in caplog.records)
+    assert caplog.records
+    assert paths.lock.read_text().startswith("free since ")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])

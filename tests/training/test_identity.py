@@ -16,7 +16,8 @@ from pipeline.config.options import identity_options
 from pipeline.core.files import content_hash
 from pipeline.core.types import InputError
 from pipeline.training.driver import prepare
-from pipeline.training.identity import identity_of, options_read
+from pipeline.training.identity import identity_of
+from pipeline.training.options_read import options_read
 from support.commands import capture_arguments, composed, script, train_arguments
 from support.tiny import prompts, write_lines
 

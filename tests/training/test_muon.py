@@ -110,7 +110,7 @@ def test_stopped_and_resumed_bit_by_bit(student: Path, data: Path, cache: Path, 
         assert (one / file).read_bytes() == (other / file).read_bytes(), one.name
     found = checkpoints.published(RunPaths(folder=stopped))
     assert found is not None
-    config = composed("train", "optimizer.name=muon", "deepspeed.zero_stage=1")
+    config = composed("train", "study=demo", "optimizer.name=muon", "deepspeed.zero_stage=1")
     assert checkpoints.fits(found, config, world_size=2)
     with pytest.raises(InputError, match="expected 2 ranks at ZeRO 1, as in the checkpoint of step 1, .* found 1 at"):
         checkpoints.fits(found, config, world_size=1)
@@ -129,6 +129,6 @@ def test_stopped_and_resumed_bit_by_bit(student: Path, data: Path, cache: Path, 
     ],
 )
 def test_what_muon_cannot_do_is_refused(arguments: list[str], message: str) -> None:
-    config = composed("train", "experiment=combined", "cache=c", "optimizer.name=muon", *arguments)
+    config = composed("train", "study=demo", "experiment=combined", "cache=c", "optimizer.name=muon", *arguments)
     with pytest.raises(InputError, match=message):
         check_train(config)

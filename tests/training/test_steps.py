@@ -24,7 +24,7 @@ def test_a_count_below_one_divides_as_any_other() -> None:
     """S / N is a weighted mean: positions of weight 0.25 together count as much as one position would."""
     engine = SimpleNamespace(fp16_enabled=lambda: False)
     terms = {name: TermOptions(on=("corpus",)) for name in ("lm", "kd", "hard")}
-    config = composed("train", "experiment=combined")
+    config = composed("train", "study=demo", "experiment=combined")
     run = SimpleNamespace(ranks=SimpleNamespace(world_size=2), terms=terms, config=config, engine=engine)
     inputs = step_inputs(run, TrainState(), dict.fromkeys(terms, 3.0), {"lm": 0.0, "kd": 0.25, "hard": 4.0})
     assert inputs.coefficients == {"lm": 6.0, "kd": 24.0, "hard": 1.5}

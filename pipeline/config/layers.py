@@ -1,0 +1,129 @@
+"""What each command and each experiment takes from a study: layers of options for Hydra to compose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pipeline.config.schema import ModelConfig, StudentConfig
+from pipeline.config.study import EXPERIMENTS, ROOTS, STUDENTS, Study, flat
+
+
+def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
+    """The options that each command takes from a study, by the command's name; empty without one."""
+    if study is None:
+        return {root: {} for root in ROOTS}
+    content, file = study.content, study.file
+    teacher = _complete(ModelConfig, content["teacher"])
+    if study.trains_teacher:
+        kept = {name: teacher[name] for name in ("dtype", "attention", "trust_remote_code")}
+        teacher = _complete(ModelConfig, kept | {"path": f"{file.runs_dir}/teacher-*/model"})
+    test = content.get("test")
+    train = {
+        "study": study.name,
+        "runs_dir": file.runs_dir,
+        "student": _complete(StudentConfig, content["student"]),
+        "window": file.window,
+        "dev": content.get("dev"),
+        "test": test,
+    }
+    if file.more_tests:
+        train |= {"more_tests": content["more_tests"], "out_of_domain": file.out_of_domain}
+    capture = {"name": study.name, "caches_dir": file.caches_dir, "teacher": teacher, "corpus": content["corpus"]}
+    return {
+        "train": _nested(train | _one_length(content.get("train", {}))),
+        "capture": _nested(capture | {"window": file.window} | content.get("capture", {})),
+        "evaluate": {} if test is None else {"text": test},
+        "audit": {"cache": f"{file.caches_dir}/{study.name}-*", "teacher": teacher},
+        "report": {
+            "study": study.name,
+            "command": study.command,
+            "runs": [f"{file.runs_dir}/*"],
+            "out": study.report_dir,
+        },
+        "import": {"caches_dir": file.caches_dir},
+        "study": {"study": study.given, "command": study.command, "config_dir": study.config_dir},
+    }
+
+
+def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
+    """The options of scripts/train.py that each experiment takes from a study; empty without one."""
+    if study is None:
+        return {name: {} for name in EXPERIMENTS}
+    content, runs_dir, cache = study.content, study.file.runs_dir, f"{study.file.caches_dir}/{study.name}-*"
+    teacher = _complete(ModelConfig, content["teacher"])
+    reads: dict[str, dict[str, Any]] = {
+        "teacher": {"student": teacher, "gold": content.get("teacher_labels")},
+        "teacher_as_is": {"student": teacher},
+        "zero_shot": {},
+        "few_shot": {"scoring.few_shot_from": content.get("gold")},
+        "gold_only": {"gold": content.get("gold")},
+        "weak_only": {"cache": cache},
+        "combined": {"gold": content.get("gold"), "cache": cache},
+        "ceiling": {"gold": content.get("ceiling")},
+    }
+    reads |= dict.fromkeys(("shuffled", "smoothed"), reads["combined"])
+    scored = {
+        "scoring.teacher_predictions": f"{runs_dir}/teacher-*/predictions-test.parquet",
+    }
+    own = content.get("experiments", {})
+    own = {control: own.get("combined", {}) for control in ("shuffled", "smoothed")} | own
+    return {
+        name: _nested(
+            {key: value for key, value in reads[name].items() if value is not None}
+            | (scored if name in STUDENTS else {})
+            | _one_length(own.get(name, {}))
+        )
+        for name in EXPERIMENTS
+    }
+
+
+def without_groups(layer: dict[str, Any], groups: set[str]) -> dict[str, Any]:
+    """A layer without what a group says that was chosen on the command line: loss, deepspeed, adapter."""
+    kept = {name: value for name, value in layer.items() if name not in groups}
+    if "adapter" in groups and "student" in kept:
+        kept["student"] = {name: value for name, value in kept["student"].items() if name != "adapter"}
+    return kept
+
+
+def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse: dotted names as nested dictionaries; the later of two wins."""
+    found: dict[str, Any] = {}
+    for name, value in flat(given).items():
+        *parents, last = name.split(".")
+        place = found
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                place[parent] = {}
+            place = place[parent]
+        place[last] = value
+    return found
+
+
+def _complete(schema_of: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a model: those not given are as by default, whatever another layer says."""
+    defaults = OmegaConf.to_container(OmegaConf.structured(schema_of), enum_to_str=True)
+    assert isinstance(defaults, dict)
+    return {str(name): value for name, value in defaults.items()} | dict(given)
+
+
+def _one_length(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `steps` and `epochs` the one that is given replaces the other one of an experiment."""
+    other = {"steps": "epochs", "epochs": "steps"}
+    replaced = {other[name]: None for name in other if given.get(name) is not None and other[name] not in given}
+    return replaced | dict(given)
+
+
+def option_text(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{option_text(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(option_text(item) for item in value) + "]"
+    return str(value) if isinstance(value, (int, float)) else "'" + value.replace("'", "\\'") + "'"

@@ -1,0 +1,99 @@
+"""Which runs a study consists of: the options of each, in the order in which they are made."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.layers import option_text
+from pipeline.config.schema import Control
+from pipeline.config.study import Study, StudyConfig, flat
+from pipeline.core.types import InputError
+
+SHORT_NAMES = {
+    "kd_weight": "loss.kd.weight",
+    "lm_weight": "loss.lm.weight",
+    "temperature": "loss.kd.temperature",
+    "learning_rate": "optimizer.learning_rate",
+}
+"""Names for the options that are compared most; a grid takes the full name of any other."""
+READS_CACHE = ("weak_only", "combined", "shuffled", "smoothed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run of scripts/train.py."""
+
+    experiment: str
+    seed: int
+    overrides: tuple[str, ...]
+    """Options beside experiment and seed."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """As on the command line of scripts/train.py."""
+        return [f"experiment={self.experiment}", f"seed={self.seed}", *self.overrides]
+
+    @property
+    def label(self) -> str:
+        """Short, for progress lines: `combined kd_weight=0.3 seed 2`."""
+        short = {name: short for short, name in SHORT_NAMES.items()}
+        shown = [override.partition("=") for override in self.overrides if not override.startswith(("gold.", "text@"))]
+        options = " ".join(f"{short.get(name, name)}={value}" for name, _, value in shown)
+        return " ".join(part for part in (self.experiment, options, f"seed {self.seed}") if part)
+
+
+def teacher_job(study: Study) -> Job:
+    """The teacher: trained on its own labels, or scored as it is."""
+    return Job(experiment="teacher" if study.trains_teacher else "teacher_as_is", seed=1, overrides=())
+
+
+def student_jobs(config: StudyConfig, study: Study) -> list[Job]:
+    """All runs of the student, those that differ in the seed alone beside each other.
+
+    A ready-made student, and what does not depend on a seed, is scored once.
+    """
+    own = tuple(config.overrides)
+    names = experiments(config, study)
+    jobs = [Job(experiment=name, seed=config.seeds[0], overrides=()) for name in names if name == "zero_shot"]
+    if config.few_shot > 0:
+        jobs.append(
+            Job(experiment="few_shot", seed=config.seeds[0], overrides=(f"scoring.few_shot={config.few_shot}",))
+        )
+    settings = [(name, own) for name in names if name != "zero_shot"]
+    settings += [("combined", own + chosen) for chosen in grid_settings(config.grid) if "combined" in names]
+    settings += [(control.name, own) for control in config.controls if control is not Control.none]
+    settings += [("gold_only", own + chosen) for chosen in label_curve(config, study)]
+    unique = list(dict.fromkeys(settings))
+    jobs += [Job(experiment=name, seed=seed, overrides=chosen) for name, chosen in unique for seed in config.seeds]
+    return jobs
+
+
+def experiments(config: StudyConfig, study: Study) -> list[str]:
+    """The experiments of the student that are asked for; by default all that the study has texts for."""
+    if config.experiments is not None:
+        return config.experiments
+    names = ["zero_shot", "gold_only", "weak_only", "combined"]
+    return names + ["ceiling"] * (study.file.ceiling is not None)
+
+
+def grid_settings(grid: list[str]) -> Iterator[tuple[str, ...]]:
+    """Every combination of the values: ["kd_weight:0,1", "temperature:1,2"] has four."""
+    axes = []
+    for axis in grid:
+        name, is_axis, values = axis.partition(":")
+        if not is_axis or not values:
+            raise InputError(f"grid: expected OPTION:VALUE,VALUE,..., found {axis!r}; for example kd_weight:0,0.3,1,3")
+        axes.append([f"{SHORT_NAMES.get(name, name)}={value}" for value in values.split(",")])
+    return itertools.product(*axes) if axes else iter(())
+
+
+def label_curve(config: StudyConfig, study: Study) -> Iterator[tuple[str, ...]]:
+    """gold_only on so many labels of the ceiling's text, for each size of the curve."""
+    if config.label_curve and study.file.ceiling is None:
+        raise InputError("label_curve: expected a study with the text `ceiling`, whose labels it takes, found none")
+    text: dict[str, Any] = study.content.get("ceiling") or {}
+    for size in config.label_curve:
+        yield tuple(f"gold.{name}={option_text(value)}" for name, value in flat(text | {"take": size}).items())
