@@ -11,7 +11,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from pipeline.core.chart_style import LIGHT, with_style
+from pipeline.core.chart_style import CONFIG, LIGHT
 
 Row = Mapping[str, Any]
 
@@ -99,9 +99,9 @@ def data(rows: Sequence[Row]) -> Any:
 
 def to_svg(chart: Any, *, name: str) -> str:
     """The chart as SVG whose ids begin with `name`, so that several can stand in one page."""
-    styled = with_style(chart).properties(background=LIGHT["surface"], padding=PADDING)
     # what altair checks while it builds is enough: checking the whole once more takes longer than drawing it
-    svg = vl_convert.vegalite_to_svg(styled.to_dict(validate=False))
+    spec = chart.to_dict(validate=False)
+    svg = vl_convert.vegalite_to_svg(spec | {"config": CONFIG, "background": LIGHT["surface"], "padding": PADDING})
     svg = re.sub(r'(id="|url\(#)(?=clip|gradient)', rf"\g<1>{name}-", svg)
     return re.sub(r' (?:d|transform|x|y|x1|x2|y1|y2|width|height)="[^"]*"', _rounded, svg)
 

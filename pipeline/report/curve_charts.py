@@ -72,7 +72,7 @@ def curves(training: Sequence[Training], text: TextFigures) -> list[Drawing]:
 
 
 def _panel(key: str, curve: Curve, runs: Mapping[str, Training]) -> Any:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"x": step, "y": value, "role": role}
         for role, run in runs.items()
         for step, value in zip(run.steps, run.curves[key], strict=True)
@@ -110,4 +110,4 @@ def _panel(key: str, curve: Curve, runs: Mapping[str, Training]) -> Any:
         for role in runs
     ]
     layers.append(labels_at_end(ends, x=last, scale=y_domain, height=SIZE.height))
-    return alt.layer(*layers).properties(width=SIZE.width, height=SIZE.height)
+    return alt.layer(*layers, width=SIZE.width, height=SIZE.height)

@@ -73,8 +73,8 @@ def words(study: StudyFigures) -> dict[str, tuple[str, ...]]:
             _size(counts.get("student_parameters")),
             _of(counts, "num_steps", lambda value: f"{value:,} steps"),
         ),
-        "kd": ("KL( teacher ‖ student )", None if temperature is None else f"temperature {numbers.plain(temperature)}"),
-        "lm": (f"{numbers.MINUS} log student( label )",),
+        "kd": ("KL(teacher ‖ student)", None if temperature is None else f"temperature {numbers.plain(temperature)}"),
+        "lm": (f"{numbers.MINUS} log student(label)",),
         "kd_weight": (None if settings is None else f"weight {numbers.plain(settings.kd_weight)}",),
         "lm_weight": (None if settings is None else f"weight {numbers.plain(settings.lm_weight)}",),
         "kd_share": (_share(None if gold_fraction is None else 1 - gold_fraction), "of a batch"),
@@ -92,7 +92,7 @@ def formula(study: StudyFigures) -> str | None:
     if arm is None:
         return None
     weights = {"LM": arm.arm.lm_weight, "KD": arm.arm.kd_weight}
-    weights |= {name: weight for name, weight in study.counts.get("more_weights", {}).items()}
+    weights |= study.counts.get("more_weights", {})
     parts = [f"{numbers.plain(weight)} · {name}" for name, weight in weights.items() if weight]
     return f"loss = {' + '.join(parts)}" if parts else None
 
@@ -208,7 +208,8 @@ def _edge(edge: Edge, arrow: str) -> str:
 
 def _text(text: str, x: float, y: float, color: str, *, anchor: str = "middle", size: int = LINE_SIZE) -> str:
     weight = ' font-weight="600"' if size == TITLE_SIZE else ""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" fill="{color}"{weight}>{escape(text)}</text>'
+    place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"'
+    return f'<text {place} fill="{color}"{weight}>{escape(text)}</text>'
 
 
 def _of(values: Mapping[str, Any], key: str, shown: Any) -> str | None:

@@ -50,7 +50,7 @@ def texts(study: StudyFigures) -> Section:
     rows = [_text_row(text, roles) for text in all_texts]
     scroll = tag(
         "div",
-        tag("table", tag("thead", head), tag("tbody", *rows)),
+        tag("table", tag("thead", head), tag("tbody", *rows), class_="stacked"),
         class_="scroll",
         tabindex=0,
         role="region",
@@ -94,7 +94,7 @@ def label_saving(study: StudyFigures, drawing: Drawing | None) -> Section:
     else:
         value = numbers.score(saving.equivalent.value, numbers.COUNT)
         shown = f"{value} {numbers.bounds(saving.equivalent, numbers.COUNT)}".strip()
-        lead = f"With {saving.num_gold:,} gold records and the teacher, the student scores as with {shown} gold records alone."
+        lead = f"{saving.num_gold:,} gold records and the teacher are worth {shown} gold records without it."
     return Section(id="labels", title="Label saving", lead=lead, body=figure(drawing, is_large=True))
 
 

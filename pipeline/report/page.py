@@ -46,7 +46,7 @@ def draw(study: StudyFigures) -> dict[str, list[Drawing]]:
     return {
         "objective": [
             Drawing(
-                name="objective",
+                name="combined-loss",
                 title="The combined loss",
                 caption="Numbers are this study's; a dashed line is the gradient.",
                 wide=diagram.wide(study),
@@ -58,7 +58,7 @@ def draw(study: StudyFigures) -> dict[str, list[Drawing]]:
         "calibration": record_charts.calibration(text),
         "cache": [record_charts.retained_mass(histogram, mass, cache.get("k"))] if histogram else [],
         "parts": [] if arm is None else record_charts.slices(text, arm),
-        "labels": [] if saving is None else [score_charts.label_saving(saving, arm, text.metric)],
+        "labels": [] if saving is None or not saving.sizes else [score_charts.label_saving(saving, arm, text.metric)],
     }
 
 
@@ -99,7 +99,8 @@ def _sections(study: StudyFigures, groups: dict[str, list[Drawing]]) -> list[Sec
         Section(
             id="calibration",
             title="Calibration",
-            lead="On the dashed line, a model is right as often as its confidence promises. Each point stands for as many records as the others.",
+            lead="On the dashed line, a model is right as often as its confidence promises. "
+            "Each point stands for as many records as the others.",
             body=sections.figures_grid(groups["calibration"]),
         ),
         more_sections.cache(study, groups["cache"]),

@@ -23,7 +23,6 @@
     const body = table.tBodies[0];
     const rows = [...body.rows];
     const headings = [...table.tHead.rows[0].cells];
-    const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
     const valueOf = (row, column) => row.cells[column].dataset.value ?? "";
 
     const compare = (column, isNumeric, sign) => (a, b) => {
@@ -51,7 +50,7 @@
       const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
       let shown = 0;
       for (const row of rows) {
-        const fits = (!role.value || row.dataset.role === role.value) && words.every((word) => texts.get(row).includes(word));
+        const fits = (!role.value || row.dataset.role === role.value) && words.every((word) => row.dataset.search.includes(word));
         row.hidden = !fits;
         shown += fits;
       }
