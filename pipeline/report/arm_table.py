@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,7 @@ def _columns(text: TextFigures) -> list[Column]:
         *(_comparison(role, scale) for role in ("gold_only", "weak_only", "teacher", "zero_shot")),
         Column(title="PGR", cell=_pgr),
         *(Column(title=title, cell=partial(_imitation, find)) for title, find in RATES.items()),
+        Column(title="Perplexity", cell=lambda f: _perplexity(f) if text.metric == "-nll" else None),
         Column(title="Nll", cell=lambda f: None if f.nll is None else _nats(f.nll)),
         Column(title="ECE", cell=lambda f: None if f.calibration is None else _rate(f.calibration.ece)),
         Column(title="Ties", cell=lambda f: _number(f.num_ties) if f.num_ties else None),
@@ -129,6 +131,13 @@ RATES: dict[str, Callable[[Imitation], Interval | None]] = {
 
 def _nats(value: float) -> Cell:
     return Cell(text=numbers.decimal(value, 3), value=value)
+
+
+def _perplexity(figures: ArmFigures) -> Cell | None:
+    """exp of the nll."""
+    if figures.nll is None or figures.nll > 700:
+        return None
+    return Cell(text=numbers.plain(math.exp(figures.nll)), value=math.exp(figures.nll))
 
 
 def _rate(value: float) -> Cell:

@@ -16,7 +16,7 @@ from pipeline.report.chart_parts import COLORS, LABEL_SIZE, Drawing, Plot, Row, 
 LINES = {"ceiling": "ceiling", "teacher": "teacher", "gold_only": "gold only", "zero_shot": "zero-shot"}
 """Roles that are drawn as horizontal lines, since they have no KD weight: ceiling, weak score, floor, untrained."""
 POINTS = ("combined", "weak_only", "control")
-MAX_VALUE_LABELS, MAX_SERIES, MIN_TICK_PIXELS = 8, 4, 30
+MAX_VALUE_LABELS, MAX_SERIES, MIN_TICK_PIXELS, NAME_LIMIT = 8, 4, 30, 110
 SIGNED = "datum.value === 0 ? '0' : format(datum.value, '+~f')"
 """Of a tick, for Vega: every number but 0 with its sign."""
 WIDE = 400
@@ -134,9 +134,8 @@ def _layer(all_rows: Sequence[Row], role: str, x: alt.X, y: alt.Y) -> Any:
         layers.append(values.encode(y=alt.Y("high:Q", title=None), text="value:N"))
     elif few:
         side = "right" if shift < 0 else "left"
-        names = base.mark_text(
-            color=color, fontSize=LABEL_SIZE, align=side, xOffset=shift, dx=shift * 0.7, dy=max(shift, 0), aria=False
-        )
+        names = base.mark_text(color=color, fontSize=LABEL_SIZE, limit=NAME_LIMIT, align=side, aria=False)
+        names.mark.xOffset, names.mark.dx, names.mark.dy = shift, 0.7 * shift, max(shift, 0)
         layers.append(names.encode(text="label:N"))
     if role == "combined" and not few:
         main = base.mark_point(color=LIGHT["text"], size=110, strokeWidth=2, filled=False, opacity=1)
