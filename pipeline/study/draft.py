@@ -102,7 +102,7 @@ def _text_options(task: Task, tokenizer: Any) -> dict[str, Any]:
     if task.choices:
         options["choices"] = list(task.choices)
     has_end = tokenizer.eos_token_id is not None
-    if task.kind == "choices":
+    if task.choices:  # of those that differ from record to record, one may always begin another
         has_end = needs_end_token(task.choices, tokenizer)
     return options if has_end else options | {"end_token": False}
 

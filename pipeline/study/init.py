@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from pipeline.study.study_yaml import study_yaml, window_sentence
 from pipeline.study.task import column_options, find_columns, find_task, missing_ending, text_config
 
 SHOWN = ("corpus", "gold", "test")
-SHOWN_LABELS = 12
+SHOWN_LABELS, COLUMNS = 12, 80
 
 
 def run(arguments: list[str]) -> Path:
@@ -125,13 +126,15 @@ def _read(content: str, name: str) -> Study:
 
 def _story(draft: Draft, study: Study, models: Models) -> Iterator[str]:
     """What was found, three records as the models read them, and how much will be trained."""
-    yield from _found_lines(draft, models)
+    for line in _found_lines(draft, models):
+        yield from textwrap.wrap(line, COLUMNS, subsequent_indent="  ")
     yield ""
     yield from show_texts({name: getattr(study.file, name) for name in SHOWN}, study)
     settings = draft.settings
     names = [name for name in ("teacher", "gold_only", "weak_only", "combined", "ceiling") if name in settings.steps]
     counts = ", ".join(f"{name} {settings.steps[name]:,}" for name in names)
-    yield f"updates of {settings.global_batch} sequences (up to {draft.window.size} tokens each), about: {counts}"
+    yield f"updates, each of {settings.global_batch} sequences of up to {draft.window.size} tokens, about:"
+    yield f"  {counts}"
 
 
 def _found_lines(draft: Draft, models: Models) -> Iterator[str]:
