@@ -9,9 +9,9 @@ import altair as alt
 
 from pipeline.analysis.values import ArmFigures, Calibration, Slice, TextFigures
 from pipeline.core.chart_style import LIGHT, histogram
-from pipeline.report import numbers
-from pipeline.report.chart_parts import COLORS, Drawing, Plot, data, domain, to_svg
-from pipeline.report.main_arms import main_arms
+from pipeline.page import numbers
+from pipeline.page.chart_parts import COLORS, Drawing, Plot, data, domain, to_svg
+from pipeline.page.main_arms import main_arms
 
 CALIBRATED = ("teacher", "gold_only", "weak_only", "combined", "ceiling")
 MAX_SLICES = 30

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.analysis.values import ArmFigures, Interval, StudyFigures, TextFigures, Verdict
-from pipeline.report import diagram, numbers
-from pipeline.report.chart_parts import COLORS, Drawing
-from pipeline.report.html import Child, Html, escape, join, tag
-from pipeline.report.main_arms import main_arms, studied_arm
+from pipeline.page import diagram, numbers
+from pipeline.page.chart_parts import COLORS, Drawing
+from pipeline.page.html import Child, Html, escape, join, tag
+from pipeline.page.main_arms import main_arms, studied_arm
 
 TONES = {"HEALTHY": "good", "INCONCLUSIVE": "neutral"}
 """Of the badge of a verdict; others ask for a change."""

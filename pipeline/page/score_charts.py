@@ -10,8 +10,8 @@ import altair as alt
 
 from pipeline.analysis.values import ArmFigures, Comparison, Interval, LabelSaving, TextFigures
 from pipeline.core.chart_style import LIGHT
-from pipeline.report import numbers
-from pipeline.report.chart_parts import COLORS, LABEL_SIZE, Drawing, Plot, Row, data, domain, labels_at_end, to_svg
+from pipeline.page import numbers
+from pipeline.page.chart_parts import COLORS, LABEL_SIZE, Drawing, Plot, Row, data, domain, labels_at_end, to_svg
 
 LINES = {"ceiling": "ceiling", "teacher": "teacher", "gold_only": "gold only", "zero_shot": "zero-shot"}
 """Roles that are drawn as horizontal lines, since they have no KD weight: ceiling, weak score, floor, untrained."""

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from pipeline.analysis.values import ArmFigures, Imitation, Interval, TextFigures
-from pipeline.report import numbers
-from pipeline.report.html import Html, tag
+from pipeline.page import numbers
+from pipeline.page.html import Html, tag
 
 NAMED_OPTIONS = ("loss.kd.weight", "loss.lm.weight", "gold_fraction")
 """Options with columns of their own, whether they differ within a role or not."""

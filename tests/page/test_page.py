@@ -21,7 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from pipeline.analysis.values import Example, StudyFigures, TextFigures, Verdict
-from pipeline.report.page import write_page
+from pipeline.page.page import write_page
 from support import sample_figures
 from support.browser import emulate, open_browser, requested_addresses
 
