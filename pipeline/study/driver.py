@@ -197,7 +197,7 @@ def run_students(study: Study, jobs: Sequence[Job]) -> None:
 
 
 def launch(launcher: str, study: Study, jobs: Sequence[Job]) -> None:
-    """All runs through a launcher of Hydra: for each experiment with its options a sweep over the seeds, all at once."""
+    """All runs through a launcher of Hydra: for each setting a sweep over the seeds, all at once."""
     seeds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for job in jobs:
         seeds.setdefault((job.experiment, job.overrides), []).append(str(job.seed))
