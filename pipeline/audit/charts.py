@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from pipeline.core.chart_style import LIGHT, histogram, with_style
+from pipeline.core.chart_style import CONFIG, LIGHT, histogram
 from pipeline.core.progress import readable
 
 WIDTH, HEIGHT = 380, 190  # of one panel, pixels
@@ -47,7 +47,7 @@ def draw_summary(figures: dict[str, Any], *, name: str, out: Path) -> list[Path]
         padding=24,
         background="white",
     )
-    chart = with_style(chart)
+    chart = chart.properties(config=CONFIG)
     files = [out / "summary.png", out / "summary.svg"]
     chart.save(files[0], scale_factor=2)
     chart.save(files[1])

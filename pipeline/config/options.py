@@ -34,7 +34,10 @@ def to_typed(node: Any, schema: type[T]) -> T:
     missing = sorted(key for key in OmegaConf.missing_keys(node) if not key.startswith("hydra."))
     if missing:
         hints = "\n".join(f"  {key}: {_help_of(schema, key)}" for key in missing)
-        raise InputError(f"expected a value for each of these options, found none; give them as name=value:\n{hints}")
+        raise InputError(
+            "expected a value for each of these options, found none; give them as name=value, or a study that has them "
+            f"as study=NAME:\n{hints}"
+        )
     config = OmegaConf.to_object(node)
     assert isinstance(config, schema)
     return config

@@ -44,23 +44,29 @@ DARK = {
 FONT = "Inter, system-ui, sans-serif"
 
 
-def with_style(chart: Any) -> Any:
-    """The chart with the common font, and axes without lines or ticks."""
-    chart = chart.configure(font=FONT).configure_view(stroke=None)
-    chart = chart.configure_title(
-        anchor="start", color=LIGHT["text"], subtitleColor=LIGHT["muted"], fontSize=14, subtitleFontSize=12
-    )
-    return chart.configure_axis(
-        gridColor=LIGHT["grid"],
-        domain=False,
-        ticks=False,
-        labelColor=LIGHT["muted"],
-        labelPadding=6,
-        labelFontSize=11,
-        titleColor=LIGHT["muted"],
-        titleFontWeight="normal",
-        titleFontSize=11,
-    )
+CONFIG: dict[str, Any] = {
+    "font": FONT,
+    "view": {"stroke": None},
+    "title": {
+        "anchor": "start",
+        "color": LIGHT["text"],
+        "subtitleColor": LIGHT["muted"],
+        "fontSize": 14,
+        "subtitleFontSize": 12,
+    },
+    "axis": {
+        "gridColor": LIGHT["grid"],
+        "domain": False,
+        "ticks": False,
+        "labelColor": LIGHT["muted"],
+        "labelPadding": 6,
+        "labelFontSize": 11,
+        "titleColor": LIGHT["muted"],
+        "titleFontWeight": "normal",
+        "titleFontSize": 11,
+    },
+}
+"""Of a chart, in the words of Vega-Lite: the common font, axes without lines or ticks."""
 
 
 def histogram(counts: Sequence[float], *, high: float, color: str, axis: alt.Axis) -> Any:

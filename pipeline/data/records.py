@@ -182,7 +182,9 @@ def _parse_text(line: bytes) -> str:
 def _fields(row: dict[str, Any], text: Text) -> Fields:
     """What a row says; one with a prompt or a chat has the choices of its text if it brings none of its own."""
     column = text.columns["choices"]
-    is_common = bool(text.choices) and column not in row and text.columns["text"] not in row
+    # a column of this name may also be that of the prompt
+    is_plain = text.columns["text"] in row and text.shape != "prompt_completion"
+    is_common = bool(text.choices) and column not in row and not is_plain
     if not is_common:
         return SHAPES[text.shape].read(row, text.columns)
     fields = SHAPES[text.shape].read({**row, column: list(text.choices)}, text.columns)

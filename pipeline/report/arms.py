@@ -88,11 +88,11 @@ def make_arm(
         label=label,
         name=first.name,
         seeds=tuple(run.seed for run in runs),
-        lm_weight=first.options["loss.lm.weight"] or 0.0,
-        kd_weight=first.options["loss.kd.weight"] or 0.0,
-        gold_fraction=(first.options["gold_fraction"] or 0.0) if first.reads_gold else 0.0,
+        lm_weight=first.options.get("loss.lm.weight", 0.0),
+        kd_weight=first.options.get("loss.kd.weight", 0.0),
+        gold_fraction=first.options.get("gold_fraction", 0.0) if first.reads_gold else 0.0,
         num_gold=gold_sizes.get(first.inputs.get("gold", "")),
-        control=first.options["loss.kd.control"] or "none",
+        control=first.options.get("loss.kd.control", "none"),
         differing=differing,
         is_main=is_main,
     )
@@ -146,10 +146,10 @@ def _fitting(
     keys = {
         "gold_only": lambda run: _gold_mismatch(run, combined, gold_sizes),
         "zero_shot": lambda run: (
-            run.options.get("scoring.few_shot") or 0,
+            run.options.get("scoring.few_shot", 0),
             combined is not None and run.inputs["student"] != combined.inputs["student"],
         ),
-        "control": lambda run: (run.options["loss.kd.control"] != "shuffled", _num_differing(run, combined)),
+        "control": lambda run: (run.options.get("loss.kd.control") != "shuffled", _num_differing(run, combined)),
     }
     if role not in keys:
         return list(settings)
@@ -194,7 +194,7 @@ def dev_score(runs: Sequence[StudyRun]) -> float | None:
 
 def _order(runs: Sequence[StudyRun]) -> tuple[Any, ...]:
     options = runs[0].options
-    weights = tuple(options[name] or 0.0 for name in ("loss.kd.weight", "loss.lm.weight", "optimizer.learning_rate"))
+    weights = tuple(options.get(name, 0.0) for name in ("loss.kd.weight", "loss.lm.weight", "optimizer.learning_rate"))
     return (runs[0].name, *weights, str(runs[0].folder))
 
 
@@ -205,12 +205,14 @@ def _labels(
     firsts = [runs[0] for runs in settings]
     described = [dict(run.options) | _named_inputs(run, gold_sizes) for run in firsts]
     names = sorted({name for options in described for name in options})
-    varying = [name for name in names if len({repr(options.get(name)) for options in described}) > 1]
+    # an option that not all of them read is no difference by itself: what switches it off is
+    varying = [name for name in names if len({repr(options[name]) for options in described if name in options}) > 1]
+    varying = [name for name in varying if (role, name) != ("control", "loss.kd.control")]  # their labels begin with it
     has_names = role == OTHER or len({run.name for run in firsts}) > 1
     found = []
     for run, options in zip(firsts, described, strict=True):
-        differing = {name: options.get(name) for name in varying}
-        parts = [run.name if has_names else role]
+        differing = {name: options[name] for name in varying if name in options}
+        parts = [run.options["loss.kd.control"] if role == "control" else run.name if has_names else role]
         parts += [f"{short_name(name, varying)} {shown(value)}" for name, value in differing.items()]
         found.append((" ".join(parts), differing))
     labels = [label for label, _ in found]

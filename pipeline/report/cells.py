@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.analysis.values import ArmFigures, Comparison, Interval, LabelSaving, TextFigures
+from pipeline.page.main_arms import first_of
 from pipeline.report.arms import short_name, shown
 
+MAIN = " *"
+"""Marks the arm of a role with several on which conclusions rest."""
 METRIC_HEADS = {"accuracy": "accuracy %", "exact_match": "exact match %", "-nll": "perplexity"}
 
 
@@ -28,11 +31,12 @@ class Column:
 
 
 def bounds(interval: Interval, form: str, *, scale: float = 1.0) -> str:
-    """0.874 [0.861, 0.887] in a format such as ".3f", all multiplied by `scale`; without bounds the value alone."""
+    """0.874 [0.861, 0.887] in a format such as ".3f", all multiplied by `scale`; a bound that is not known is a "?"."""
     value = format(scale * interval.value, form)
-    if interval.low is None or interval.high is None:
+    if interval.low is None and interval.high is None:
         return value
-    return f"{value} [{scale * interval.low:{form}}, {scale * interval.high:{form}}]"
+    low, high = ("?" if end is None else format(scale * end, form) for end in (interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
 
 
 def score_text(score: Interval, metric: str) -> str:
@@ -116,15 +120,19 @@ def row_names(arms: Sequence[ArmFigures]) -> list[str]:
     bases = [_base(figures) for figures in arms]
     options = [repr(sorted(figures.arm.differing.items(), key=str)) for figures in arms]
     rows = list(zip(bases, options, strict=True))
+    roles = [figures.arm.role for figures in arms]
     return [
-        base if rows.count(row) == 1 else figures.arm.label
+        (base if rows.count(row) == 1 else figures.arm.label)
+        + MAIN * (figures.arm.is_main and roles.count(figures.arm.role) > 1)
         for base, row, figures in zip(bases, rows, arms, strict=True)
     ]
 
 
 def _base(figures: ArmFigures) -> str:
     arm = figures.arm
-    return arm.role if arm.label.startswith(arm.role) or arm.label == arm.role else arm.name
+    if arm.role == "control":
+        return arm.control
+    return arm.role if arm.label.startswith(arm.role) else arm.name
 
 
 def _option_columns(arms: Sequence[ArmFigures]) -> Iterator[Column]:
@@ -152,11 +160,6 @@ def _is_informative(column: Column) -> bool:
 # ---------------------------------------------------------------------------------------- sentences
 
 
-def main_arm(text: TextFigures, role: str) -> ArmFigures | None:
-    """The figures of the arm that conclusions on a role rest on."""
-    return next((figures for figures in text.arms if figures.arm.role == role and figures.arm.is_main), None)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
     """The paired differences of one arm, in parts that a terminal aligns."""
@@ -170,7 +173,7 @@ class Paired:
 def paired_differences(text: TextFigures) -> Iterator[Paired]:
     """Of combined to all other roles, of weak_only to the floor and the teacher."""
     for role, others in (("combined", None), ("weak_only", ("gold_only", "teacher"))):
-        figures = main_arm(text, role)
+        figures = first_of(text, role)
         found = () if figures is None else figures.comparisons
         rows = tuple(_paired_row(role, one, text.metric) for one in found if others is None or one.against in others)
         if figures is not None and rows:
@@ -191,7 +194,7 @@ def seeds(figures: ArmFigures) -> str:
 
 def conclusions(text: TextFigures, saving: LabelSaving | None = None) -> Iterator[str]:
     """What follows from a text's figures beside the paired differences, one sentence each."""
-    figures = main_arm(text, "combined") or main_arm(text, "weak_only")
+    figures = first_of(text, "combined", "weak_only")
     if figures is not None:
         yield from _student_lines(figures)
     if saving is not None:

@@ -9,20 +9,18 @@ from pipeline.analysis.verdict import verdict
 from pipeline.config.schema import ReportConfig
 from pipeline.core.files import check_writable, write_atomically
 from pipeline.core.progress import log, start_logging
+from pipeline.page.page import write_page
 from pipeline.report import tables
 from pipeline.report.study_figures import Study, read_study
 from pipeline.report.text import markdown, terminal
 
 
-def run(config: ReportConfig, *, command: str | None = None) -> StudyFigures:
-    """Print the verdict, the tables and the conclusions; write them into `out` where one is given.
-
-    `command`: how this study is run, the beginning of the command that the verdict gives; None: by the study's name.
-    """
+def run(config: ReportConfig) -> StudyFigures:
+    """Print the verdict, the tables and the conclusions; write the page and the tables too where `out` is given."""
     start_logging()
     if config.out is not None:
         check_writable(Path(config.out), "out")
-    study = read_study(config.runs, name=config.study, command=command)
+    study = read_study(config.runs, name=config.study, command=config.command)
     judged = verdict(study.figures)
     for line in terminal(study.figures, judged):
         print(line)
@@ -33,8 +31,8 @@ def run(config: ReportConfig, *, command: str | None = None) -> StudyFigures:
 
 
 def write_files(study: Study, judged: Verdict, out: Path) -> list[Path]:
-    """report.md and the tidy tables; the paths that were written."""
-    report = out / "report.md"
+    """The page, report.md and the tidy tables; the paths that were written, without the page's figures."""
+    page, report = write_page(study.figures, judged, out)[0], out / "report.md"
     write_atomically(report, markdown(study.figures, judged))
     found = {
         "runs": tables.runs_table(study.arms, study.texts),
@@ -44,4 +42,4 @@ def write_files(study: Study, judged: Verdict, out: Path) -> list[Path]:
     }
     for name, table in found.items():
         table.write_parquet(out / f"{name}.parquet")
-    return [report, *(out / f"{name}.parquet" for name in found)]
+    return [page, report, *(out / f"{name}.parquet" for name in found)]

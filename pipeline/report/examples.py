@@ -30,8 +30,8 @@ def find_examples(arms: list[ArmRuns], text: TextPredictions, records: Mapping[b
     examples: list[Example] = []
     for kind, rows in _ranked(main, _same_answer(main, arms, text)).items():
         for m in rows:
-            record = records.get(text.keys[m])
-            if record is not None and len([e for e in examples if e.kind == kind]) < EXAMPLES_PER_KIND:
+            record = records[text.keys[m]]
+            if len([e for e in examples if e.kind == kind]) < EXAMPLES_PER_KIND:
                 examples.append(
                     Example(
                         kind=kind,

@@ -125,6 +125,15 @@ def arm_predictions(of_arm: ArmRuns, tables: Mapping[Path, pl.DataFrame], metric
     )
 
 
+def mean_nll(of_arm: ArmRuns, tables: Mapping[Path, pl.DataFrame]) -> float | None:
+    """Mean negative log-likelihood per known target in nats, mean over seeds; None without targets."""
+    rows = [tables[run.folder] for run in of_arm.runs]
+    num_targets = _stacked(rows, "num_targets").sum(axis=1)
+    if not num_targets.all():
+        return None
+    return float((_stacked(rows, "nll_sum").sum(axis=1) / num_targets).mean())
+
+
 def _stacked(tables: Sequence[pl.DataFrame], column: str) -> np.ndarray:
     return np.stack([table[column].cast(pl.Float64).to_numpy() for table in tables])
 
@@ -140,12 +149,8 @@ def probabilities(log_probs: pl.Series) -> np.ndarray:
 
 
 def held_out(text: TextPredictions, records: Mapping[bytes, Record]) -> HeldOut:
-    """What is known of the records, in the order of the predictions; classes and lengths only of those found again."""
-    found = [records.get(key) for key in text.keys]
-    is_complete = all(record is not None for record in found)
-    if records and not is_complete:
-        log.warning("%s: some of its records cannot be found again: no classes and lengths", text.name)
-    known = [record for record in found if record is not None] if is_complete else []
+    """What is known of the records, in the order of the predictions; without `records` no classes and lengths."""
+    known = [records[key] for key in text.keys] if records else []
     answer_M = None
     if text.metric == "accuracy":
         answer_M = next(iter(text.tables.values()))["answer"].to_numpy().astype(np.int64)

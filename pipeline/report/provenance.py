@@ -137,9 +137,9 @@ def diagram_counts(arms: Sequence[ArmRuns], cache: Mapping[str, Any]) -> dict[st
         "lm_weight": arm.lm_weight,
         "kd_weight": arm.kd_weight,
         "more_weights": {
-            term: weight for term in ("hard", "confidence") if (weight := student.options[f"loss.{term}.weight"])
+            term: weight for term in ("hard", "confidence") if (weight := student.options.get(f"loss.{term}.weight"))
         },
-        "temperature": student.options["loss.kd.temperature"],
+        "temperature": student.options.get("loss.kd.temperature"),
         "num_steps": student.result["steps"],
         "student": model_name(student),
         "student_parameters": num_parameters(student),

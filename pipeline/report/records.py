@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from pipeline.config.options import load_config
@@ -21,7 +21,7 @@ from pipeline.data.text_files import all_records, open_text
 from pipeline.data.tokenize import text_hash
 from pipeline.evaluation.requests import record_key
 from pipeline.models.tokenizer import open_tokenizer
-from pipeline.report.runs import StudyRun, scores_on, text_of
+from pipeline.report.runs import StudyRun, scores_on
 
 
 class TokenizerOnDemand:
@@ -41,8 +41,11 @@ class TokenizerOnDemand:
         return getattr(self._tokenizer, name)
 
 
-def held_out_records(runs: Sequence[StudyRun], test: str = "test") -> dict[bytes, Record]:
-    """The records of a test text by `record_key`; empty, with a warning, where no run leads to them any more."""
+def held_out_records(runs: Sequence[StudyRun], test: str, keys: Collection[bytes]) -> dict[bytes, Record]:
+    """The records of a test text by `record_key`; `keys`: of all that were scored.
+
+    Empty, with a warning, where no run leads to them any more: a record that has changed has another key.
+    """
     tried = set[str]()
     for run in runs:
         files = str(_plain_text(run, test))
@@ -50,9 +53,14 @@ def held_out_records(runs: Sequence[StudyRun], test: str = "test") -> dict[bytes
             continue
         tried.add(files)
         try:
-            return _read(run, test)
-        except (InputError, OSError) as error:
-            log.warning("%s: its records cannot be read again, so there are no classes and examples: %s", test, error)
+            found = _read(run, test)
+            num_missing = len(set(keys) - found.keys())
+            if not num_missing:
+                return found
+            error = f"expected the records that were scored, found {num_missing} of {len(set(keys))} missing or changed"
+        except (InputError, OSError) as problem:
+            error = str(problem)
+        log.warning("%s: its records cannot be read again, so there are no classes and examples: %s", test, error)
     return {}
 
 
@@ -66,8 +74,6 @@ def _read(run: StudyRun, test: str) -> dict[bytes, Record]:
     if text_config is None:
         raise InputError(f"{run.folder}: expected a text called {test} in {run.paths.config.name}, found none")
     text = find_shape(open_text(text_config, test))
-    if text_hash(text) != text_of(run, test):
-        raise InputError(f"expected the files that were scored, found others: {', '.join(text_config.files)}")
     raw = all_records(text.files, text.read_columns)
     records = parse_records(raw, text, TokenizerOnDemand(config, run.paths), MalformedRecords(skip=True))
     return {record_key(record): record for record in records}

@@ -44,7 +44,7 @@ class StudyRun:
     result: Mapping[str, Any]
     """result.json: the scores."""
     options: Mapping[str, Any]
-    """Options that decide the result, by dotted name, without name and seed; None where nothing reads them."""
+    """Options that decide the result, by dotted name, without name, seed and those that nothing reads."""
     inputs: Mapping[str, str]
     """Hashes of what the run was made of: student, cache, gold, ..."""
     settings: str
@@ -189,7 +189,7 @@ DEFAULTS = dict(_leaves(identity_options(TrainConfig())))
 
 
 def effective_options(options: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
-    """The options with None for each that nothing reads in a run with these inputs: it cannot change the result."""
+    """The options without those that nothing reads in a run with these inputs: they cannot change the result."""
     from_cache, from_gold = {"cache", "gold_cache"} & inputs.keys(), {"gold", "gold_cache"} & inputs.keys()
     unread = ["test"] if dev_decides(options) else ["test", "dev"]
     if options["steps"] == 0:
@@ -202,12 +202,13 @@ def effective_options(options: Mapping[str, Any], inputs: Mapping[str, str]) -> 
     if not options["loss.kd.weight"]:
         unread += [f"loss.kd.{name}" for name in KD_ALONE]
     for term in ("hard", "confidence"):
-        unread += [] if options[f"loss.{term}.weight"] else [f"loss.{term}"]
-    if not options["early_stopping.patience"]:
-        unread.append("early_stopping")
+        parts = [name for name in options if name.startswith(f"loss.{term}.") and not name.endswith(".weight")]
+        unread += [] if options[f"loss.{term}.weight"] else parts
+    unread += [] if options["early_stopping.patience"] else ["early_stopping.min_delta"]
     return {
-        name: None if any(name == one or name.startswith(f"{one}.") for one in unread) else value
+        name: value
         for name, value in options.items()
+        if not any(name == one or name.startswith(f"{one}.") for one in unread)
     }
 
 

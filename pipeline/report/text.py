@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from pipeline.analysis.values import StudyFigures, TextFigures, Verdict
-from pipeline.report.cells import Column, Paired, columns, conclusions, duration, paired_differences
+from pipeline.report.cells import MAIN, Column, Paired, columns, conclusions, duration, paired_differences, row_names
 
 WIDTH = 80
 GAP = "  "
@@ -70,8 +70,11 @@ def heading(text: TextFigures) -> str:
     """What a table is about."""
     where = "further text, out of domain" if text.is_out_of_domain else "text"
     counts = {len(figures.arm.seeds) for figures in text.arms}
-    common = f", {counts.pop()} seed(s) an arm" if len(counts) == 1 else ""
-    return f"{where} {text.name}: {text.num_records:,} records, {METRICS[text.metric]}{common}; 95 % intervals"
+    common = counts.pop() if len(counts) == 1 else None
+    shared = "" if common is None else f", {common} seed{'s' * (common > 1)} an arm"
+    is_marked = any(name.endswith(MAIN) for name in row_names(text.arms))
+    marked = f";{MAIN} conclusions rest on it" * is_marked
+    return f"{where} {text.name}: {text.num_records:,} records, {METRICS[text.metric]}{shared}; 95 % intervals{marked}"
 
 
 def effort(study: StudyFigures) -> str:
@@ -103,7 +106,8 @@ def table_lines(found: Sequence[Column]) -> Iterator[str]:
     """The table, in several blocks where it is wider than 80 characters; each begins with the names of the rows."""
     names, *others = [Column(head=c.head, cells=tuple(map(_cut, c.cells)), is_text=c.is_text) for c in found]
     if _width([names, *others]) > WIDTH:  # rows are numbered, because names alone may be equal
-        numbers = tuple(f"{number} {name}" for number, name in enumerate(names.cells, 1))
+        width = len(str(len(names.cells)))
+        numbers = tuple(f"{number:>{width}} {name}" for number, name in enumerate(names.cells, 1))
         names = Column(head=names.head, cells=numbers, is_text=True)
     block = [names]
     for column in others:

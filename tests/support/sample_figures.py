@@ -65,7 +65,9 @@ def calibration(accuracy: float, *, overconfidence: float) -> Calibration:
         bins.append(
             Bin(confidence=min(right + overconfidence * (1.4 - 0.1 * i), 0.999), accuracy=right, num_records=150)
         )
-    return Calibration(ece=abs(overconfidence) + 0.008, brier=1.3 * (1 - accuracy), overconfidence=overconfidence, bins=tuple(bins))
+    return Calibration(
+        ece=abs(overconfidence) + 0.008, brier=1.3 * (1 - accuracy), overconfidence=overconfidence, bins=tuple(bins)
+    )
 
 
 def imitation(rate: float, correction: float, damage: float, *, excess: float | None) -> Imitation:
@@ -83,36 +85,24 @@ def imitation(rate: float, correction: float, damage: float, *, excess: float | 
 
 def slices(gap: float) -> tuple[Slice, ...]:
     """By class, by length and by the teacher's confidence."""
-    found = []
+
+    def part(by: str, value: str, num_records: int, score: float, half: float, **known: float) -> Slice:
+        around = Interval(value=min(score, 0.99), low=score - half, high=min(score + half, 1.0))
+        return Slice(by=by, value=value, num_records=num_records, score=around, **known)
+
+    found: list[Slice] = []
     for i, (topic, share) in enumerate(zip(TOPICS, SHARES, strict=True)):
-        teacher_score = 0.83 + 0.1 * math.sin(1.7 * i) - (0.24 if topic == "village" else 0.0)
-        score = min(teacher_score + gap + 0.03 * math.cos(2.3 * i), 0.99)
-        found.append(
-            Slice(
-                by="class",
-                value=topic,
-                num_records=round(1500 * share),
-                score=interval(score, 0.045),
-                teacher_score=teacher_score,
-                imitation=0.42 + 0.2 * math.cos(i),
-            )
-        )
+        weak = 0.83 + 0.1 * math.sin(1.7 * i) - (0.24 if topic == "village" else 0.0)
+        score = weak + gap + 0.03 * math.cos(2.3 * i)
+        rate = 0.42 + 0.2 * math.cos(i)
+        found.append(part("class", topic, round(1500 * share), score, 0.045, teacher_score=weak, imitation=rate))
     for by, values in (
         ("length", ("1 to 38 characters", "39 to 61 characters", "62 to 180 characters")),
         ("teacher confidence", ("0.00 to 0.72", "0.72 to 0.95", "0.95 to 1.00")),
     ):
         for i, value in enumerate(values):
-            base = 0.79 + 0.05 * i if by == "length" else 0.58 + 0.2 * i
-            found.append(
-                Slice(
-                    by=by,
-                    value=value,
-                    num_records=500,
-                    score=interval(base + gap, 0.028),
-                    teacher_score=base,
-                    imitation=0.35 + 0.12 * i,
-                )
-            )
+            weak = 0.79 + 0.05 * i if by == "length" else 0.58 + 0.18 * i
+            found.append(part(by, value, 500, weak + gap, 0.028, teacher_score=weak, imitation=0.35 + 0.12 * i))
     return tuple(found)
 
 
@@ -157,7 +147,9 @@ def role_figures(role: str) -> ArmFigures:
         nll={"teacher": 0.558, "zero_shot": 2.01, "gold_only": 1.049, "weak_only": 0.423}.get(role, 0.405),
         num_ties=0.0 if is_student else 3.0,
         comparisons=comparisons(score, others) if role != "teacher" else (),
-        pgr=Interval(value=(score - 0.829) / 0.082, low=(score - 0.829) / 0.082 - 0.2, high=(score - 0.829) / 0.082 + 0.21)
+        pgr=Interval(
+            value=(score - 0.829) / 0.082, low=(score - 0.829) / 0.082 - 0.2, high=(score - 0.829) / 0.082 + 0.21
+        )
         if role in ("weak_only", "combined")
         else None,
         calibration=calibration(score, overconfidence={"gold_only": 0.062, "combined": 0.014}.get(role, 0.028)),
@@ -173,9 +165,7 @@ def extra_figures() -> list[ArmFigures]:
     for kd, score in ((0.1, 0.829), (0.3, 0.858), (3.0, 0.866), (10.0, 0.853)):
         found.append(
             ArmFigures(
-                arm=arm(
-                    "combined", f"combined kd {kd:g}", kd=kd, is_main=False, differing={"loss.kd.weight": kd}
-                ),
+                arm=arm("combined", f"combined kd {kd:g}", kd=kd, is_main=False, differing={"loss.kd.weight": kd}),
                 score=interval(score, 0.013),
                 nll=0.43,
                 comparisons=comparisons(score, {"teacher": 0.829, "gold_only": 0.797}),
@@ -205,7 +195,9 @@ def training(label: str, role: str) -> Training:
         return math.sin(12.9898 * i) * 0.5 + math.sin(4.1414 * i) * 0.5
 
     def falling(start: float, end: float, spread: float) -> tuple[float | None, ...]:
-        return tuple(end + (start - end) * math.exp(-i / 30) * (1 + 0.1 * noise(i)) + spread * noise(i + 7) for i in range(200))
+        return tuple(
+            end + (start - end) * math.exp(-i / 30) * (1 + 0.1 * noise(i)) + spread * noise(i + 7) for i in range(200)
+        )
 
     def every(number: int, values: tuple[float | None, ...]) -> tuple[float | None, ...]:
         return tuple(value if i % number == number - 1 else None for i, value in enumerate(values))
@@ -336,7 +328,9 @@ def plain_text_study() -> StudyFigures:
             arm=arm(role),
             score=interval(score, 0.021),
             nll=-score,
-            comparisons=comparisons(score, {"teacher": -3.412, "gold_only": -3.105}, 0.017) if role == "combined" else (),
+            comparisons=comparisons(score, {"teacher": -3.412, "gold_only": -3.105}, 0.017)
+            if role == "combined"
+            else (),
             pgr_refused="no ceiling" if role in ("weak_only", "combined") else None,
         )
         for role, score in scores.items()
@@ -346,7 +340,7 @@ def plain_text_study() -> StudyFigures:
 
 
 def large_study(num_arms: int = 200) -> StudyFigures:
-    """The full study with as many combined arms that all sections are large: KD weight x temperature x learning rate."""
+    """The full study with more combined arms: KD weight x temperature x learning rate."""
     study, arms, curves = full_study(), [], []
     best = role_figures("combined")
     for i in range(num_arms - len(study.main.arms)):
@@ -370,7 +364,9 @@ def large_study(num_arms: int = 200) -> StudyFigures:
     main = TextFigures(
         name="test", metric="accuracy", num_records=1500, is_out_of_domain=False, arms=(*study.main.arms, *arms)
     )
-    fields = {name: getattr(study, name) for name in ("more", "label_saving", "examples", "cache", "counts", "provenance")}
+    fields = {
+        name: getattr(study, name) for name in ("more", "label_saving", "examples", "cache", "counts", "provenance")
+    }
     return StudyFigures(name="sweep", main=main, training=(*study.training, *curves), **fields)
 
 

@@ -1,13 +1,13 @@
 """Simulated studies: predictions of arms whose true scores, copying and seed noise are known exactly.
 
-Given whether the teacher is right on a record, a run of an arm compares a uniform number v of the record with its rates:
+Given whether the teacher is right on a record, a run of an arm compares a uniform number v with the arm's rates:
 
     teacher right:  right where v < 1 - damage, else a wrong choice
     teacher wrong:  right where v < correction, the teacher's choice where v > 1 - imitation, else another wrong choice
     v = Phi(sqrt(a) difficulty_record + sqrt(b) effect_record,arm + sqrt(1 - a - b) noise_record,run)
 
 so rates over many records are the arm's own, and records are alike for all arms (a) and for the seeds of an arm (b).
-Seed noise moves 1 - damage and correction of a run by the same normal number: its standard deviation is that of the score.
+Seed noise moves 1 - damage and correction of a run by the same normal number, with the standard deviation of the score.
 """
 
 from __future__ import annotations
