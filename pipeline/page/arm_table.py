@@ -60,24 +60,10 @@ def _columns(text: TextFigures) -> list[Column]:
         *(_option(name) for name in options if name not in NAMED_OPTIONS),
         *(_comparison(role, scale) for role in ("gold_only", "weak_only", "teacher", "zero_shot")),
         Column(title="PGR", cell=_pgr),
-<<<<<<< HEAD:pipeline/report/arm_table.py
-        Column(title="Imitation", cell=lambda f: f.imitation and _interval(f.imitation.imitation)),
-        Column(
-            title="Excess imitation", cell=lambda f: f.imitation and _difference(f.imitation.excess, numbers.PERCENT)
-        ),
-        Column(title="Correction", cell=lambda f: f.imitation and _interval(f.imitation.correction)),
-        Column(title="Damage", cell=lambda f: f.imitation and _interval(f.imitation.damage)),
-        Column(title="Agreement", cell=lambda f: f.imitation and _interval(f.imitation.agreement)),
-        Column(
-            title="Nll", cell=lambda f: None if f.nll is None else Cell(text=numbers.decimal(f.nll, 3), value=f.nll)
-        ),
-        Column(title="ECE", cell=lambda f: f.calibration and _rate(f.calibration.ece)),
-=======
         *(Column(title=title, cell=partial(_imitation, find)) for title, find in RATES.items()),
         Column(title="Perplexity", cell=lambda f: _perplexity(f) if text.metric == "-nll" else None),
         Column(title="Nll", cell=lambda f: None if f.nll is None else _nats(f.nll)),
         Column(title="ECE", cell=lambda f: None if f.calibration is None else _rate(f.calibration.ece)),
->>>>>>> main:pipeline/page/arm_table.py
         Column(title="Ties", cell=lambda f: _number(f.num_ties) if f.num_ties else None),
         Column(title="LM weight", cell=lambda f: _number(f.arm.lm_weight), is_setting=True),
         Column(title="Gold fraction", cell=lambda f: _number(f.arm.gold_fraction), is_setting=True),

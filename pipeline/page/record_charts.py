@@ -148,11 +148,7 @@ def _slice_chart(rows: Sequence[dict[str, Any]], role: str, metric: str, plot: P
         "label:N",
         title=None,
         sort=None,
-<<<<<<< HEAD:pipeline/report/record_charts.py
-        axis=alt.Axis(labelColor=LIGHT["text"], labelLimit=180 if plot.width > WIDE else 128),
-=======
         axis=alt.Axis(labelColor=LIGHT["text"], labelLimit=LABEL_LIMIT if plot.width > WIDE else 128),
->>>>>>> main:pipeline/page/record_charts.py
     )
     x = alt.X(
         "score:Q",
