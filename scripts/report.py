@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""A table over finished runs: weak score, floor, combined, ceiling and the performance gap recovered.
+"""What finished runs found: a verdict with its evidence, scores with intervals, and what to run next.
 
-python scripts/report.py runs=[runs/demo/*] out=runs/demo
+    python scripts/report.py study=mine                    print; write the page and the tables into the study's folder
+    python scripts/report.py runs=[runs/mine/*]            print only
+    python scripts/report.py runs=[runs/mine/*] out=report
 """
 
 from pipeline.config.cli import hydra_main
