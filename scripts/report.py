@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What finished runs found: a verdict with its evidence, scores with intervals, and what to run next.
+"""What finished runs found: a verdict, paired differences with intervals, tables, and the page report.html.
 
-    python scripts/report.py study=mine                    print; write the page and the tables into the study's folder
-    python scripts/report.py runs=[runs/mine/*]            print only
-    python scripts/report.py runs=[runs/mine/*] out=report
+python scripts/report.py study=demo                     all runs of a study, into its report folder
+python scripts/report.py 'runs=[runs/demo/*]' out=report
+python scripts/report.py 'runs=[runs/demo/*]'           prints only
 """
 
 from pipeline.config.cli import hydra_main

@@ -42,11 +42,6 @@ def no_better(value: Interval | None, margin: float) -> bool:
     return value is not None and value.low is not None and value.low <= 0 and value.value < margin
 
 
-def is_equal(value: Interval | None, margin: float) -> bool:
-    """Measured, not significantly different from 0, and less than the margin away from it."""
-    return no_better(value, margin) and value is not None and not below(value) and value.value > -margin
-
-
 def teacher_guesses(found: Findings) -> bool:
     """The teacher is at chance, and nothing was gained."""
     return no_better(found.teacher_over_guess, GUESS_MARGIN) and not above(found.over_gold)
@@ -83,7 +78,9 @@ def imitates(found: Findings) -> bool:
     """The student equals its teacher: equal scores, and as far as measured equal errors and distributions."""
     copies = [found.imitation.value >= PLATEAU_IMITATION] if found.imitation else []
     near = [found.divergence <= NEAR_TEACHER] if found.divergence is not None else []
-    return is_equal(found.over_teacher, MARGIN) and bool(copies + near) and all(copies + near)
+    over = found.over_teacher
+    is_at_teacher = over is not None and no_better(over, MARGIN) and over.value > -MARGIN
+    return is_at_teacher and bool(copies + near) and all(copies + near)
 
 
 def is_healthy(found: Findings) -> bool:

@@ -20,6 +20,7 @@ CLASS_GAP = 0.2
 """By so much the student is below gold_only in the class: classes are small, and there are many of them."""
 CLASS_RECORDS = 20
 """Fewer records of a class decide nothing."""
+KD_WEIGHT = "loss.kd.weight"
 FIXED_ROLES = ("teacher", "zero_shot")
 """Models that the students' seeds do not change."""
 
@@ -146,13 +147,23 @@ def _main(study: StudyFigures, role: str) -> ArmFigures | None:
 
 
 def _shuffled(study: StudyFigures) -> ArmFigures | None:
-    return next((arm for arm in study.main.arms if arm.arm.control == "shuffled"), None)
+    """The one that differs least from combined is the main arm of the controls."""
+    found = [arm for arm in study.main.arms if arm.arm.role == "control" and arm.arm.control == "shuffled"]
+    return max(found, key=lambda arm: arm.arm.is_main, default=None)
 
 
 def _next_higher(study: StudyFigures, combined: ArmFigures) -> ArmFigures | None:
-    """The arm whose `lower kd` comparison is to the judged one."""
-    arms = [a for a in study.main.arms if a.arm.role == "combined" and a.arm.kd_weight > combined.arm.kd_weight]
-    return min(arms, key=lambda arm: arm.arm.kd_weight, default=None)
+    """The combined arm that differs in a higher KD weight alone: the one whose `lower kd` is the judged arm."""
+    same = [arm for arm in study.main.arms if arm.arm.role == "combined" and _rest(arm) == _rest(combined)]
+    higher = [arm for arm in same if arm.arm.kd_weight > combined.arm.kd_weight]
+    return min(higher, key=lambda arm: arm.arm.kd_weight, default=None)
+
+
+def _rest(figures: ArmFigures) -> tuple[object, ...]:
+    """All settings but the KD weight."""
+    arm = figures.arm
+    differing = {name: value for name, value in arm.differing.items() if name != KD_WEIGHT}
+    return (differing, arm.lm_weight, arm.gold_fraction, arm.num_gold)
 
 
 # --------------------------------------------------------------------------------------- differences

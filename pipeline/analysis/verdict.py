@@ -20,7 +20,7 @@ from pipeline.analysis.conditions import (
     OVERFIT_RISE,
     PLATEAU_IMITATION,
 )
-from pipeline.analysis.findings import CLASS_COPIED, CLASS_GAP, CLASS_TEACHER_SCORE, Findings, findings
+from pipeline.analysis.findings import CLASS_COPIED, CLASS_GAP, CLASS_RECORDS, CLASS_TEACHER_SCORE, Findings, findings
 from pipeline.analysis.values import StudyFigures, Verdict
 
 HEURISTIC = "a heuristic"
@@ -65,9 +65,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         code="KD_TOO_HIGH",
         name="a copied class",
-        when="excess imitation over gold_only is significantly above 0, and in a class that the teacher gets wrong "
-        f"(score under {100 * CLASS_TEACHER_SCORE:g} %) combined repeats {100 * CLASS_COPIED:g} % or more of the "
-        f"teacher's errors and is {100 * CLASS_GAP:g} points or more below gold_only, with intervals apart",
+        when=f"excess imitation over gold_only is significantly above 0, and in a class of {CLASS_RECORDS} records "
+        f"or more that the teacher gets wrong (score under {100 * CLASS_TEACHER_SCORE:g} %) combined repeats "
+        f"{100 * CLASS_COPIED:g} % or more of the teacher's errors and is {100 * CLASS_GAP:g} points or more below "
+        "gold_only, with intervals apart",
         applies=conditions.copies_a_class,
         headline="The student copies the teacher's systematic error on {classes}: KD weight {kd_weight} is too high.",
         cause="The student mimics the teacher's style and repeats its factual errors: the corpus has many more "
@@ -122,7 +123,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         code="IMITATION_PLATEAU",
         name="equal to the teacher",
-        when=f"combined is not significantly different from the teacher and within {SMALL} of it, imitation is "
+        when=f"combined is not significantly above the teacher and within {SMALL} of it, imitation is "
         f"{100 * PLATEAU_IMITATION:g} % or more, and the KL to the teacher ends at {NEAR_TEACHER:g} nats or less (of "
         "the two at least one is measured, and none contradicts)",
         applies=conditions.imitates,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.analysis.values import ArmFigures, Comparison, Interval, LabelSaving, TextFigures
+from pipeline.page.main_arms import first_of
 from pipeline.report.arms import short_name, shown
-from pipeline.report.main_arms import first_of
 
 MAIN = " *"
 """Marks the arm of a role with several on which conclusions rest."""

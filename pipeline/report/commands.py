@@ -9,8 +9,8 @@ from pipeline.analysis.verdict import verdict
 from pipeline.config.schema import ReportConfig
 from pipeline.core.files import check_writable, write_atomically
 from pipeline.core.progress import log, start_logging
+from pipeline.page.page import write_page
 from pipeline.report import tables
-from pipeline.report.page import write_page
 from pipeline.report.study_figures import Study, read_study
 from pipeline.report.text import markdown, terminal
 

@@ -20,11 +20,11 @@ from pipeline.config.validate import check_files
 from pipeline.config.validate_train import check_train
 from pipeline.core.progress import readable, start_logging
 from pipeline.core.types import RunFailed
+from pipeline.declare.leaks import check_texts
+from pipeline.declare.shown import show_texts
 from pipeline.report import commands as report
 from pipeline.study import cost
-from pipeline.study.leaks import check_texts
 from pipeline.study.plan import READS_CACHE, Job, student_jobs, teacher_job
-from pipeline.study.shown import show_texts
 from pipeline.training import driver as training
 
 LOG_EVERY_SECONDS = 60.0  # of a run's plain progress lines: a study is read as a whole
@@ -197,7 +197,7 @@ def run_students(study: Study, jobs: Sequence[Job]) -> None:
 
 
 def launch(launcher: str, study: Study, jobs: Sequence[Job]) -> None:
-    """All runs through a launcher of Hydra: for each experiment with its options a sweep over the seeds, all at once."""
+    """All runs through a launcher of Hydra: for each setting a sweep over the seeds, all at once."""
     seeds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for job in jobs:
         seeds.setdefault((job.experiment, job.overrides), []).append(str(job.seed))

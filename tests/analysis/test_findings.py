@@ -90,3 +90,15 @@ def test_what_is_almost_nothing_does_not_fall() -> None:
 def test_the_rise_is_over_the_minimum() -> None:
     assert curve_ends.rise([(1, 0.6), (2, 0.5), (3, 0.55)]) == pytest.approx(0.1)
     assert curve_ends.rise([(1, 0.6), (2, 0.5)]) is None
+
+
+def test_the_next_higher_weight_differs_in_nothing_else() -> None:
+    """The judged arm has weight 1; weight 2 has another temperature, weight 3 is its neighbour."""
+    arms = [
+        arm("combined", 0.8, label="1"),
+        arm("combined", 0.8, label="2", kd_weight=2.0, is_main=False, differing={"loss.kd.temperature": 2.0}),
+        arm("combined", 0.8, label="3", kd_weight=3.0, is_main=False, differing={"loss.kd.weight": 3.0}),
+        arm("combined", 0.8, label="9", kd_weight=9.0, is_main=False),
+    ]
+    found = findings(study(*arms))
+    assert found.higher is arms[2]

@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from pipeline.analysis.curve_ends import FALL_ERRORS, FALL_FRACTION, FALL_NATS, LAST_FRACTION
 from pipeline.analysis.evidence import shortened
+from pipeline.analysis.findings import ASSUMED_SEED_SD
 from pipeline.analysis.values import ArmFigures, Example, Interval, StudyFigures, Verdict
 from pipeline.analysis.verdict import RULES, verdict
+from pipeline.config.compose import study_arguments
 from pipeline.config.options import options
 from pipeline.config.schema import TrainConfig
 from pipeline.config.study import StudyConfig
+from pipeline.study.plan import grid_settings
+from support.commands import ROOT
 from support.study_values import arm, curves, imitation, interval, slice_of, study
 
-GRID_NAMES = {"kd_weight", "lm_weight", "temperature", "learning_rate", "gold_fraction"}
 TEACHER = arm("teacher", 0.8, seeds=(1,))
 GOLD_ONLY = arm("gold_only", 0.8)
 LOW, EVEN, UP = interval(-0.03), interval(0.0), interval(0.03)
@@ -26,6 +30,9 @@ LOW, EVEN, UP = interval(-0.03), interval(0.0), interval(0.03)
 def combined(over_gold: Interval = EVEN, over_teacher: Interval = EVEN, score: float = 0.8, **rest: Any) -> ArmFigures:
     against = {"gold_only": over_gold, "teacher": over_teacher} | rest.pop("against", {})
     return arm("combined", score, against=against, **rest)
+
+
+OWN = "python scripts/study.py study=mine"
 
 
 def rule_of(found: Verdict) -> str:
@@ -164,6 +171,7 @@ def test_each_rule_is_reached_by_the_study_built_for_it(name: str) -> None:
         (too_low(over_weak=EVEN), "more teacher is better"),
         (plateau(over_teacher=UP), "equal to the teacher"),
         (plateau(over_teacher=interval(0.021, 0.05)), "equal to the teacher"),
+        (plateau(over_teacher=interval(-0.021)), "equal to the teacher"),
         (plateau(copied=0.5), "equal to the teacher"),
         (plateau(kl=0.15), "equal to the teacher"),
         (healthy(over_gold=EVEN), "better than labels and teacher"),
@@ -239,33 +247,30 @@ def test_braces_in_a_class_are_text() -> None:
 
 
 def parsed(command: str) -> dict[str, Any]:
-    """The options of a printed command as a shell and Hydra read them; each must be one that the study takes."""
+    """The options of a printed command as a shell, the study and Hydra read them; the study has to know each.
+
+    Of a grid, here always of one option: its name in full, and its values.
+    """
     words = shlex.split(command)
     assert words[:2] == ["python", "scripts/study.py"]
-    known = {name for name, _, _ in options(StudyConfig)} | {name for name, _, _ in options(TrainConfig)}
-    values: dict[str, Any] = {}
-    for word in words[2:]:
-        name, _, text = word.partition("=")
-        assert name in known, word
-        assert name not in values, f"{name} is given twice"
-        if name in ("grid", "seeds"):  # a plain list, which the study splits at commas
-            setting, _, text = text.rpartition(":")
-            assert name != "grid" or setting in GRID_NAMES | known, word
-            values[name] = [float(value) for value in text.split(",")]
-        else:
-            (override,) = OverridesParser.create().parse_overrides([word])
-            values[name] = override.value()
-    return values
+    parser = OverridesParser.create()
+    values = {one.key_or_group: one.value() for one in parser.parse_overrides(study_arguments(words[2:]))}
+    names = [word.partition("=")[0] for word in words[2:]]
+    assert len(names) == len(set(names)), "an option is given twice"
+    grid = [setting for (setting,) in grid_settings([str(axis) for axis in values.get("grid", [])])]
+    of_students = parser.parse_overrides([*map(str, values.get("overrides", [])), *grid])
+    train = {name for name, _, _ in options(TrainConfig)}
+    assert {one.key_or_group for one in of_students} <= train
+    assert values.keys() <= {name for name, _, _ in options(StudyConfig)}
+    values["seeds"] = [int(seed) for seed in values.get("seeds", [])]
+    return {**values, "grid": [parser.parse_override(setting).value() for setting in grid], "of": grid}
 
 
 @pytest.mark.parametrize("name", BUILT)
 def test_every_command_is_one_that_the_study_takes(name: str) -> None:
-    seeds_given = dataclasses.replace(
-        BUILT[name], command="python scripts/study.py study=mine 'seeds=[1,2,3]' grid=kd_weight:1"
-    )
-    assert parsed(verdict(BUILT[name]).command) is not None
-    assert verdict(seeds_given).command.startswith("python scripts/study.py study=mine")
-    assert parsed(verdict(seeds_given).command.replace("'seeds=[1,2,3]'", "seeds=1,2,3"))["seeds"][:1] == [1]
+    assert parsed(verdict(dataclasses.replace(BUILT[name], command=OWN)).command)["study"] == "mine"
+    with_seeds = dataclasses.replace(BUILT[name], command=f"{OWN} 'seeds=[1,2,3]' grid=kd_weight:1")
+    assert parsed(verdict(with_seeds).command)["seeds"][:3] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("lm_weight", "kd_weight"), [(1.0, 1.0), (0.3, 1.0), (0.3, 10.0), (0.0, 1.0), (1.0, 0.1)])
@@ -274,6 +279,7 @@ def test_a_kd_weight_too_high_leads_to_lower_ones(lm_weight: float, kd_weight: f
     student = combined(LOW, imitation=imitation(0.5, excess=UP), lm_weight=lm_weight, kd_weight=kd_weight)
     values = parsed(verdict(study(TEACHER, GOLD_ONLY, student)).command)
     assert values["seeds"] == [1, 2, 3]
+    assert all(setting.startswith("loss.kd.weight=") for setting in values["of"])
     assert len(set(values["grid"])) == 3
     assert max(values["grid"]) < kd_weight / 2
     assert lm_weight == 0 or min(values["grid"]) < lm_weight / 2
@@ -303,3 +309,28 @@ def test_options_of_the_study_are_kept_and_replaced() -> None:
         command
         == "python scripts/study.py study=mine file.window=64 'seeds=[1, 2, 3]' seeds=1,2,3 grid=kd_weight:0.03,0.1,0.3"
     )
+
+
+# --------------------------------------------------------------------------------------------- docs
+
+
+def test_the_page_for_users_has_every_rule_with_its_thresholds() -> None:
+    """In the order of the table, and word for word: an edited threshold or text has to be edited there too."""
+    page = " ".join((ROOT / "docs" / "verdicts.md").read_text().split())
+    sections = page.split("## The rules")[1].split(" ### ")[1:]
+    assert len(sections) == len(RULES)
+    for number, (rule, section) in enumerate(zip(RULES, sections, strict=True), 1):
+        assert section.startswith(f"{number}. {rule.code}: {rule.name} ")
+        for words in (rule.when, rule.cause, rule.action):
+            assert words in section, rule.name
+
+
+def test_the_page_for_users_has_the_thresholds_of_what_the_rules_read() -> None:
+    page = " ".join((ROOT / "docs" / "verdicts.md").read_text().split())
+    assert f"A standard deviation of {100 * ASSUMED_SEED_SD:g} point ({ASSUMED_SEED_SD:g} nats)" in page
+    assert (
+        f"falls by {100 * FALL_FRACTION:g} % of its mean, by {FALL_NATS:g} nats and by {FALL_ERRORS:g} standard errors"
+        in page
+    )
+    assert LAST_FRACTION == 1 / 5
+    assert "The end of a curve is its last fifth." in page

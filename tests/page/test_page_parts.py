@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.analysis.values import Interval
-from pipeline.report import diagram, numbers, score_charts
-from pipeline.report.chart_parts import spread
-from pipeline.report.html import Html, tag
+from pipeline.page import diagram, numbers, score_charts
+from pipeline.page.chart_parts import spread
+from pipeline.page.html import Html, tag
 from support import sample_figures
 
 

@@ -26,8 +26,8 @@ COLORS = {
 }
 """By role; a label has the colour of what it names."""
 
-LABEL_SIZE, LABEL_GAP = 11, 14
-"""Height of a label and distance from one to the next, pixels."""
+LABEL_SIZE, LABEL_GAP, LABEL_LIMIT = 11, 14, 150
+"""Height of a label, distance from one to the next, and its greatest width, pixels."""
 PADDING = 4
 
 
@@ -88,7 +88,7 @@ def labels_at_end(rows: Sequence[Row], *, x: float, scale: Sequence[float], heig
     unit = (scale[1] - scale[0]) / height
     moved = spread([row["y"] for row in rows], LABEL_GAP * unit)
     placed = [{**row, "x": x, "y": y} for row, y in zip(rows, moved, strict=True)]
-    base = data(placed).mark_text(align="left", dx=8, fontSize=LABEL_SIZE, aria=False)
+    base = data(placed).mark_text(align="left", dx=8, fontSize=LABEL_SIZE, limit=LABEL_LIMIT, aria=False)
     return base.encode(x="x:Q", y="y:Q", text="label:N", color=alt.Color("color:N", scale=None))
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from pipeline.analysis.values import StudyFigures
 from pipeline.core.chart_style import FONT, LIGHT
 from pipeline.core.progress import readable
-from pipeline.report import numbers
-from pipeline.report.html import escape
-from pipeline.report.main_arms import first_of, studied_arm
+from pipeline.page import numbers
+from pipeline.page.html import escape
+from pipeline.page.main_arms import first_of, studied_arm
 
 KD, LM, PLAIN = LIGHT["blue"], LIGHT["amber"], LIGHT["muted"]
 TITLE_SIZE, LINE_SIZE, LINE_HEIGHT = 14, 12, 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 from pipeline.config.schema import TextConfig
 from pipeline.core.progress import log
 from pipeline.core.types import InputError
-from pipeline.data.messages import text_content
+from pipeline.data.messages import check_unicode, text_content
 from pipeline.data.records import MalformedRecords, fields_of, find_shape
 from pipeline.data.shapes import Fields
-from pipeline.data.text_files import Text, all_records, open_text
+from pipeline.data.text_files import Raw, Text, all_records, open_text
 
 TRAINING = ("teacher_labels", "corpus", "gold", "ceiling")  # every other text is held out
 STREAMED = ("corpus", "ceiling")  # may be large: compared record by record with the others, not kept, nor with another
@@ -74,7 +75,11 @@ def check_texts(texts: Mapping[str, Text | TextConfig], *, allowed: bool) -> lis
 
 def find_shared(texts: Mapping[str, Text]) -> list[Shared]:
     """The pairs of texts with common prompts; each large text is read once, and once more only if it has some."""
-    seen = {name: {key for _, _, key in _prompts(text)} for name, text in texts.items() if name not in STREAMED}
+    seen = {
+        name: {prompt_key(asked.prompt) for asked in _prompts(text)}
+        for name, text in texts.items()
+        if name not in STREAMED
+    }
     common: dict[tuple[str, str], set[bytes]] = {
         (first, second): seen[first] & seen[second] for first, second in itertools.combinations(seen, 2)
     }
@@ -88,8 +93,9 @@ def find_shared(texts: Mapping[str, Text]) -> list[Shared]:
 def _compare(text: Text, seen: Mapping[str, Collection[bytes]], common: Mapping[str, set[bytes]]) -> None:
     """Add the keys of a text's prompts to those that it shares with each text that was read; warn of known answers."""
     num_records = num_labeled = 0
-    for _, fields, key in _prompts(text):
-        num_records, num_labeled = num_records + 1, num_labeled + has_answer(fields, text)
+    for asked in _prompts(text):
+        key = prompt_key(asked.prompt)
+        num_records, num_labeled = num_records + 1, num_labeled + asked.has_answer
         for name, keys in seen.items():
             if key in keys:
                 common[name].add(key)
@@ -125,24 +131,60 @@ def _shared(pair: tuple[str, str], keys: Collection[bytes], texts: Mapping[str, 
 def _places(text: Text, keys: Collection[bytes]) -> Places:
     """Where the prompts with these keys stand in a text, by their exact spelling."""
     places: Places = {}
-    for where, fields, key in _prompts(text):
-        if key in keys:
-            places.setdefault(key, {}).setdefault(_digest(prompt_of(fields, text)), where)
+    for asked in _prompts(text):
+        if (key := prompt_key(asked.prompt)) in keys:
+            places.setdefault(key, {}).setdefault(_digest(asked.prompt), asked.where)
     return places
 
 
 # ------------------------------------------------------------------------------------------- prompts
 
 
-def _prompts(text: Text) -> Iterator[tuple[str, Fields, bytes]]:
-    """Place, fields and key of each record; what cannot be read stops or is skipped, as the text says."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What one record asks."""
+
+    where: str
+    prompt: str
+    has_answer: bool
+
+
+def _prompts(text: Text) -> Iterator[_Asked]:
+    """What each record asks; one that cannot be read stops or is skipped, as the text says."""
     malformed = MalformedRecords(skip=text.skip_malformed)
     for raw in all_records(text.files, text.read_columns):
         try:
-            fields = fields_of(raw, text)
-            yield raw[0], fields, prompt_key(prompt_of(fields, text))
+            yield _quick(raw, text) or _asked(raw[0], fields_of(raw, text), text)
         except InputError as error:
             malformed.reject(raw[0], str(error))
+
+
+def _asked(where: str, fields: Fields, text: Text) -> _Asked:
+    return _Asked(where, prompt_of(fields, text), has_answer(fields, text))
+
+
+def _quick(raw: Raw, text: Text) -> _Asked | None:
+    """The same for the commonest record, a JSON object with a prompt, several times as fast; None for any other.
+
+    Whatever else such a record holds is checked when it is tokenized.
+    """
+    where, kind, content = raw
+    if kind != "json" or text.shape != "own":
+        return None
+    try:
+        row = json.loads(content.decode())
+    except (ValueError, RecursionError):
+        return None  # the usual way says what is wrong
+    columns = text.columns
+    if not isinstance(row, dict) or row.get(columns["text"]) is not None or row.get(columns["messages"]) is not None:
+        return None
+    prompt = row.get(columns["prompt"])
+    if not isinstance(prompt, str) or not prompt:
+        return None
+    is_chosen = row.get(columns["answer"]) is not None and bool(row.get(columns["choices"]) or text.choices)
+    return _Asked(
+        where, check_unicode(prompt, columns["prompt"]), is_chosen or row.get(columns["completion"]) is not None
+    )
 
 
 def prompt_of(fields: Fields, text: Text) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,17 +16,17 @@ from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError
 from pipeline.data.shown import visible
 from pipeline.data.text_files import open_text
-from pipeline.study.answers import confirm, files_of, given_texts, help_lines, read_answers, study_folder
-from pipeline.study.cut import cut_labeled, cut_sentence, write_cut
-from pipeline.study.draft import LABELED, Draft, Files, make_draft
-from pipeline.study.leaks import check_texts
-from pipeline.study.models import Models, open_models
-from pipeline.study.shown import show_texts
-from pipeline.study.study_yaml import study_yaml, window_sentence
-from pipeline.study.task import column_options, find_columns, missing_ending, text_config
+from pipeline.declare.answers import confirm, files_of, given_texts, help_lines, read_answers, study_folder
+from pipeline.declare.cut import cut_labeled, cut_sentence, write_cut
+from pipeline.declare.draft import LABELED, Draft, Files, make_draft
+from pipeline.declare.leaks import check_texts
+from pipeline.declare.models import Models, open_models
+from pipeline.declare.shown import show_texts
+from pipeline.declare.study_yaml import study_yaml, window_sentence
+from pipeline.declare.task import column_options, find_columns, find_task, missing_ending, text_config
 
 SHOWN = ("corpus", "gold", "test")
-SHOWN_LABELS = 12
+SHOWN_LABELS, COLUMNS = 12, 80
 
 
 def run(arguments: list[str]) -> Path:
@@ -45,12 +46,13 @@ def run(arguments: list[str]) -> Path:
     teacher = ModelConfig(path=config.teacher, num_layers=config.teacher_num_layers)
     student = StudentConfig(path=config.student)
     files: Files = {name: files_of(answer) for name, answer in given_texts(config).items()}
-    print("checking the models ...", flush=True)
-    models = open_models(teacher, student)
     columns = _columns(config, files)
     if "labeled" in files:
         files = _cut(config, files, columns)
-    draft = make_draft(config, models, files, columns)
+    task = find_task({name: files[name] for name in LABELED if name in files}, columns)
+    print("checking the models ...", flush=True)
+    models = open_models(teacher, student)
+    draft = make_draft(config, task, models, files)
     content = study_yaml(draft)
     study = _read(content, config.name)
     _check_leaks(study)
@@ -65,8 +67,9 @@ def run(arguments: list[str]) -> Path:
 
 def next_command(script: str, path: Path) -> str:
     """What to type next: the script beside the one that runs now, with the study of a file."""
-    beside = Path(sys.argv[0]).with_name(f"{script}.py") if sys.argv[0].endswith(".py") else None
-    command = f"python {beside or f'scripts/{script}.py'} study={path.stem}"
+    called = Path(sys.argv[0])
+    folder = called.parent if called.name == "study.py" else Path("scripts")
+    command = f"python {folder / script}.py study={path.stem}"
     is_found = path.parent.resolve() == Path("conf/study").resolve()
     return command if is_found else f"{command} --config-dir {path.parent.parent}"
 
@@ -123,13 +126,15 @@ def _read(content: str, name: str) -> Study:
 
 def _story(draft: Draft, study: Study, models: Models) -> Iterator[str]:
     """What was found, three records as the models read them, and how much will be trained."""
-    yield from _found_lines(draft, models)
+    for line in _found_lines(draft, models):
+        yield from textwrap.wrap(line, COLUMNS, subsequent_indent="  ")
     yield ""
     yield from show_texts({name: getattr(study.file, name) for name in SHOWN}, study)
     settings = draft.settings
     names = [name for name in ("teacher", "gold_only", "weak_only", "combined", "ceiling") if name in settings.steps]
     counts = ", ".join(f"{name} {settings.steps[name]:,}" for name in names)
-    yield f"updates of {settings.global_batch} sequences (up to {draft.window.size} tokens each), about: {counts}"
+    yield f"updates, each of {settings.global_batch} sequences of up to {draft.window.size} tokens, about:"
+    yield f"  {counts}"
 
 
 def _found_lines(draft: Draft, models: Models) -> Iterator[str]:

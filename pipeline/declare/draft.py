@@ -11,10 +11,10 @@ from pipeline.config.study import InitConfig
 from pipeline.core.runtime import compute_device
 from pipeline.core.types import InputError
 from pipeline.data.text_files import Text, open_text
-from pipeline.study.models import Models, needs_end_token
-from pipeline.study.settings import Settings, Sizes, choose_settings
-from pipeline.study.sizes import Window, count_sequences, fit_window, given_window, measure, quantile, rounded_up
-from pipeline.study.task import Task, column_options, corpus_options, find_task, lacks_completions, text_config
+from pipeline.declare.models import Models, needs_end_token
+from pipeline.declare.settings import Settings, Sizes, choose_settings
+from pipeline.declare.sizes import Window, count_sequences, fit_window, given_window, measure, quantile, rounded_up
+from pipeline.declare.task import Task, column_options, corpus_options, lacks_completions, text_config
 
 LABELED = ("gold", "test", "dev", "teacher_labels", "ceiling")
 TRAINS = ("corpus", "gold", "teacher_labels", "ceiling")  # texts that are packed into windows
@@ -47,9 +47,8 @@ class Draft:
     settings: Settings
 
 
-def make_draft(config: InitConfig, models: Models, files: Files, columns: Mapping[str, str]) -> Draft:
+def make_draft(config: InitConfig, task: Task, models: Models, files: Files) -> Draft:
     """All that the file will state, found from the records and the models."""
-    task = find_task({name: files[name] for name in LABELED if name in files}, columns)
     options = _text_options(task, models.student_tokenizer)
     of_corpus = corpus_options(task, text_config(files["corpus"], options))
     tokens_written = _tokens_written(task, models, files, options)
@@ -103,7 +102,7 @@ def _text_options(task: Task, tokenizer: Any) -> dict[str, Any]:
     if task.choices:
         options["choices"] = list(task.choices)
     has_end = tokenizer.eos_token_id is not None
-    if task.kind == "choices":
+    if task.choices:  # of those that differ from record to record, one may always begin another
         has_end = needs_end_token(task.choices, tokenizer)
     return options if has_end else options | {"end_token": False}
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from pipeline.analysis.values import StudyFigures, Verdict
 from pipeline.core.chart_style import DARK, LIGHT
 from pipeline.core.files import write_atomically
-from pipeline.report import curve_charts, diagram, more_sections, record_charts, score_charts, sections
-from pipeline.report.arm_table import arm_table
-from pipeline.report.chart_parts import COLORS, Drawing, to_png
-from pipeline.report.html import Html, join, tag
-from pipeline.report.main_arms import studied_arm
-from pipeline.report.sections import Section
+from pipeline.page import curve_charts, diagram, more_sections, record_charts, score_charts, sections
+from pipeline.page.arm_table import arm_table
+from pipeline.page.chart_parts import COLORS, Drawing, to_png
+from pipeline.page.html import Html, join, tag
+from pipeline.page.main_arms import studied_arm
+from pipeline.page.sections import Section
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from pipeline.analysis.values import Example, StudyFigures, TextFigures
 from pipeline.core.progress import readable
-from pipeline.report import numbers
-from pipeline.report.chart_parts import Drawing
-from pipeline.report.html import Html, join, tag
-from pipeline.report.main_arms import main_arms, studied_arm
-from pipeline.report.sections import Section, command, figure
+from pipeline.page import numbers
+from pipeline.page.chart_parts import Drawing
+from pipeline.page.html import Html, join, tag
+from pipeline.page.main_arms import main_arms, studied_arm
+from pipeline.page.sections import Section, command, figure
 
 MAX_EXAMPLES, MAX_CHARACTERS = 6, 1200
 """Of each kind; of a prompt."""

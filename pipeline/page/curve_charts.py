@@ -10,9 +10,9 @@ import altair as alt
 
 from pipeline.analysis.values import TextFigures, Training
 from pipeline.core.chart_style import LIGHT
-from pipeline.report import numbers
-from pipeline.report.chart_parts import COLORS, Drawing, Plot, data, domain, labels_at_end, to_svg
-from pipeline.report.main_arms import main_arms
+from pipeline.page import numbers
+from pipeline.page.chart_parts import COLORS, Drawing, Plot, data, domain, labels_at_end, to_svg
+from pipeline.page.main_arms import main_arms
 
 SIZE = Plot(width=206, height=140)
 STUDENTS = ("gold_only", "weak_only", "combined", "control", "ceiling")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.analysis.values import ArmFigures, TextFigures
-from pipeline.report.numbers import ROLES
+from pipeline.page.numbers import ROLES
 
 
 def main_arms(text: TextFigures) -> dict[str, ArmFigures]:

@@ -19,7 +19,7 @@ def show_texts(texts: Mapping[str, TextConfig], study: Study) -> Iterator[str]:
 
     The corpus as the teacher reads it, the others as the student does. InputError where a record cannot be used.
     """
-    yield f"One record of each text as the models will read it; {OPEN} {CLOSE} stands around what is supervised:"
+    yield f"A record of each text as the models read it; {OPEN} {CLOSE} marks what is supervised:"
     yield ""
     for name, config in texts.items():
         model: ModelConfig = study.file.teacher if name == "corpus" else study.file.student
