@@ -60,7 +60,7 @@ T_975 = {
 class Question:
     """One kind of rate of several arms: sum_M value_RM / sum_M weight_M, over the records with a weight above 0."""
 
-    labels: Sequence[str]
+    arm_labels: Sequence[str]
     """Of the arms: what their own random numbers follow from."""
     values_RM: Sequence[np.ndarray]
     """Of each arm, at most the weight where it is a fraction."""
@@ -106,10 +106,10 @@ def rates(questions: Sequence[Question]) -> list[list[Rate]]:
         for sum_DA, column_MA, index_M in zip(sums, columns, kept, strict=True):
             own_DM = drawn_DM if len(index_M) == num_records else drawn_DM[:, index_M]
             sum_DA[start : start + size] = own_DM @ column_MA
-    own_records = {label: _own_records(label) for question in questions for label in question.labels}
+    own_records = {label: _own_records(label) for question in questions for label in question.arm_labels}
     return [
         [
-            _rate(values_RM[:, index_M], question, sum_DA[:, [arm, -1]], own_records[question.labels[arm]])
+            _rate(values_RM[:, index_M], question, sum_DA[:, [arm, -1]], own_records[question.arm_labels[arm]])
             for arm, values_RM in enumerate(question.values_RM)
         ]
         for question, index_M, sum_DA in zip(questions, kept, sums, strict=True)

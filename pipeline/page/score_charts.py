@@ -41,7 +41,7 @@ def against_kd_weight(text: TextFigures) -> Drawing | None:
     return Drawing(
         name="score-against-kd-weight",
         title="Score against the KD weight",
-        caption=f"{caption} Bars are 95{numbers.NO_BREAK}% intervals. Horizontal lines: roles without a teacher's weight.",
+        caption=f"{caption} Bars are 95{numbers.NO_BREAK}% intervals. Lines: roles without a teacher's weight.",
         wide=to_svg(_weight_chart(text, arms, Plot(width=800, height=300)), name="kd-wide"),
         narrow=to_svg(_weight_chart(text, arms, Plot(width=190, height=280)), name="kd-narrow"),
     )
@@ -73,7 +73,7 @@ def _weight_chart(text: TextFigures, arms: Sequence[ArmFigures], plot: Plot) -> 
 
 
 def _line(figures: ArmFigures, scale: numbers.Scale, y_domain: list[float]) -> Row:
-    """A horizontal line; far outside of the other scores it would flatten them, and is a label with an arrow instead."""
+    """A horizontal line; far outside of the other scores it would flatten them: a label with an arrow instead."""
     role, value = figures.arm.role, figures.score.value
     low, high = y_domain
     is_outside = value < low - NEAR * (high - low) or value > high + NEAR * (high - low)
@@ -219,7 +219,8 @@ def _difference_row(comparison: Comparison, scale: numbers.Scale) -> dict[str, A
         "value_text": value_text,
         "bounds": shown,
         "color": LIGHT["text" if low > 0 or high < 0 else "muted"],
-        "text": f"{label}: {value_text} {shown}; {numbers.count(comparison.won)} won, {numbers.count(comparison.lost)} lost",
+        "text": f"{label}: {value_text} {shown}; "
+        f"{numbers.count(comparison.won)} won, {numbers.count(comparison.lost)} lost",
     }
 
 

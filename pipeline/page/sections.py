@@ -148,8 +148,8 @@ def copying(text: TextFigures) -> Section:
     return Section(
         id="copying",
         title="Is the student copying?",
-        lead=f"The teacher is wrong on {first.num_teacher_wrong:,} records and right on {first.num_teacher_right:,}. Excess "
-        "imitation is the rate of repeated errors minus that of gold only, which never saw the teacher.",
+        lead=f"The teacher is wrong on {first.num_teacher_wrong:,} records and right on {first.num_teacher_right:,}. "
+        "Excess imitation is the rate of repeated errors minus that of gold only, which never saw the teacher.",
         body=tag("div", scroll, class_="card table-card"),
     )
 
