@@ -38,7 +38,7 @@ def label_saving(gold_only: Sequence[ArmPredictions], combined: ArmPredictions, 
 
 def _scores(arms: Sequence[ArmPredictions], metric: str) -> list[Rate]:
     question = Question(
-        labels=[arm.arm.label for arm in arms],
+        arm_labels=[arm.arm.label for arm in arms],
         values_RM=[arm.credit_RM for arm in arms],
         weight_M=arms[0].weight_M,
         is_fraction=metric != "-nll",
