@@ -188,7 +188,7 @@ def test_contradictions_from_the_command_line(overrides: list[str], message: str
     [
         (["loss.kd.wieght=1"], "expected the name of an option, found 'loss.kd.wieght'; did you mean loss.kd.weight"),
         (["experiment=combind"], "combind"),
-        (["text@dev=null"], "text@dev=null: expected one of ['demo_ceiling', "),
+        (["text@dev=null"], "text@dev=null: expected one of ['own']; for none use dev=null"),
         (["global_batch=many"], "many"),
         (["study=demo", "cache=nowhere/*"], "student.path: expected 'data/demo/smollm2-135m' to exist, found"),
         (["gold_fraction=???"], "gold_fraction"),
