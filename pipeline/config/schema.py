@@ -463,6 +463,12 @@ class TrainConfig:
     )
     dev: TextConfig | None = option(None, "held-out text for decisions during training; null: none")
     test: TextConfig | None = option(None, "held-out text for the reported score; null: none")
+    more_tests: dict[str, TextConfig] = option(
+        dict, "further held-out texts by name, scored too: +more_tests={news: {files: [news.jsonl]}}", result=False
+    )
+    out_of_domain: list[str] = option(
+        list, "those of more_tests whose domain is not that of the training texts", result=False
+    )
     window: int = option(512, "longest gold sequence, in tokens; records are packed into it")
     gold_fraction: float = option(MISSING, "fraction of the global batch's sequences that are gold")
     gold_fraction_of: GoldFractionOf = option(

@@ -109,6 +109,10 @@ def check_files(config: Any, prefix: str = "") -> None:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             check_files(value, f"{prefix}{item.name}.")
+        elif isinstance(value, dict):
+            for name, one in value.items():
+                if dataclasses.is_dataclass(one):
+                    check_files(one, f"{prefix}{item.name}.{name}.")
         elif item.metadata["content"] and value is not None:
             for pattern in [value] if isinstance(value, str) else value:
                 is_hub_model = isinstance(config, ModelConfig) and is_hub_name(pattern)

@@ -40,10 +40,23 @@ def check_train(config: TrainConfig) -> None:
     at_least(0, max_new_tokens=config.scoring.max_new_tokens)
     if (config.steps is None) == (config.epochs is None):
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
+    _check_more_tests(config)
     if config.steps != 0:
         _check_training(config)
-    elif config.dev is None and config.test is None:
-        raise InputError("steps=0: expected dev or test, because the student is scored as it is, found neither")
+    elif config.dev is None and config.test is None and not config.more_tests:
+        raise InputError(
+            "steps=0: expected dev, test or more_tests, because the student is scored as it is, found none of them"
+        )
+
+
+def _check_more_tests(config: TrainConfig) -> None:
+    for name in config.more_tests:
+        plain_name(more_tests=name)
+        if name in ("dev", "test"):
+            raise InputError(f"more_tests: expected names other than dev and test, found {name}; choose another")
+    unknown = [name for name in config.out_of_domain if name not in config.more_tests]
+    if unknown:
+        raise InputError(f"out_of_domain: expected names of more_tests {list(config.more_tests)}, found {unknown}")
 
 
 def _check_training(config: TrainConfig) -> None:

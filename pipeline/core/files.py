@@ -46,7 +46,7 @@ class RunPaths:
 
     @property
     def inputs(self) -> Path:
-        """Gold, dev and test as tokens, for the ranks; gone when the run is finished."""
+        """Gold and held-out texts as tokens, for the ranks; gone when the run is finished."""
         return self.folder / "inputs"
 
     @property
@@ -85,7 +85,7 @@ class RunPaths:
         return self.folder / "adapter"
 
     def predictions(self, split: str) -> Path:
-        """The predictions on `split` (dev or test): one row per held-out record."""
+        """The predictions on `split` (dev, test or one of more_tests): one row per held-out record."""
         return self.folder / f"predictions-{split}.parquet"
 
     @property

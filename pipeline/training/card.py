@@ -42,7 +42,7 @@ def card(*, base: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
         "",
         "## Made of",
         "",
-        *_table(["what", "sha256"], _inputs(identity)),
+        *_table(["what", "sha256"], _inputs(identity, result)),
         "",
         "## Objective",
         "",
@@ -73,31 +73,37 @@ def _summary(base: str, adapter: dict[str, Any] | None) -> str:
 def _training(options: dict[str, Any], result: dict[str, Any]) -> str:
     text = f"The weights of step {result['exported_step']}, {EXPORTED[options['export']['what']]}. "
     text += f"{result['steps']} steps of {options['global_batch']} sequences, "
-    text += f"gold fraction {options['gold_fraction']}, peak learning rate {options['optimizer']['learning_rate']}, "
-    text += f"window {options['window']}; "
+    text += f"gold fraction {options['gold_fraction']}, peak learning rate {options['optimizer']['learning_rate']}"
+    text += "; " if options["gold"] is None else f", window {options['window']}; "  # that of a cache is the capture's
     return text + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
+def _held_out(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    entries = {split: result[split] for split in ("dev", "test") if result.get(split)}
+    yield from (entries | result.get("more", {})).items()
+
+
 def _scores(result: dict[str, Any]) -> Iterator[list[str]]:
-    for split in ("dev", "test"):
-        if scores := result.get(split):
-            accuracy = _fraction(scores["accuracy"], scores["num_choice_records"])
-            exact_match = _fraction(scores["exact_match"], scores["num_free_records"])
-            nll = "" if scores["nll"] is None else f"{scores['nll']:.4f}"
-            yield [split, str(scores["num_records"]), accuracy, exact_match, nll]
+    for name, scores in _held_out(result):
+        accuracy = _fraction(scores["accuracy"], scores["num_choice_records"])
+        exact_match = _fraction(scores["exact_match"], scores["num_free_records"])
+        nll = "" if scores["nll"] is None else f"{scores['nll']:.4f}"
+        domain = " (out of domain)" if scores.get("out_of_domain") else ""
+        yield [name + domain, str(scores["num_records"]), accuracy, exact_match, nll]
 
 
 def _fraction(value: float | None, count: int) -> str:
     return "" if value is None else f"{value:.4f} ± {math.sqrt(value * (1 - value) / count):.4f}"
 
 
-def _inputs(identity: dict[str, Any]) -> Iterator[list[str]]:
+def _inputs(identity: dict[str, Any], result: dict[str, Any]) -> Iterator[list[str]]:
     yield ["student's weights, before", identity["student"][0]]
     yield ["tokenizer", identity["student"][1]]
     known = {"cache": "cache of the teacher's logits", "more_caches": "mixed with it", "gold_cache": "cache of gold"}
-    for name, what in (known | {"gold": "gold", "dev": "dev", "test": "test"}).items():
+    for name, what in (known | {"gold": "gold"}).items():
         hashes = identity.get(name, [])
         yield from ([what, sha256] for sha256 in (hashes if isinstance(hashes, list) else [hashes]))
+    yield from ([f"{name}, as it is read", scores["text"]] for name, scores in _held_out(result))
 
 
 def _terms(loss: dict[str, Any]) -> Iterator[list[str]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import ModelConfig, TrainConfig
 from pipeline.core.files import RunPaths, write_atomically, write_json
 from pipeline.core.runtime import compute_device
+from pipeline.evaluation.predictions import scored_before, scores_from
 from pipeline.evaluation.scoring import score
 from pipeline.models.loading import open_model
 from pipeline.models.prepack import prepack
@@ -18,7 +21,8 @@ from pipeline.monitoring.metrics import MetricsFile
 from pipeline.training import checkpoints
 from pipeline.training.card import card
 from pipeline.training.dev_evaluation import dev_summary
-from pipeline.training.inputs import load_held_out
+from pipeline.training.held_out import entry_of, is_missing, needs_model, teacher_file, with_entry
+from pipeline.training.inputs import load_held_out, load_keys
 
 
 def scored_model(config: TrainConfig, paths: RunPaths) -> ModelConfig:
@@ -29,30 +33,65 @@ def scored_model(config: TrainConfig, paths: RunPaths) -> ModelConfig:
 
 
 def finish(config: TrainConfig, paths: RunPaths) -> None:
-    """Score the run's model on dev and test, write the result, delete checkpoints and inputs."""
-    scored = scored_model(config, paths)
-    _, tokenizer = open_tokenizer(scored)
-    model = prepack(open_model(scored, compute_device()))
-    result: dict[str, Any] = {"name": config.name, "seed": config.seed}
-    for split, text in (("dev", config.dev), ("test", config.test)):
-        if text is None:
-            continue
-        scores, predictions = score(
-            model,
-            load_held_out(paths, split, tokenizer),
-            batch_tokens=config.scoring.batch_tokens,
-            teacher_predictions=config.scoring.teacher_predictions if split == "test" else None,
-            log_every_seconds=config.launcher.log_every_seconds,
-        )
-        predictions.write_parquet(paths.predictions(split))
-        result[split] = dataclasses.asdict(scores)
-    result |= training_summary(config, paths)
-    checkpoints.clear(paths, config.checkpoint)
+    """Make the scores that are missing, and write the result; after training also delete checkpoints and inputs.
+
+    A result that exists gets what it lacks: everything else in it stays.
+    """
+    is_new = not paths.result.exists()
+    result: dict[str, Any] = {"name": config.name, "seed": config.seed} if is_new else read_result(paths)
+    result = with_missing_scores(config, paths, result)
+    if is_new:
+        result |= training_summary(config, paths)
+        checkpoints.clear(paths, config.checkpoint)
     shutil.rmtree(paths.inputs, ignore_errors=True)
-    if config.steps != 0:
+    if paths.model.exists():
         identity = json.loads(paths.identity.read_text())
         write_atomically(paths.model / "README.md", card(base=config.student.path, identity=identity, result=result))
     write_json(paths.result, result)
+
+
+def read_result(paths: RunPaths) -> dict[str, Any]:
+    """result.json."""
+    result: dict[str, Any] = json.loads(paths.result.read_text())
+    return result
+
+
+def with_missing_scores(config: TrainConfig, paths: RunPaths, result: dict[str, Any]) -> dict[str, Any]:
+    """The result with scores on each held-out text; the model is loaded if one needs it."""
+    model = functools.cache(lambda: prepack(open_model(scored_model(config, paths), compute_device())))
+    for name, key in load_keys(paths).items():
+        file, entry = paths.predictions(name), entry_of(result, name)
+        if not is_missing(entry, key, file):
+            continue
+        teacher = teacher_file(config, name)
+        if needs_model(entry, key, file):
+            if entry is not None:  # scores and predictions are never of two texts, whenever this process is killed
+                result = with_entry(result, name, None)
+                write_json(paths.result, result)
+            _, tokenizer = open_tokenizer(scored_model(config, paths))
+            scores, predictions = score(
+                model(),
+                load_held_out(paths, name, tokenizer),
+                batch_tokens=config.scoring.batch_tokens,
+                teacher_predictions=teacher,
+                log_every_seconds=config.launcher.log_every_seconds,
+            )
+            write_table(predictions, file)
+        elif teacher is not None:
+            scores, predictions = scored_before(file, load_held_out(paths, name, None), teacher)
+            write_table(predictions, file)
+        else:
+            assert entry is not None
+            scores, key = scores_from(entry), dataclasses.replace(key, teacher_predictions=entry["teacher_predictions"])
+        result = with_entry(result, name, dataclasses.asdict(scores) | dataclasses.asdict(key))
+    return result
+
+
+def write_table(table: Any, file: Path) -> None:
+    """Replace a file of predictions by another table, at once."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    table.write_parquet(temporary)
+    temporary.replace(file)
 
 
 def training_summary(config: TrainConfig, paths: RunPaths) -> dict[str, Any]:

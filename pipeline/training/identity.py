@@ -11,7 +11,6 @@ from typing import Any
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import check_k
 from pipeline.config.schema import HardLabels, Source, TrainConfig
-from pipeline.core.files import content_hash
 from pipeline.core.object_store import one_location
 from pipeline.core.progress import log
 from pipeline.core.topk import temperature_index
@@ -19,12 +18,8 @@ from pipeline.core.types import InputError, Record, TokenSequence
 from pipeline.data.records import MalformedRecords, parse_records
 from pipeline.data.text_files import all_records, open_text
 from pipeline.data.tokenize import load_labeled_sequences, text_hash
-from pipeline.evaluation.predictions import teacher_choices, teacher_score
-from pipeline.evaluation.requests import (
-    EvaluationSet,
-    check_generation_requests,
-    read_evaluation_set,
-)
+from pipeline.evaluation.predictions import teacher_score
+from pipeline.evaluation.requests import EvaluationSet, check_generation_requests, read_evaluation_set
 from pipeline.models.compatibility import check_window
 from pipeline.models.model_files import code_hash, weights_hash
 from pipeline.models.preflight import check_model
@@ -38,13 +33,22 @@ from pipeline.models.tokenizer import (
 )
 from pipeline.objective.divergences import NEEDS_EXACT_TAIL
 from pipeline.training.builders import class_ids
+from pipeline.training.held_out import held_out_texts, score_keys
 from pipeline.training.inputs import RunInputs
-from pipeline.training.options_read import caches_read, options_read, reads_corpus, reads_gold_text
+from pipeline.training.options_read import (
+    adapts_weight,
+    caches_read,
+    decides_on_dev,
+    options_read,
+    reads_corpus,
+    reads_gold_text,
+)
 
 
 def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
-    """All that decides the result of a run: its options, and its inputs by content; and those inputs as tokens.
+    """All that decides what a run trains: its options, and its inputs by content; and those inputs as tokens.
 
+    Held-out texts are no part of it, except where dev decides: scores belong to a model and a text (`ScoreKey`).
     Reads and checks every input on the way, so that a bad one is refused here, before any model loads.
     """
     folder, tokenizer = open_tokenizer(config.student)
@@ -70,23 +74,29 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
         raw = all_records(text.files, text.columns)
         records["gold"] = parse_records(raw, text, tokenizer, MalformedRecords(skip=True))  # counted above
         identity["gold"] = text_hash(text)
-    held_out = {}
-    for name, text_config in (("dev", config.dev), ("test", config.test)):
-        if text_config is not None:
-            max_new_tokens = config.scoring.max_new_tokens
-            held_out[name] = read_evaluation_set(
-                text_config, name, tokenizer, folder=folder, max_new_tokens=max_new_tokens
-            )
-            identity[name] = text_hash(open_text(text_config, name))
-            records[name] = held_out[name].records
-    warn_of_shared_records(records)
-    identity |= _teacher_identity(config, held_out)
+    held_out = _read_held_out(config, folder, tokenizer)
+    warn_of_shared_records(records | {name: found.records for name, found in held_out.items()})
+    if decides_on_dev(config):
+        assert config.dev is not None
+        identity["dev"] = text_hash(open_text(config.dev, "dev"))
+    if adapts_weight(config) and (goal := config.loss.kd.adaptive_weight.teacher_predictions) is not None:
+        identity["dev_goal"] = teacher_score(held_out["dev"], goal)
+    return identity, RunInputs(gold=gold, held_out=held_out, keys=score_keys(config, held_out))
+
+
+def _read_held_out(config: TrainConfig, folder: Path, tokenizer: Any) -> dict[str, EvaluationSet]:
+    """The held-out texts as requests to the student in a folder."""
+    max_new_tokens = config.scoring.max_new_tokens
+    held_out = {
+        name: read_evaluation_set(text, name, tokenizer, folder=folder, max_new_tokens=max_new_tokens)
+        for name, text in held_out_texts(config).items()
+    }
     check_generation_requests(list(held_out.values()))
-    return identity, RunInputs(gold=gold, held_out=held_out)
+    return held_out
 
 
 def warn_of_shared_records(records: dict[str, Iterable[Record]]) -> None:
-    """Warn of records that a later text shares with an earlier one: gold, dev, test. Their scores measure memory."""
+    """Warn of records that a later text shares with an earlier one, gold first: scores on them measure memory."""
     keys = {name: [_content(record) for record in found] for name, found in records.items()}
     for earlier, later in itertools.combinations(keys, 2):
         known = set(keys[earlier])
@@ -110,21 +120,6 @@ def _cache_identity(config: TrainConfig, folder: Path, tokenizer: Any) -> dict[s
     identity: dict[str, Any] = {what: fingerprint for what, fingerprint in found if what != "more_caches"}
     if more := [fingerprint for what, fingerprint in found if what == "more_caches"]:
         identity["more_caches"] = more
-    return identity
-
-
-def _teacher_identity(config: TrainConfig, held_out: dict[str, EvaluationSet]) -> dict[str, Any]:
-    """What a run takes from the teacher's predictions: its score on dev, its choices on test."""
-    identity: dict[str, Any] = {}
-    adaptive, choices = config.loss.kd.adaptive_weight, config.scoring.teacher_predictions
-    is_adaptive = config.steps != 0 and adaptive.every_steps > 0
-    if "dev" in held_out and is_adaptive and adaptive.teacher_predictions is not None:
-        identity["dev_goal"] = teacher_score(held_out["dev"], adaptive.teacher_predictions)
-    if "test" in held_out and choices is not None:
-        found = teacher_choices(held_out["test"], choices)
-        identity["teacher_predictions"] = content_hash(
-            [best if len(best) > 1 else next(iter(best), None) for best in found]
-        )
     return identity
 
 

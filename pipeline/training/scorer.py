@@ -1,4 +1,4 @@
-"""The scores of a run without training, in one process: `python -m pipeline.training.scorer RUN_FOLDER`.
+"""Scores without training, of a run that has no steps or is finished: `python -m pipeline.training.scorer RUN_FOLDER`.
 
 A process of its own, as the ranks are: a sweep's driver loads no model. It loads no engine either.
 """
@@ -16,7 +16,7 @@ from pipeline.training.finish import finish
 
 
 def run(folder: Path) -> None:
-    """Score the model of a run folder and write the result."""
+    """Make the scores that a run folder lacks and write the result."""
     paths = RunPaths(folder=folder)
     start_logging(paths.log)
     try:

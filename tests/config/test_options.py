@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.config.cli import CONF_DIR, check_override_names, help_text
 from pipeline.config.options import identity_options, load_config, options, save_config
-from pipeline.config.schema import ROOTS, TrainConfig
+from pipeline.config.schema import ROOTS, Targets, TrainConfig
 from pipeline.config.validate import check_capture
 from pipeline.config.validate_train import check_train
 from pipeline.core.types import InputError
@@ -104,7 +104,9 @@ def test_every_option_has_a_sentence_and_help_shows_it() -> None:
 
 
 def test_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
-    config = composed("train", "experiment=combined", "+deepspeed.overrides.wall_clock_breakdown=true")
+    more = ["+deepspeed.overrides.wall_clock_breakdown=true", "+more_tests={news: {files: [a.jsonl], targets: next}}"]
+    config = composed("train", "experiment=combined", *more)
+    assert config.more_tests["news"].targets is Targets.next
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml", TrainConfig) == config
 
@@ -150,7 +152,10 @@ def test_contradictions(name: str) -> None:
         (["experiment=gold_only", "loss.lm.on=[corpus]"], "no term with a weight above 0 reads any text"),
         (["loss.kd.on=[gold,corpus]"], "loss.kd.on: expected [corpus], because gold carries no output"),
         (["epochs=null", "steps=-1"], "steps: expected at least 0, found -1"),
-        (["experiment=zero_shot", "dev=null", "test=null"], "steps=0: expected dev or test"),
+        (["experiment=zero_shot", "dev=null", "test=null"], "steps=0: expected dev, test or more_tests"),
+        (["+more_tests={test: {files: [x]}}"], "more_tests: expected names other than dev and test, found test"),
+        (["+more_tests={a/b: {files: [x]}}"], "more_tests: expected a name without /"),
+        (["out_of_domain=[news]"], "out_of_domain: expected names of more_tests [], found ['news']"),
         (["epochs=-1"], "epochs: expected more than 0, found -1"),
         (["launcher.num_processes=0"], "num_processes: expected at least 1, found 0"),
         (["optimizer.warmup_fraction=3"], "warmup_fraction: expected 0 to 1, found 3"),

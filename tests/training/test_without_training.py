@@ -44,6 +44,7 @@ def in_this_process(config: TrainConfig, paths: RunPaths, num_ranks: int, lock: 
     return 0
 
 
+@pytest.mark.slow
 def test_a_process_without_an_engine_scores_the_student(student: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "deepspeed.py").write_text("raise SystemExit('nothing here needs an engine')")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
@@ -97,5 +98,5 @@ def test_a_teacher_that_is_ready_made(student: Path, data: Path) -> None:
     check_train(config)
     assert config.role is not None
     assert (config.name, config.role.name, config.steps) == ("teacher_as_is", "teacher", 0)
-    with pytest.raises(InputError, match="expected dev or test, because the student is scored as it is"):
+    with pytest.raises(InputError, match="expected dev, test or more_tests, because the student is scored as it is"):
         check_train(composed("train", "experiment=teacher_as_is", "dev=null", "test=null"))
