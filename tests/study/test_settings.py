@@ -87,13 +87,13 @@ def test_options_exist() -> None:
 # ---------------------------------------------------------------------------------------------- windows
 
 
-@given(st.lists(st.integers(2, 3000), min_size=1, max_size=300), st.one_of(st.none(), st.integers(64, 4096)))
+@given(st.lists(st.integers(2, 3000), min_size=1, max_size=80), st.one_of(st.none(), st.integers(64, 4096)))
 def test_a_window_fits_all_but_a_few(tokens: list[int], longest: int | None) -> None:
-    limit = math.inf if longest is None else longest
+    limit = math.inf if longest is None else longest // 16 * 16
     try:
         window = fit_window(tokens, is_plain=False, longest=longest)
     except InputError:
-        assert sum(length <= limit for length in tokens) < len(tokens) * 0.55
+        assert sum(length <= limit for length in tokens) < len(tokens) / 2
         return
     fitting = sum(length <= window.size for length in tokens) / len(tokens)
     assert window.size % 16 == 0
@@ -102,7 +102,7 @@ def test_a_window_fits_all_but_a_few(tokens: list[int], longest: int | None) -> 
     assert (window.too_long is None) == (fitting == 1)
     if max(tokens) <= min(128, limit - 16):
         assert fitting == 1
-    if window.size < limit - 16:
+    if window.size <= limit - 16:
         assert fitting >= 0.99
         assert window.size - 16 < max(quantile(tokens), min(max(tokens), window.size))
 
