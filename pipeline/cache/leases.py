@@ -108,7 +108,7 @@ def _create(place: Location, owner: str) -> bool:
     if isinstance(place, RemotePath):
         return not place.exists() and _put(place, owner)
     try:
-        descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        descriptor = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return False
     except FileNotFoundError:

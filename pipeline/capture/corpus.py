@@ -30,6 +30,13 @@ CORPUS_BYTES_PER_PROCESS = 4 << 20  # starting a process takes longer than token
 # read. A shard larger than this is tokenized alone.
 MAX_PENDING_BYTES = 256 << 20
 MB = 1_000_000
+# what follows from answers in the corpus, by what is supervised
+ANSWER_READ = {
+    "all": "the teacher reads it, and students learn its tokens",
+    "completion": "the teacher reads it, and students learn its tokens",
+    "next": "the teacher does not read it, but a term can (loss.lm.on, drop_wrong)",
+    "choices": "the teacher does not read it, but a term can (loss.lm.on, drop_wrong)",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +138,13 @@ def _summary(text: Text, num_records: int, paths: Sequence[Path]) -> TokenizedCo
             "malformed); check the files and corpus.columns"
         )
     log_counts(text.what, skipped, notes)
+    if num_answered := sum(file.num_answered for file in files):
+        log.warning(
+            "corpus: %d of %d records have a known answer beside their prompt, and the cache stores it: %s. From an "
+            "unlabeled corpus leave the answers out: remove them, or let their columns go unread with "
+            "corpus.columns.completion=unused corpus.columns.answer=unused",
+            *(num_answered, num_records, ANSWER_READ.get(text.targets, ANSWER_READ["all"])),
+        )
     log.info("corpus: %d sequences", sum(file.num_rows for file in files))
     return TokenizedCorpus(num_records=num_records, skipped=dict(skipped), notes=dict(notes))
 
@@ -175,5 +189,11 @@ def write_sequences(
     malformed = MalformedRecords(skip=text.skip_malformed)
     packed = read_sequences(raw_records(chunks), text, tokenizer, malformed, window=window, first_id=first_id)
     write_sequence_file(
-        path, packed, summary=lambda: {"skipped": dict(malformed.reasons), "notes": dict(+malformed.notes)}
+        path,
+        packed,
+        summary=lambda: {
+            "skipped": dict(malformed.reasons),
+            "notes": dict(+malformed.notes),
+            "answered": {"records": malformed.num_answered},
+        },
     )

@@ -23,7 +23,7 @@ from pipeline.capture.corpus import cached_tokenizer, open_corpus, tokenize_corp
 from pipeline.capture.identity import make_manifest
 from pipeline.capture.plan_lookup import PlanFolder, file_states
 from pipeline.config.schema import CaptureConfig
-from pipeline.core.files import sync_files
+from pipeline.core.files import explain, sync_files
 from pipeline.core.object_store import write_json
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Manifest
@@ -35,6 +35,12 @@ from pipeline.models.model_files import code_hash, weights_hash
 from pipeline.models.paths import model_folder
 from pipeline.models.preflight import check_model
 from pipeline.models.tokenizer import tokenizer_hash, tokenizer_parts, vocabulary_size
+
+PURPOSE = """\
+Plans of captures, one folder each: the corpus as tokens, and the manifest of the cache that is made from it.
+The tokens go when their cache is finished. The manifests stay, so that the same command finds its cache without reading
+the corpus again. While no capture runs, the whole folder may be deleted: the next command plans anew.
+"""
 
 
 def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool = True) -> Manifest:
@@ -57,6 +63,7 @@ def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool =
         raise InputError("corpus: expected a tokenizer with an end token, found none; set corpus.end_token=false")
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
+        explain(plan.folder.parent, PURPOSE)
     except OSError as error:
         raise InputError(
             f"{plan.folder}: expected a folder to write into, found {error.strerror}; choose another with plans_dir="

@@ -54,6 +54,7 @@ def run_worker(
         total=sum(num_waiting_sequences(sequences, index) for index in missing),
         unit=" sequences",
         log_every_seconds=config.log_every_seconds,
+        bar=config.num_workers == 1,
     )
     logged = -math.inf
     while missing:

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pipeline.config.schema import ModelConfig, StudentConfig
-from pipeline.config.study import ROOTS, STUDENTS, Study, flat
+from pipeline.config.study import EXPERIMENTS, ROOTS, STUDENTS, Study, flat
 
 
 def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
@@ -50,9 +50,8 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
 
 def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
     """The options of scripts/train.py that each experiment takes from a study; empty without one."""
-    names = ("teacher", "teacher_as_is", *STUDENTS)
     if study is None:
-        return {name: {} for name in names}
+        return {name: {} for name in EXPERIMENTS}
     content, runs_dir, cache = study.content, study.file.runs_dir, f"{study.file.caches_dir}/{study.name}-*"
     teacher = _complete(ModelConfig, content["teacher"])
     reads: dict[str, dict[str, Any]] = {
@@ -77,7 +76,7 @@ def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
             | (scored if name in STUDENTS else {})
             | _one_length(own.get(name, {}))
         )
-        for name in names
+        for name in EXPERIMENTS
     }
 
 

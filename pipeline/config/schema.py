@@ -261,7 +261,9 @@ class AdaptiveWeightConfig:
 
 @dataclass
 class KdConfig:
-    weight: float = option(1.0, "weight of the distillation term (lambda of Xiao & Zhu, eq. 4.13)")
+    weight: float = option(
+        1.0, "weight of the distillation term (lambda of Xiao & Zhu, Foundations of Large Language Models, eq. 4.13)"
+    )
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(
         lambda: [Source.corpus], "texts whose positions it reads, where they carry a captured distribution"
@@ -409,6 +411,7 @@ class LauncherConfig:
         result=False,
     )
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
+    quiet: bool = option(False, "show progress and warnings alone; log.txt has every line", result=False)
 
 
 @dataclass
@@ -463,6 +466,12 @@ class TrainConfig:
     )
     dev: TextConfig | None = option(None, "held-out text for decisions during training; null: none")
     test: TextConfig | None = option(None, "held-out text for the reported score; null: none")
+    more_tests: dict[str, TextConfig] = option(
+        dict, "further held-out texts by name, scored too: +more_tests={news: {files: [news.jsonl]}}", result=False
+    )
+    out_of_domain: list[str] = option(
+        list, "those of more_tests whose domain is not that of the training texts", result=False
+    )
     window: int = option(512, "longest gold sequence, in tokens; records are packed into it")
     gold_fraction: float = option(MISSING, "fraction of the global batch's sequences that are gold")
     gold_fraction_of: GoldFractionOf = option(
@@ -479,7 +488,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "keep only each layer's input and recompute the rest in the backward", result=False
     )
-    steps: int | None = option(None, "optimizer steps; give this or epochs")
+    steps: int | None = option(
+        None, "optimizer steps; give this or epochs; 0: no training, the student is scored as it is"
+    )
     epochs: float | None = option(
         None, "passes over the corpus, all caches at once (over gold where gold_fraction is 1)"
     )

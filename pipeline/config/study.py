@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline.config import schema
 from pipeline.config.options import option, options
@@ -25,7 +25,8 @@ from pipeline.core.types import InputError
 
 TEXTS = ("teacher_labels", "corpus", "gold", "dev", "test", "ceiling")
 STUDENTS = ("zero_shot", "few_shot", "gold_only", "weak_only", "combined", "shuffled", "smoothed", "ceiling")
-"""Experiments that train or score the strong model; the others are of the teacher."""
+"""Experiments that train or score the strong model."""
+EXPERIMENTS = ("teacher", "teacher_as_is", *STUDENTS)
 
 
 @dataclass
@@ -132,6 +133,7 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
         raise InputError(f"{path}: expected YAML, found {error}; correct the file") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected options as name: value, found {type(content).__name__}")
+    _check_free_options(path, content)
     base = content.get("text", {})
     texts = {name: {**base, **content[name]} for name in TEXTS if content.get(name) is not None}
     texts |= {"more_tests": {name: {**base, **text} for name, text in content.get("more_tests", {}).items()}}
@@ -139,13 +141,13 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyFile), content, texts))
         for text in texts["more_tests"].values():
             OmegaConf.merge(OmegaConf.structured(TextConfig), text)
+    except MissingMandatoryValue as error:
+        raise InputError(f"{path}: expected a value for {error.full_key}, found none; add it") from error
     except OmegaConfBaseException as error:
         near = difflib.get_close_matches(str(error.key), [item.name for item in dataclasses.fields(StudyFile)], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"{path}: {str(error).splitlines()[0]} ({error.full_key}){hint}") from error
     assert isinstance(typed, StudyFile)
-    for where, given, root in _free_options(content):
-        _check_names(path, where, given, root)
     return Study(
         name=path.stem,
         path=path,
@@ -154,6 +156,16 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
         content=content | texts,
         file=typed,
     )
+
+
+def _check_free_options(path: Path, content: Mapping[str, Any]) -> None:
+    for name in content.get("experiments", {}):
+        if name not in EXPERIMENTS:
+            near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}"
+            raise InputError(f"{path}: experiments: expected the name of an experiment, found {name!r}; {hint}")
+    for where, found, root in _free_options(content):
+        _check_names(path, where, found, root)
 
 
 def _free_options(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], type]]:

@@ -35,8 +35,13 @@ class RunPaths:
         return self.folder / "identity.json"
 
     @property
+    def environment(self) -> Path:
+        """The command that started the run last, versions of libraries, and the machine: `core.runtime.environment`."""
+        return self.folder / "environment.json"
+
+    @property
     def lock(self) -> Path:
-        """Locked by the driver during the run. If the driver dies, the launcher of the ranks still holds the lock."""
+        """Locked by the driver, which it names, during the run. If that dies, the ranks' launcher holds the lock."""
         return self.folder / "lock"
 
     @property
@@ -46,7 +51,7 @@ class RunPaths:
 
     @property
     def inputs(self) -> Path:
-        """Gold, dev and test as tokens, for the ranks; gone when the run is finished."""
+        """Gold and held-out texts as tokens, for the ranks; gone when the run is finished."""
         return self.folder / "inputs"
 
     @property
@@ -85,7 +90,7 @@ class RunPaths:
         return self.folder / "adapter"
 
     def predictions(self, split: str) -> Path:
-        """The predictions on `split` (dev or test): one row per held-out record."""
+        """The predictions on `split` (dev, test or one of more_tests): one row per held-out record."""
         return self.folder / f"predictions-{split}.parquet"
 
     @property
@@ -118,15 +123,36 @@ def write_json(path: Path, value: Any) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield the path of a temporary folder, which the caller creates and fills; it then replaces `folder`.
 
-    The files are flushed to disk before the replacement. After an error, `folder` is as it was.
+    The files are flushed to disk before the replacement, and have the mode that the umask gives, also those that a
+    library made for their owner alone. After an error, `folder` is as it was.
     """
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     yield unfinished
+    apply_umask(unfinished)
     sync_files(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     sync_folder(folder.parent)
+
+
+def apply_umask(folder: Path) -> None:
+    """Give the files of a new folder and of its subfolders the mode of files that `open` makes: 0666 less the umask.
+
+    safetensors, for example, makes its files for their owner alone (0600). The folder itself shows the umask.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                path.chmod(mode)
+
+
+def explain(folder: Path, text: str) -> None:
+    """Leave a README.txt in a folder whose purpose its name does not show; one that is there stays."""
+    if not (folder / "README.txt").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "README.txt", text)
 
 
 def sync_files(folder: Path) -> None:

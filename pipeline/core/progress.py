@@ -12,9 +12,30 @@ from tqdm import tqdm
 log = logging.getLogger("pipeline")
 
 
-def start_logging(file: Path | None = None, *, level: int = logging.INFO) -> None:
-    """Write the log lines of this package to standard error, and also to `file` if it is given."""
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
+class AboveBars:
+    """A stream to standard error whose lines appear above the progress bars, which are drawn again below them."""
+
+    def write(self, text: str) -> None:
+        """Write a text as it is, the ends of its lines included."""
+        with tqdm.external_write_mode(file=sys.stderr):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Write out what standard error still holds."""
+        sys.stderr.flush()
+
+
+def start_logging(file: Path | None = None, *, level: int = logging.INFO, quiet: bool = False) -> None:
+    """Write the log lines of this package to standard error, and also to `file` if it is given.
+
+    The file has the progress lines, too, where standard error shows a bar in their place. With `quiet`, standard error
+    has progress and warnings alone.
+    """
+    shown = logging.StreamHandler(AboveBars())
+    shown.addFilter(lambda record: not getattr(record, "has_bar", False))
+    if quiet:
+        shown.addFilter(lambda record: record.levelno >= logging.WARNING or hasattr(record, "has_bar"))
+    handlers: list[logging.Handler] = [shown]
     if file is not None:
         handlers.append(logging.FileHandler(file))
     line_format = "%(asctime)s %(message)s"
@@ -23,14 +44,23 @@ def start_logging(file: Path | None = None, *, level: int = logging.INFO) -> Non
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere one plain line every `log_every_seconds`, and one at the end.
+    """A progress bar on a terminal, and one plain line every `log_every_seconds` and at the end.
 
-    `done` units of `total` were finished before the start, for example by an earlier run. Nothing is shown if `quiet`
-    is set or if `total` is 0.
+    The plain lines go to the log's file, and to standard error where there is no bar. `done` units of `total` were
+    finished before the start, for example by an earlier run. Nothing is shown if `quiet` is set or if `total` is 0, and
+    no bar without `bar`: several processes would draw theirs on the same line.
     """
 
     def __init__(
-        self, title: str, *, total: int, unit: str, done: int = 0, log_every_seconds: float, quiet: bool = False
+        self,
+        title: str,
+        *,
+        total: int,
+        unit: str,
+        done: int = 0,
+        log_every_seconds: float,
+        quiet: bool = False,
+        bar: bool = True,
     ) -> None:
         self._is_shown = not quiet and total > 0
         self._title, self._total, self._unit = title, total, unit
@@ -39,8 +69,9 @@ class Progress:
         self._log_every_seconds = log_every_seconds
         self._started = self._logged = time.monotonic()
         self._bar = None
-        if self._is_shown and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True)
+        if self._is_shown and bar and sys.stderr.isatty():
+            # leave=None: a bar inside another one, as that of an evaluation while training, goes when it is done
+            self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, leave=None)
 
     def advance(self, count: float, **figures: float) -> None:
         """Add `count` finished units, and show the figures (name=value) beside the progress."""
@@ -51,7 +82,6 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(shown_figures, refresh=False)
             self._bar.update(count)
-            return
         now = time.monotonic()
         if now - self._logged >= self._log_every_seconds or self._done >= self._total:
             self._logged = now
@@ -68,16 +98,9 @@ class Progress:
     def _log_line(self, elapsed_seconds: float, shown_figures: str) -> None:
         per_second = (self._done - self._done_at_start) / max(elapsed_seconds, 1e-9)
         left_seconds = (self._total - self._done) / max(per_second, 1e-9)
-        log.info(
-            "%s %d/%d %s  %.3g/s  %.0f s left  %s",
-            self._title,
-            self._done,
-            self._total,
-            self._unit.strip(),
-            per_second,
-            left_seconds,
-            shown_figures,
-        )
+        figures = (self._title, self._done, self._total, self._unit.strip(), per_second, left_seconds, shown_figures)
+        line = "%s %d/%d %s  %.3g/s  %.0f s left  %s"
+        log.info(line, *figures, extra={"has_bar": self._bar is not None})
 
     def close(self) -> None:
         """Close the bar, so that the next output starts on a new line."""

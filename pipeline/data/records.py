@@ -32,6 +32,8 @@ class MalformedRecords:
         """Skipped records by reason: the message without what was found."""
         self.notes: Counter[str] = Counter()
         """Records that are used, but not as they stand, by what was done."""
+        self.num_answered = 0
+        """Records that are used and have a known answer beside a prompt."""
 
     @property
     def count(self) -> int:
@@ -112,13 +114,14 @@ def parse_records(
             fields = _fields(_row(kind, content, text), text)
             make = partial(Record, record_id=record_id, where=where)
             if fields.messages is None:
-                yield _plain_record(fields, make)
-                continue
-            chat = plain_chat(fields.messages, text.chat)
-            renderer = renderer or open_renderer(tokenizer, text.chat)
-            record, is_trimmed = _chat_record(fields, chat, renderer, make)
-            if is_trimmed:
-                malformed.notes[TRIMMED] += 1
+                record = _plain_record(fields, make)
+            else:
+                chat = plain_chat(fields.messages, text.chat)
+                renderer = renderer or open_renderer(tokenizer, text.chat)
+                record, is_trimmed = _chat_record(fields, chat, renderer, make)
+                if is_trimmed:
+                    malformed.notes[TRIMMED] += 1
+            malformed.num_answered += record.prompt is not None and record.completion is not None
             yield record
         except InputError as error:
             malformed.reject(where, str(error))

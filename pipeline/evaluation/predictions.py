@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -162,6 +163,18 @@ def main_score(scores: Scores) -> float:
             return fraction
     assert scores.nll is not None
     return -scores.nll
+
+
+def scores_from(saved: Mapping[str, Any]) -> Scores:
+    """The scores among what was saved with them, as in result.json."""
+    return Scores(**{item.name: saved[item.name] for item in dataclasses.fields(Scores) if item.name in saved})
+
+
+def scored_before(predictions: Path, held_out: EvaluationSet, teacher: str) -> tuple[Scores, pl.DataFrame]:
+    """Saved predictions and their scores, with the agreement with another teacher; no model is needed."""
+    table = pl.read_parquet(predictions).drop("teacher_predicted", "agreement", strict=False)
+    table = with_teacher(table, teacher_choices(held_out, teacher))
+    return scores_of(table), table
 
 
 def scores_of(predictions: pl.DataFrame) -> Scores:

@@ -9,15 +9,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.options import identity_options
 from pipeline.config.schema import TextConfig
-from pipeline.core.files import write_atomically
+from pipeline.core.files import content_hash, write_atomically
 from pipeline.core.types import UNKNOWN_TARGET, InputError, Record
 from pipeline.data.choice_tree import check_no_choice_begins_another
+from pipeline.data.file_kinds import format_suffix
 from pipeline.data.records import MalformedRecords, find_shape, read_records
 from pipeline.data.text_files import Text, open_text
-from pipeline.data.tokenize import EncodedRecord, Targets, encode_records, record_segments, shifted_targets
+from pipeline.data.tokenize import (
+    EncodedRecord,
+    Targets,
+    encode_records,
+    record_segments,
+    shifted_targets,
+    text_hash,
+)
 from pipeline.models.compatibility import max_positions
 from pipeline.models.tokenizer import end_token_ids
+
+UNREAD_BY_SCORING = ("too_long", "window_begin_token")  # options of a text: a held-out text is not packed
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +80,22 @@ def read_evaluation_set(
         max_new_tokens=max_new_tokens,
         end_ids=end_token_ids(folder, tokenizer),
     )
+
+
+def held_out_hash(config: TextConfig, name: str) -> str:
+    """sha256 of a held-out text as it is read: the content of its files, and the options that are not as by default.
+
+    Scores on texts with the same hash can be compared. Options that only training reads are no part of it.
+    """
+    text, defaults = open_text(config, name), identity_options(TextConfig())
+    options = {
+        option: value
+        for option, value in identity_options(config).items()
+        if value != defaults[option] and option not in UNREAD_BY_SCORING
+    }
+    # the same bytes are other records as lines of JSON, as lines of text and as a table
+    suffixes = [suffix for suffix in map(format_suffix, text.files) if suffix in (".txt", ".csv", ".tsv")]
+    return content_hash([text_hash(text), options, suffixes])
 
 
 def open_evaluation_set(

@@ -23,6 +23,7 @@ from pipeline.data.packing import position_ids
 from pipeline.models import loading
 from pipeline.models.tokenizer import load_tokenizer
 from support.commands import capture_arguments, config_of, script
+from support.modes import other_modes
 from support.tiny import make_model, write_lines
 
 
@@ -70,6 +71,11 @@ def test_a_shard_is_plain_parquet(cache: Path) -> None:
     assert (rows["segment_lengths"].list.sum() == rows["input_ids"].list.len()).all()
     assert rows.schema["topk_ids"] == pl.List(pl.UInt32)
     assert rows["topk_ids"].explode().max() < manifest["vocabulary_size"]
+
+
+def test_others_can_read_a_cache_and_learn_what_its_plans_are(cache: Path) -> None:
+    assert other_modes(cache.parent) == {}
+    assert (cache.parent / ".plans" / "README.txt").read_text().startswith("Plans of captures, one folder each: ")
 
 
 def test_next_log_prob_and_entropy(teacher: Path, tmp_path: Path) -> None:

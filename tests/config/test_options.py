@@ -18,7 +18,7 @@ from pipeline.config.groups import CONF_DIR
 from pipeline.config.help import help_text
 from pipeline.config.options import identity_options, load_config, options, save_config
 from pipeline.config.overrides import check_override_names
-from pipeline.config.schema import TrainConfig
+from pipeline.config.schema import Targets, TrainConfig
 from pipeline.config.study import ROOTS
 from pipeline.config.validate import check_capture
 from pipeline.config.validate_train import check_train
@@ -99,7 +99,7 @@ def test_the_weights_of_the_demo() -> None:
 
 def test_every_option_has_a_sentence_and_help_shows_it() -> None:
     for root, schema in ROOTS.items():
-        shown = help_text(root, "A story.")
+        shown = help_text(root, "A story.", [])
         for name, _, sentence in options(schema):
             assert len(sentence) > 8
             assert f"  {name} = " in shown
@@ -107,7 +107,9 @@ def test_every_option_has_a_sentence_and_help_shows_it() -> None:
 
 
 def test_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
-    config = composed("train", "experiment=combined", "+deepspeed.overrides.wall_clock_breakdown=true")
+    more = ["+deepspeed.overrides.wall_clock_breakdown=true", "+more_tests={news: {files: [a.jsonl], targets: next}}"]
+    config = composed("train", "experiment=combined", *more)
+    assert config.more_tests["news"].targets is Targets.next
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml", TrainConfig) == config
 
@@ -152,7 +154,11 @@ def test_contradictions(name: str) -> None:
         (["loss.kd.temperature=0"], "kd_temperature: expected more than 0"),
         (["experiment=gold_only", "loss.lm.on=[corpus]"], "no term with a weight above 0 reads any text"),
         (["loss.kd.on=[gold,corpus]"], "loss.kd.on: expected [corpus], because gold carries no output"),
-        (["epochs=null", "steps=0"], "steps: expected at least 1, found 0"),
+        (["epochs=null", "steps=-1"], "steps: expected at least 0, found -1"),
+        (["experiment=zero_shot", "dev=null", "test=null"], "steps=0: expected dev, test or more_tests"),
+        (["+more_tests={test: {files: [x]}}"], "more_tests: expected names other than dev and test, found test"),
+        (["+more_tests={a/b: {files: [x]}}"], "more_tests: expected a name without /"),
+        (["out_of_domain=[news]"], "out_of_domain: expected names of more_tests [], found ['news']"),
         (["epochs=-1"], "epochs: expected more than 0, found -1"),
         (["launcher.num_processes=0"], "num_processes: expected at least 1, found 0"),
         (["optimizer.warmup_fraction=3"], "warmup_fraction: expected 0 to 1, found 3"),
@@ -268,4 +274,4 @@ def test_more_entries_than_a_shard_can_count_are_refused() -> None:
 def test_a_wrong_value_is_refused_with_its_cause(tmp_path: Path) -> None:
     done = script("train", "optimizer.name=sgd", cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "Invalid value 'sgd', expected one of [adamw, muon]" in done.stderr
+    assert "optimizer.name: expected one of adamw | muon, found 'sgd'" in done.stderr

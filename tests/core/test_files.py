@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pipeline.core.files import (
     atomic_folder,
     check_writable,
     content_hash,
+    explain,
     file_hash,
     matching_paths,
     one_path,
@@ -19,6 +21,7 @@ from pipeline.core.files import (
 from pipeline.core.types import InputError
 from pipeline.monitoring.metrics import MetricsFile
 from support.commands import mounted, needs_root
+from support.modes import other_modes
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +138,27 @@ def test_a_folder_on_a_full_or_read_only_disk_is_refused(tmp_path: Path) -> None
         pytest.raises(InputError, match="out: .* found Read-only file system"),
     ):
         check_writable(disk / "new", "out")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_folder_has_the_modes_of_the_umask(umask: int, tmp_path: Path) -> None:
+    """Whatever a library gave them: safetensors makes its files for their owner alone."""
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "inner").mkdir(parents=True)
+            for path in (folder / "model.safetensors", folder / "inner" / "weights"):
+                path.write_text("weights")
+                path.chmod(0o600)
+        assert other_modes(tmp_path / "model") == {}
+        (tmp_path / "model" / "inner" / "weights").chmod(0o604)
+        assert other_modes(tmp_path / "model") == {"inner/weights": "0o604"}
+    finally:
+        os.umask(before)
+
+
+def test_an_explanation_is_written_once(tmp_path: Path) -> None:
+    explain(tmp_path / ".plans", "what it is for")
+    (tmp_path / ".plans" / "README.txt").write_text("changed by its reader")
+    explain(tmp_path / ".plans", "what it is for")
+    assert (tmp_path / ".plans" / "README.txt").read_text() == "changed by its reader"

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from pipeline.config.compose import chosen_groups, register, take_study
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import save_config, to_typed
+from pipeline.config.overrides import completed_overrides
 from pipeline.config.schema import (
     CaptureConfig,
     Dtype,
@@ -137,8 +138,9 @@ def steps_done(folder: Path) -> int:
 def composed(root: str, *overrides: str) -> Any:
     study, rest = take_study(list(overrides))
     register(study, chosen=chosen_groups(rest))
+    completed, _ = completed_overrides(root, rest)
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return to_typed(compose(root, overrides=rest), ROOTS[root])
+        return to_typed(compose(root, overrides=completed), ROOTS[root])
 
 
 BIT_BY_BIT = ("model.safetensors", "config.json")

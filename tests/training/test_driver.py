@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +28,7 @@ from pipeline.core.files import RunPaths
 from pipeline.core.stopping import Stopped
 from pipeline.core.types import InputError
 from pipeline.training import driver
+from pipeline.training.inputs import load_keys
 from support.commands import (
     ROOT,
     composed,
@@ -37,6 +41,7 @@ from support.commands import (
     train_arguments,
     wait_for,
 )
+from support.modes import other_modes
 from support.tiny import make_model, make_tokenizer, write_lines
 
 SCORES = {"num_records": 4, "num_targets": 4, "nll": 1.0, "perplexity": 2.7, "num_choice_records": 4, "accuracy": 0.75}
@@ -60,6 +65,8 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
         *("config.yaml", "identity.json", "lock", "log.txt", "metrics.jsonl", "model"),
         *("predictions-dev.parquet", "predictions-test.parquet", "result.json"),
     }
+    assert other_modes(tmp_path / "runs") == {}
+    assert (run / "lock").read_text().startswith("free since ")
     rows = pl.read_ndjson(run / "metrics.jsonl")
     assert rows["step"].to_list() == list(range(1, 9))
     assert rows["lm_count"].sum() > 0
@@ -80,7 +87,8 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
     card = ModelCard.load(run / "model" / "README.md")
     assert card.data.tags == ["weak-to-strong", "distillation"]
     identity = json.loads((run / "identity.json").read_text())
-    for told in (identity["cache"], identity["gold"], identity["student"][0], f"{result['test']['nll']:.4f}", "| kd ("):
+    hashes = (identity["cache"], identity["gold"], identity["student"][0], result["test"]["text"])
+    for told in (*hashes, f"{result['test']['nll']:.4f}", "| kd ("):
         assert told in card.text
     assert str(tmp_path) not in card.content
     assert str(student.parent) not in card.content
@@ -243,6 +251,21 @@ def test_two_drivers_never_train_in_one_folder(
     assert "expected a free run folder, found lock held" in done.stderr
 
 
+def test_a_lock_names_its_process_to_those_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = RunPaths(folder=tmp_path)
+    monkeypatch.setattr(driver, "LOCK_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    logging.getLogger("pipeline").propagate = True
+    with driver.run_lock(paths), caplog.at_level(logging.INFO), pytest.raises(InputError), driver.run_lock(paths):
+        pass
+    state = f"locked by process {os.getpid()} on {socket.gethostname()} since "
+    assert all(f"{tmp_path}: {state}" in record.getMessage() for record in caplog.records)
+    assert caplog.records
+    assert paths.lock.read_text().startswith("free since ")
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_a_file_system_without_locks_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not taken for a lock that somebody holds, for which the driver would wait a minute."""
@@ -267,7 +290,9 @@ def test_a_request_to_stop_and_what_the_run_has_left_to_do(
         os.kill(os.getpid(), signal.SIGINT)
         assert paths.stop.exists()
         if finishes:
-            paths.result.write_text(json.dumps({"test": SCORES}))
+            (key,) = load_keys(paths).values()
+            paths.predictions("test").touch()
+            paths.result.write_text(json.dumps({"test": SCORES | dataclasses.asdict(key)}))
         return 0
 
     monkeypatch.setattr(driver, "run_ranks", ranks)

@@ -26,9 +26,9 @@ from pipeline.core.types import InputError
 from pipeline.data.records import find_shape
 from pipeline.data.text_files import open_text
 from pipeline.data.tokenize import load_labeled_sequences
+from pipeline.declare.init import main, run
 from pipeline.models.preflight import check_model
 from pipeline.models.tokenizer import open_tokenizer
-from pipeline.study.init import main, run
 from support.commands import ROOT
 from support.tiny import LINES, make_model, make_tokenizer, write_lines
 
@@ -60,7 +60,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of a user with texts in it; the architecture of the tiny models is checked in other tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["scripts/study.py"])
-    monkeypatch.setattr("pipeline.study.models.check_model", lambda config, tokenizer: None)
+    monkeypatch.setattr("pipeline.declare.models.check_model", lambda config, tokenizer: None)
     write_lines(tmp_path / "corpus.jsonl", rows(120, labeled=False))
     write_lines(tmp_path / "ceiling.jsonl", rows(120, labeled=True))
     for number, name in enumerate(("gold", "test", "dev", "labels", "labeled")):
@@ -309,7 +309,7 @@ def test_shared_records_can_be_allowed(folder: Path, teacher: Path, student: Pat
 def test_a_damaged_model_is_refused(
     folder: Path, teacher: Path, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.study.models.check_model", check_model)
+    monkeypatch.setattr("pipeline.declare.models.check_model", check_model)
     shutil.copytree(student, folder / "damaged")
     weights = folder / "damaged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -365,8 +365,8 @@ def test_help_names_every_option(capsys: Any) -> None:
 
 # ----------------------------------------------------------------------------------------------- questions
 
-ANSWERS = "import sys; from pipeline.study.answers import read_answers; print(read_answers(sys.argv[1:]))"
-WHOLE = "import sys; from pipeline.study.init import main; main(sys.argv[1:])"
+ANSWERS = "import sys; from pipeline.declare.answers import read_answers; print(read_answers(sys.argv[1:]))"
+WHOLE = "import sys; from pipeline.declare.init import main; main(sys.argv[1:])"
 
 
 def answer(code: str, arguments: Sequence[str], answers: Sequence[str], cwd: Path) -> tuple[int, str]:

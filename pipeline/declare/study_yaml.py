@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.study.draft import Draft
+from pipeline.declare.draft import Draft
 
 MAX_COLUMNS = 116
 PLAIN = re.compile(r"(?:[A-Za-z_/]|\.{1,2}/)[\w./+-]*")  # text that YAML reads as text without quotes

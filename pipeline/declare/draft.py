@@ -11,10 +11,10 @@ from pipeline.config.study import InitConfig
 from pipeline.core.runtime import compute_device
 from pipeline.core.types import InputError
 from pipeline.data.text_files import Text, open_text
-from pipeline.study.models import Models, needs_end_token
-from pipeline.study.settings import Settings, Sizes, choose_settings
-from pipeline.study.sizes import Window, count_sequences, fit_window, given_window, measure, quantile, rounded_up
-from pipeline.study.task import Task, column_options, corpus_options, lacks_completions, text_config
+from pipeline.declare.models import Models, needs_end_token
+from pipeline.declare.settings import Settings, Sizes, choose_settings
+from pipeline.declare.sizes import Window, count_sequences, fit_window, given_window, measure, quantile, rounded_up
+from pipeline.declare.task import Task, column_options, corpus_options, lacks_completions, text_config
 
 LABELED = ("gold", "test", "dev", "teacher_labels", "ceiling")
 TRAINS = ("corpus", "gold", "teacher_labels", "ceiling")  # texts that are packed into windows

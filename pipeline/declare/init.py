@@ -16,14 +16,14 @@ from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError
 from pipeline.data.shown import visible
 from pipeline.data.text_files import open_text
-from pipeline.study.answers import confirm, files_of, given_texts, help_lines, read_answers, study_folder
-from pipeline.study.cut import cut_labeled, cut_sentence, write_cut
-from pipeline.study.draft import LABELED, Draft, Files, make_draft
-from pipeline.study.leaks import check_texts
-from pipeline.study.models import Models, open_models
-from pipeline.study.shown import show_texts
-from pipeline.study.study_yaml import study_yaml, window_sentence
-from pipeline.study.task import column_options, find_columns, find_task, missing_ending, text_config
+from pipeline.declare.answers import confirm, files_of, given_texts, help_lines, read_answers, study_folder
+from pipeline.declare.cut import cut_labeled, cut_sentence, write_cut
+from pipeline.declare.draft import LABELED, Draft, Files, make_draft
+from pipeline.declare.leaks import check_texts
+from pipeline.declare.models import Models, open_models
+from pipeline.declare.shown import show_texts
+from pipeline.declare.study_yaml import study_yaml, window_sentence
+from pipeline.declare.task import column_options, find_columns, find_task, missing_ending, text_config
 
 SHOWN = ("corpus", "gold", "test")
 SHOWN_LABELS, COLUMNS = 12, 80

@@ -12,7 +12,7 @@ from pipeline.core.files import write_atomically
 from pipeline.core.types import InputError
 from pipeline.data.records import fields_of, find_shape, row_of
 from pipeline.data.text_files import Text, all_records
-from pipeline.study.leaks import prompt_key, prompt_of
+from pipeline.declare.leaks import prompt_key, prompt_of
 
 MIN_RECORDS = 20  # in all: fewer measure nothing
 GOLD_PERCENT, TEST_PERCENT, MAX_TEST, MAX_DEV = 35, 50, 2000, 500

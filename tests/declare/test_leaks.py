@@ -16,8 +16,8 @@ from pipeline.config.schema import TextConfig
 from pipeline.core.types import InputError
 from pipeline.data.records import fields_of, find_shape
 from pipeline.data.text_files import all_records, open_text
-from pipeline.study import leaks
-from pipeline.study.leaks import TRAINING, check_texts, find_shared
+from pipeline.declare import leaks
+from pipeline.declare.leaks import TRAINING, check_texts, find_shared
 from support.tiny import write_lines
 
 WORDS = ["Cafe\u0301", "caf\u00e9", "Tree", "tree ", "a  b", "A b", "\u00df", "ss", "x"]

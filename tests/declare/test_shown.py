@@ -16,8 +16,8 @@ from pipeline.core.types import UNKNOWN_TARGET, InputError
 from pipeline.data.shown import CLOSE, OPEN, sample_lines, sample_text, shortened, supervised_line, visible
 from pipeline.data.text_files import Text, open_text
 from pipeline.data.tokenize import load_labeled_sequences
+from pipeline.declare.shown import show_texts
 from pipeline.models.tokenizer import load_tokenizer
-from pipeline.study.shown import show_texts
 from support.tiny import TOPICS, make_tokenizer, prompts, text_of, write_lines
 from support.trained_tokenizers import metaspace_tokenizer
 
