@@ -96,50 +96,6 @@ def write_table(table: Any, file: Path) -> None:
     temporary.replace(file)
 
 
-def read_result(paths: RunPaths) -> dict[str, Any]:
-    """result.json."""
-    result: dict[str, Any] = json.loads(paths.result.read_text())
-    return result
-
-
-def with_missing_scores(config: TrainConfig, paths: RunPaths, result: dict[str, Any]) -> dict[str, Any]:
-    """The result with scores on each held-out text; the model is loaded if one needs it."""
-    model = functools.cache(lambda: prepack(open_model(scored_model(config, paths), compute_device())))
-    for name, key in load_keys(paths).items():
-        file, entry = paths.predictions(name), entry_of(result, name)
-        if not is_missing(entry, key, file):
-            continue
-        teacher = teacher_file(config, name)
-        if needs_model(entry, key, file):
-            if entry is not None:  # scores and predictions are never of two texts, whenever this process is killed
-                result = with_entry(result, name, None)
-                write_json(paths.result, result)
-            _, tokenizer = open_tokenizer(scored_model(config, paths))
-            scores, predictions = score(
-                model(),
-                load_held_out(paths, name, tokenizer),
-                batch_tokens=config.scoring.batch_tokens,
-                teacher_predictions=teacher,
-                log_every_seconds=config.launcher.log_every_seconds,
-            )
-            write_table(predictions, file)
-        elif teacher is not None:
-            scores, predictions = scored_before(file, load_held_out(paths, name, None), teacher)
-            write_table(predictions, file)
-        else:
-            assert entry is not None
-            scores, key = scores_from(entry), dataclasses.replace(key, teacher_predictions=entry["teacher_predictions"])
-        result = with_entry(result, name, dataclasses.asdict(scores) | dataclasses.asdict(key))
-    return result
-
-
-def write_table(table: Any, file: Path) -> None:
-    """Replace a file of predictions by another table, at once."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    table.write_parquet(temporary)
-    temporary.replace(file)
-
-
 def training_summary(config: TrainConfig, paths: RunPaths) -> dict[str, Any]:
     """Steps, seconds and the exported step of a run, for result.json; all 0 without training."""
     rows = [] if config.steps == 0 else MetricsFile.read(paths.metrics)

@@ -81,7 +81,7 @@ def test_equal_arms_that_differ_in_few_records_are_rarely_significant(expected: 
 
 
 def test_variance_is_that_of_the_crossed_layout() -> None:
-    """A twin by loops, from mean squares of records, runs and rest: variance of the mean = (run + record - rest) / RM."""
+    """By loops, from mean squares of records, runs and rest: variance of the mean = (run + record - rest) / RM"""
     rng = np.random.default_rng(1)
     num_runs, num_records = 4, 300
     value_RM = (
