@@ -208,9 +208,9 @@ def launch(launcher: str, study: Study, jobs: Sequence[Job]) -> None:
         print(f"==> {launcher}: {experiment}, seeds {', '.join(of_job)}")
         train = [sys.executable, str(PACKAGE / "scripts" / "train.py"), "-m", *place, *arguments]
         sweeps.append(subprocess.Popen([*train, f"seed={','.join(of_job)}"]))
-    failed = [sweep.args for sweep in sweeps if sweep.wait() != 0]
-    if failed:
-        raise RunFailed(f"{len(failed)} of {len(sweeps)} sweeps failed, the first: {failed[0]}; their output is above")
+    num_failed = sum(sweep.wait() != 0 for sweep in sweeps)
+    if num_failed:
+        raise RunFailed(f"{num_failed} of {len(sweeps)} sweeps failed; their output is above")
 
 
 def quiet(config: TrainConfig) -> TrainConfig:
