@@ -209,7 +209,8 @@ def _difference_chart(figures: ArmFigures, metric: str, plot: Plot) -> Any:
 
 def _difference_row(comparison: Comparison, scale: numbers.Scale) -> dict[str, Any]:
     low, high = _ends(comparison.difference)
-    label = f"{numbers.MINUS} {numbers.ROLES[comparison.against].removeprefix('the next ')}"
+    name = numbers.ROLES.get(comparison.against, comparison.against)  # a control has its label
+    label = f"{numbers.MINUS} {name.removeprefix('the next ')}"
     value, shown = comparison.difference.value, numbers.bounds(comparison.difference, scale, signed=True)
     value_text = numbers.difference(value, scale)
     return {
