@@ -383,6 +383,20 @@ class ScoringConfig:
         "the teacher's predictions-test.parquet (or a glob matching one), for agreement with it",
         content=True,
     )
+    teacher_dev_predictions: str | None = option(
+        None,
+        "the teacher's predictions-dev.parquet (or a glob matching one): each evaluation on dev while training logs "
+        "dev_imitation and dev_agreement",
+        result=False,
+        content=True,
+    )
+
+    few_shot: int = option(
+        0, "this many answered records before each prompt with choices, as examples; in training runs with steps=0 only"
+    )
+    few_shot_from: TextConfig | None = option(
+        None, "text whose first records are those examples; null: the gold set of the run"
+    )
 
 
 @dataclass
