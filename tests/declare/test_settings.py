@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import TrainConfig
 from pipeline.core.types import InputError
-from pipeline.study.settings import MAX_GOLD_PASSES, Sizes, choose_settings, gold_fraction, learning_rate
-from pipeline.study.sizes import fit_window, given_window, quantile
-from pipeline.study.study_yaml import flow
+from pipeline.declare.settings import MAX_GOLD_PASSES, Sizes, choose_settings, gold_fraction, learning_rate
+from pipeline.declare.sizes import fit_window, given_window, quantile
+from pipeline.declare.study_yaml import flow
 
 
 def sizes(**changes: Any) -> Sizes:
