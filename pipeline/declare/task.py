@@ -168,13 +168,13 @@ def _labels_or_text(
     spelled = {completion.strip(): completion for _, completion in completions}
     is_verbatim = all(spelled[completion.strip()] == completion for _, completion in completions)
     needs_space = any(end and not end.isspace() and not c[:1].isspace() for end, c in completions)
-    labels = sorted(counts)
-    choices = tuple(f" {label}" if needs_space else spelled[label] for label in labels)
+    classes = sorted(counts)
+    choices = tuple(f" {label}" if needs_space else spelled[label] for label in classes)
     return Task(
         kind="choices",
         columns=columns,
         choices=choices,
-        counts={label: of_gold[label] for label in labels},
+        counts={label: of_gold[label] for label in classes},
         is_verbatim=is_verbatim and not needs_space,
     )
 
