@@ -26,11 +26,13 @@ few to be resampled: with R = 3 a resampled variance is a third too small. Recor
 
   so it keeps the skewness of a ratio. In a function of several arms' rates, s^2 / R counts by its squared gradient.
 
-With one run var(seed) is unknown: the interval covers new records only.
+With one run var(seed) is unknown: the interval covers new records only. With two runs that lie far apart for their
+records' noise, coverage falls to 90 %: one degree of freedom is too few for Satterthwaite's formula.
 
-Fractions near 0 or 1, of few records: each arm has half a right and half a wrong record of its own beside the real
-ones, with random weights. With one run the interval of a fraction is then that of Jeffreys (Brown, Cai, DasGupta 2001,
-Statistical Science 16), and two arms that differ in three records are not significantly different.
+Fractions near 0 or 1, and arms that differ in few records: each arm has one right and one wrong record of its own
+beside the real ones. With one run the interval of a fraction is then the Bayesian one with a uniform prior, Beta(k + 1,
+n - k + 1), and two arms that are equal in truth differ significantly in at most 5 % of all studies, however few records
+they differ in; without these records, or with half of them (Jeffreys' prior), it is up to 10 %.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ import numpy as np
 from pipeline.analysis.values import Interval
 
 NUM_DRAWS = 4000
+BOUNDS = [NUM_DRAWS // 40 - 1, NUM_DRAWS - NUM_DRAWS // 40]
+"""Places of the 2.5 % and 97.5 % quantiles in sorted draws: 2.5 % lie at or beyond each."""
 SEED = 20_231_214
 """Of the draws: the same study always has the same intervals."""
 CHUNK = 1 << 23
@@ -106,7 +110,8 @@ def rates(questions: Sequence[Question]) -> list[list[Rate]]:
         for sum_DA, column_MA, index_M in zip(sums, columns, kept, strict=True):
             own_DM = drawn_DM if len(index_M) == num_records else drawn_DM[:, index_M]
             sum_DA[start : start + size] = own_DM @ column_MA
-    own_records = {label: _own_records(label) for question in questions for label in question.arm_labels}
+    arm_labels = {name for question in questions for name in question.arm_labels}
+    own_records = {label: _own_records(label) for label in arm_labels}
     return [
         [
             _rate(values_RM[:, index_M], question, sum_DA[:, [arm, -1]], own_records[question.arm_labels[arm]])
@@ -148,9 +153,9 @@ def _rate(value_RM: np.ndarray, question: Question, sum_D2: np.ndarray, own_2D: 
 
 
 def _own_records(label: str) -> np.ndarray:
-    """Weights of half a right and half a wrong record: Gamma(1/2) each, half the square of a normal number."""
+    """Weights of an arm's own right and wrong record, random as those of all records."""
     rng = np.random.default_rng([SEED, zlib.crc32(label.encode())])
-    return 0.5 * rng.standard_normal((2, NUM_DRAWS), dtype=np.float32) ** 2
+    return rng.standard_exponential((2, NUM_DRAWS), dtype=np.float32)
 
 
 # ----------------------------------------------------------------------------------------- intervals
@@ -158,7 +163,7 @@ def _own_records(label: str) -> np.ndarray:
 
 def interval(value: float, draws_D: np.ndarray, parts: Parts) -> Interval:
     """95 % interval of a function of rates, from its draws over records and its gradient by each rate."""
-    low, high = (float(bound) for bound in np.quantile(draws_D, [0.025, 0.975]))
+    low, high = (float(bound) for bound in np.partition(draws_D, BOUNDS)[BOUNDS])
     variance, of_records, freedom = _variance(parts)
     half = t_975(freedom) * variance**0.5
     if of_records == 0:  # all records are alike: only runs differ

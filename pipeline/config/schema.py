@@ -119,6 +119,9 @@ class TextConfig:
         "choices where records have them, else all",
     )
     choices: list[str] | None = option(None, "choices of records with a prompt and none of their own; null: none")
+    take: int | None = option(
+        None, "read only the first so many records of all files, malformed ones included; null: all"
+    )
     malformed: MalformedPolicy = option(
         MalformedPolicy.stop, "what to do on a malformed record: stop, or skip and count it"
     )

@@ -16,7 +16,6 @@ ROLES = {
     "combined": "combined",
     "control": "control",
     "ceiling": "ceiling",
-    "other": "other",
     "lower kd": "the next lower KD weight",
 }
 """How a role is written, in the order in which one reads them."""

@@ -15,7 +15,7 @@ from pipeline.core.object_store import one_location
 from pipeline.core.progress import log
 from pipeline.core.topk import temperature_index
 from pipeline.core.types import InputError, Record, TokenSequence
-from pipeline.data.records import MalformedRecords, parse_records
+from pipeline.data.records import MalformedRecords, find_shape, parse_records
 from pipeline.data.text_files import all_records, open_text
 from pipeline.data.tokenize import load_labeled_sequences, text_hash
 from pipeline.evaluation.predictions import teacher_score
@@ -71,7 +71,8 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
         if config.gold.window_begin_token is None:
             text = dataclasses.replace(text, begins_windows=needs_begin_token(folder))
         gold = load_labeled_sequences(text, tokenizer, window=config.window)
-        raw = all_records(text.files, text.columns)
+        text = find_shape(text)
+        raw = all_records(text.files, text.read_columns, take=text.take)
         records["gold"] = parse_records(raw, text, tokenizer, MalformedRecords(skip=True))  # counted above
         identity["gold"] = text_hash(text)
     held_out = _read_held_out(config, folder, tokenizer)

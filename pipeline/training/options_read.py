@@ -108,7 +108,11 @@ def options_read(config: TrainConfig) -> dict[str, Any]:
     )
     if config.evaluate_every_steps == 0:
         read = dataclasses.replace(read, early_stopping=EarlyStoppingConfig(), export=ExportConfig())
-    return identity_options(read)
+    options = identity_options(read)
+    for text in (options["gold"], options["dev"]):
+        if text is not None and text["take"] is None:  # an option that came later: runs keep their names
+            del text["take"]
+    return options
 
 
 def _without_training(config: TrainConfig) -> TrainConfig:

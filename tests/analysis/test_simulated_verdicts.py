@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -25,16 +25,16 @@ def test_a_study_has_the_verdict_that_it_was_built_for(name: str) -> None:
     assert verdict(figures(SCENARIOS[name], seed=1)).code == SCENARIOS[name].code
 
 
-@pytest.mark.slow(minutes=3)
+@pytest.mark.slow(minutes=1)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_studies_of_one_truth_have_one_verdict(name: str) -> None:
-    """Of 40 studies at least 34 have the right verdict, and at most 3 another one that is not INCONCLUSIVE.
+    """Of 20 studies at least 17 have the right verdict, and at most 2 another one that is not INCONCLUSIVE.
 
     A rule needs one or two significant differences, so chance alone leads 2.5 % of studies into each neighbour.
     """
-    codes = Counter(verdict(figures(SCENARIOS[name], seed)).code for seed in range(40))
-    assert codes[SCENARIOS[name].code] >= 34, codes
-    assert all(count <= 3 for code, count in codes.items() if code not in (SCENARIOS[name].code, "INCONCLUSIVE")), codes
+    codes = Counter(verdict(figures(SCENARIOS[name], seed)).code for seed in range(20))
+    assert codes[SCENARIOS[name].code] >= 17, codes
+    assert all(count <= 2 for code, count in codes.items() if code not in (SCENARIOS[name].code, "INCONCLUSIVE")), codes
 
 
 def useless_teacher(*, seeds: int, weak: float) -> TrueStudy:
@@ -54,13 +54,18 @@ def null_verdict(study: TrueStudy, seed: int) -> str:
     return verdict(StudyFigures(name="null", main=main)).code
 
 
-@pytest.mark.slow(minutes=4)
-@pytest.mark.parametrize(("seeds", "weak"), [(1, 0.4), (2, 0.4), (3, 0.2), (3, 0.4)])
-def test_a_useless_teacher_is_rarely_called_healthy(seeds: int, weak: float) -> None:
-    """1,000 studies: under 50. All students are above this teacher, so that one of the two differences is no hurdle."""
-    study = useless_teacher(seeds=seeds, weak=weak)
-    codes = Counter(null_verdict(study, seed) for seed in range(1000))
-    assert codes["HEALTHY"] < 50, codes
+@pytest.mark.slow(minutes=2)
+def test_a_useless_teacher_is_rarely_called_healthy() -> None:
+    """1,000 studies with 1, 2 or 3 seeds: under 50.
+
+    All students are above this teacher, so that one of the two differences is no hurdle.
+    """
+    codes: dict[tuple[int, float], Counter[str]] = defaultdict(Counter)
+    for number in range(1000):
+        seeds, weak = 1 + number % 3, (0.2, 0.4)[number % 2]
+        codes[seeds, weak][null_verdict(useless_teacher(seeds=seeds, weak=weak), number)] += 1
+    print(dict(codes))
+    assert sum(of_setting["HEALTHY"] for of_setting in codes.values()) < 50, codes
 
 
 def test_a_real_gain_is_found_in_the_same_study() -> None:

@@ -18,7 +18,7 @@ from support.run_folders import StudyFolder, write_study
 from support.simulated_study import STUDENTS, TrueArm, simulate, study_of
 
 RATES = (1e-5, 1e-4)
-KD_WEIGHTS = (0.0, 0.3, 1.0)
+KD_WEIGHTS = (0.0, 0.3)
 GOLD_SIZES = {50: 0.66, 500: 0.76, 2000: 0.86}
 FIXED = [arm for arm in STUDENTS if arm.role in ("zero_shot", "weak_only", "ceiling")]
 CURVE = [
@@ -106,7 +106,7 @@ def test_the_tables_hold_what_the_figures_hold(reported: tuple[StudyFigures, Pat
     on_test = pl.col("text") == "test"
     of_runs = runs.filter(on_test).group_by("arm").agg(pl.col("accuracy").mean())
     of_predictions = predictions.filter(on_test).group_by("arm").agg(pl.col("correct").mean())
-    scores = arms.filter(on_test & (pl.col("figure") == "score"))
+    scores = arms.filter(on_test & (pl.col("figure") == "score") & pl.col("slice").is_null())
     expected = {one.arm.label: one.score.value for one in figures.main.arms}
     for found in (of_runs, of_predictions, scores.select("arm", "value")):
         assert {label: pytest.approx(value) for label, value in found.iter_rows()} == expected
