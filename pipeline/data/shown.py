@@ -55,7 +55,7 @@ def sample_text(text: Text, tokenizer: Any, *, window: int | None) -> TextSample
     """
     text, malformed = find_shape(text), MalformedRecords(skip=text.skip_malformed)
     is_exact, num_records = count_records(text)
-    chunks = next(read_chunks(text.files, size=SAMPLED_RECORDS, columns=text.read_columns))
+    chunks = next(read_chunks(text.files, size=SAMPLED_RECORDS, columns=text.read_columns, take=text.take))
     records = {record.record_id: record for record in parse_records(raw_records(chunks), text, tokenizer, malformed)}
     parts = segments(records.values(), text, tokenizer, malformed, window=window or NO_LIMIT)
     of_record = [(records[id], list(own)) for id, own in itertools.groupby(parts, key=lambda part: part.record_id)]

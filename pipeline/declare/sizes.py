@@ -64,7 +64,7 @@ def measure(text: Text, tokenizer: Any) -> Lengths:
 
 
 def _first(text: Text) -> Iterable[Raw]:
-    return itertools.islice(all_records(text.files, text.read_columns), MEASURED_RECORDS)
+    return itertools.islice(all_records(text.files, text.read_columns, take=text.take), MEASURED_RECORDS)
 
 
 def fit_window(tokens: Sequence[int], *, is_plain: bool, longest: int | None) -> Window:

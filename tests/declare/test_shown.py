@@ -95,6 +95,12 @@ def test_counts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     assert head.endswith("(first 100)")
 
 
+def test_only_records_that_are_taken_are_shown(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "a:", "completion": "b"}, {"prompt": "a" * 50, "completion": "b"}]
+    sample = sample_text(text_with(tmp_path, rows, take=1), tokenizer, window=16)
+    assert (sample.num_records, sample.num_sampled) == (1, 1)
+
+
 def test_a_prompt_that_the_teacher_completes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     text = text_with(tmp_path, [{"prompt": "write:"}], "corpus", targets=Targets.completion)
     sample = sample_text(dataclasses.replace(text, completes=True), tokenizer, window=64)
