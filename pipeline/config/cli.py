@@ -24,9 +24,14 @@ from pipeline.config.options import to_typed
 from pipeline.config.overrides import completed_overrides, renamed_hint
 from pipeline.config.study import ROOTS
 from pipeline.config.validate import check_files, urls_in
+from pipeline.core.files import explain
 from pipeline.core.stopping import EXIT_STOPPED, Stopped, interrupt, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 
+SWEEPS = """\
+What Hydra keeps of the last sweep (-m): multirun.yaml, its options as composed. Nothing reads it, and it may be
+deleted; the runs lie in the folders beside this one.
+"""
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # the place is to blame, and not this code
 
 
@@ -108,6 +113,8 @@ def _run_job(root: str, body: Callable[[Any], float | None], failures: Counter[s
     The errors of a sweep that runs here are counted in `failures`, each printed once; the other jobs follow.
     """
     try:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            explain(Path(HydraConfig.get().sweep.dir), SWEEPS)
         config: Any = to_typed(node, ROOTS[root])
         check_files(config)
         for name, url in urls_in(config):

@@ -201,6 +201,7 @@ def test_a_sweep_reports_one_missing_file_once(tmp_path: Path) -> None:
     assert done.returncode == 2
     error, end = done.stderr.strip().splitlines()
     assert error.startswith("error: student.path: expected 'my/models/strong' to exist, found nothing there; ")
+    assert (tmp_path / "runs" / ".multirun" / "README.txt").read_text().startswith("What Hydra keeps of the last sweep")
     assert end == "error: 6 of the sweep's jobs failed, 6 for the same reason (student.path); the reasons stand above"
 
 
