@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 import time
@@ -61,7 +62,8 @@ def run(config: StudyConfig) -> None:
     else:
         launch(config.hydra_launcher, study, students)
     print(f"\n==> report  ({command('report', study, [])})")
-    report.run(compose_job("report", []))
+    again = " ".join([config.command, *map(shlex.quote, config.overrides)])
+    report.run(dataclasses.replace(compose_job("report", []), command=again))
 
 
 def texts_of(study: Study) -> dict[str, Any]:
