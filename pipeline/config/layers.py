@@ -65,8 +65,11 @@ def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
         "ceiling": {"gold": content.get("ceiling")},
     }
     reads |= dict.fromkeys(("shuffled", "smoothed"), reads["combined"])
+    splits = {"test": "scoring.teacher_predictions", "dev": "scoring.teacher_dev_predictions"}
     scored = {
-        "scoring.teacher_predictions": f"{runs_dir}/teacher-*/predictions-test.parquet",
+        option_name: f"{runs_dir}/teacher-*/predictions-{split}.parquet"
+        for split, option_name in splits.items()
+        if content.get(split) is not None
     }
     own = content.get("experiments", {})
     own = {control: own.get("combined", {}) for control in ("shuffled", "smoothed")} | own

@@ -196,11 +196,11 @@ def flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def more_tests_of(study: Study) -> dict[str, TextConfig]:
     """The further test texts of a study by name, typed, with the options that all its texts share."""
-    texts = study.content.get("more_tests") or {}
-    return {
+    found: dict[str, Any] = {
         name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TextConfig), text))
-        for name, text in texts.items()
+        for name, text in (study.content.get("more_tests") or {}).items()
     }
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- init

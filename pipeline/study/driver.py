@@ -28,6 +28,7 @@ from pipeline.study import cost
 from pipeline.study.plan import READS_CACHE, Job, student_jobs, teacher_job
 from pipeline.training import driver as training
 
+WITHOUT_TEACHER = ("scoring.teacher_predictions=null", "scoring.teacher_dev_predictions=null")  # not made yet
 LOG_EVERY_SECONDS = 60.0  # of a run's plain progress lines: a study is read as a whole
 
 
@@ -79,7 +80,7 @@ def check_jobs(study: Study, jobs: Sequence[Job]) -> None:
     capture_config = compose_job("capture", ["teacher.path=."])
     check_files(dataclasses.replace(capture_config, teacher=study.file.teacher))
     for job in [teacher_job(study), *jobs]:
-        overrides = ["cache=null", "scoring.teacher_predictions=null"]
+        overrides = ["cache=null", *WITHOUT_TEACHER]
         config = compose_job("train", job.arguments + overrides)
         check_files(config)
         reads_cache = job.experiment in READS_CACHE
@@ -141,7 +142,7 @@ def sequences_of(config: TrainConfig, corpus: float) -> float:
 
 def composed(job: Job) -> TrainConfig:
     """The options of a job, before its teacher and cache are known."""
-    config = compose_job("train", [*job.arguments, "cache=null", "scoring.teacher_predictions=null"])
+    config = compose_job("train", [*job.arguments, "cache=null", *WITHOUT_TEACHER])
     assert isinstance(config, TrainConfig)
     return config
 
