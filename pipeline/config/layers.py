@@ -44,7 +44,7 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
             "out": study.report_dir,
         },
         "import": {"caches_dir": file.caches_dir},
-        "study": {"study": study.given, "command": study.command, "config_dir": study.config_dir},
+        "study": {"study": study.given, "command": study.command, "study_dir": study.config_dir},
     }
 
 

@@ -62,7 +62,7 @@ class StudyConfig:
         MISSING, "NAME of conf/study/NAME.yaml, or of study/NAME.yaml in the folder of --config-dir; or FILE.yaml"
     )
     command: str = option("python scripts/study.py", "how this study is run; study= sets it")
-    config_dir: str | None = option(None, "the folder of --config-dir; study= sets it")
+    study_dir: str | None = option(None, "the folder of --config-dir; study= sets it")
     seeds: list[int] = option(lambda: [1], "seeds of every student, as seeds=1,2,3")
     experiments: list[str] | None = option(
         None, "experiments to run; null: zero_shot, gold_only, weak_only, combined, and ceiling if the study has one"

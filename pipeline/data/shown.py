@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.core.progress import log
 from pipeline.core.types import UNKNOWN_TARGET, InputError, Record
 from pipeline.data.packing import Segment
 from pipeline.data.record_counts import count_records
@@ -127,6 +128,14 @@ def sample_lines(sample: TextSample) -> Iterator[str]:
         yield from _wrapped(visible(line))
     if sample.choices:
         yield from _choice_lines(sample.choices)
+
+
+def log_supervised(text: Text, tokenizer: Any, *, window: int) -> None:
+    """Log what of a text is supervised, before work begins. The first records may all be unusable: then that."""
+    try:
+        log.info(supervised_line(sample_text(text, tokenizer, window=window)))
+    except InputError as error:
+        log.info("%s, supervised: not shown: %s", text.what, error)
 
 
 def supervised_line(sample: TextSample) -> str:

@@ -45,7 +45,7 @@ class Teacher:
 def run(config: StudyConfig) -> None:
     """Make every run that the study lacks, then its report; the same command again continues."""
     start_logging()
-    study = open_study(config.study, config.config_dir)
+    study = open_study(config.study, config.study_dir)
     jobs = student_jobs(config, study)
     check_jobs(study, jobs)
     check_texts(texts_of(study), allowed=study.file.allow_shared_records)

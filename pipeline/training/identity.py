@@ -16,6 +16,7 @@ from pipeline.core.progress import log
 from pipeline.core.topk import temperature_index
 from pipeline.core.types import InputError, Record, TokenSequence
 from pipeline.data.records import MalformedRecords, find_shape, parse_records
+from pipeline.data.shown import log_supervised
 from pipeline.data.text_files import all_records, open_text
 from pipeline.data.tokenize import load_labeled_sequences, text_hash
 from pipeline.evaluation.few_shot import Examples, open_examples
@@ -73,6 +74,7 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
         if config.gold.window_begin_token is None:
             text = dataclasses.replace(text, begins_windows=needs_begin_token(folder))
         gold = load_labeled_sequences(text, tokenizer, window=config.window)
+        log_supervised(text, tokenizer, window=config.window)
         text = find_shape(text)
         raw = all_records(text.files, text.read_columns, take=text.take)
         records["gold"] = parse_records(raw, text, tokenizer, MalformedRecords(skip=True))  # counted above
