@@ -14,10 +14,11 @@ from pathlib import Path
 from pipeline.config.cli import pop_action, warn_of_another_checkout
 
 COMMANDS = {
+    "study": "a whole study: plan, cost, teacher, capture, students, report; `study init` writes one",
     "capture": "stage one: the teacher's top-k logits over a corpus, as Parquet shards",
     "train": "stage two: train a student on a cache and a gold set, then score it",
     "evaluate": "score any model folder on held-out text",
-    "report": "a table over finished runs",
+    "report": "what finished runs found: a verdict, tables, report.html",
     "audit": "inspect a cache: verify, summary, replay, show, plan",
     "import": "convert the teacher outputs of another project into a cache",
 }

@@ -61,7 +61,7 @@ T_975 = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Question:
+class Ratio:
     """One kind of rate of several arms: sum_M value_RM / sum_M weight_M, over the records with a weight above 0."""
 
     arm_labels: Sequence[str]
@@ -92,17 +92,17 @@ Parts = Sequence[tuple[float, Rate]]
 """The gradient of a function by each rate that it is made of."""
 
 
-def rates(questions: Sequence[Question]) -> list[list[Rate]]:
-    """The rates that each question asks for, with draws over the same resampled records; all weights have M entries.
+def rates(ratios: Sequence[Ratio]) -> list[list[Rate]]:
+    """The rates of all arms for each ratio, with draws over the same resampled records; all weights have M entries.
 
-    Raises ValueError where a question has no record.
+    Raises ValueError where a ratio has no record.
     """
-    kept = [np.flatnonzero(question.weight_M > 0) for question in questions]
+    kept = [np.flatnonzero(ratio.weight_M > 0) for ratio in ratios]
     if not all(len(index_M) for index_M in kept):
         raise ValueError("a rate needs at least one record with a weight above 0")
-    columns = [_columns(question, index_M) for question, index_M in zip(questions, kept, strict=True)]
+    columns = [_columns(ratio, index_M) for ratio, index_M in zip(ratios, kept, strict=True)]
     sums = [np.empty((NUM_DRAWS, column_MA.shape[1]), dtype=np.float32) for column_MA in columns]
-    num_records = len(questions[0].weight_M) if questions else 1
+    num_records = len(ratios[0].weight_M) if ratios else 1
     size = max(1, CHUNK // num_records)
     for start in range(0, NUM_DRAWS, size):
         rng = np.random.default_rng([SEED, start])
@@ -110,26 +110,25 @@ def rates(questions: Sequence[Question]) -> list[list[Rate]]:
         for sum_DA, column_MA, index_M in zip(sums, columns, kept, strict=True):
             own_DM = drawn_DM if len(index_M) == num_records else drawn_DM[:, index_M]
             sum_DA[start : start + size] = own_DM @ column_MA
-    arm_labels = {name for question in questions for name in question.arm_labels}
-    own_records = {label: _own_records(label) for label in arm_labels}
+    own_records = {label: _own_records(label) for label in {name for ratio in ratios for name in ratio.arm_labels}}
     return [
         [
-            _rate(values_RM[:, index_M], question, sum_DA[:, [arm, -1]], own_records[question.arm_labels[arm]])
-            for arm, values_RM in enumerate(question.values_RM)
+            _rate(values_RM[:, index_M], ratio, sum_DA[:, [arm, -1]], own_records[ratio.arm_labels[arm]])
+            for arm, values_RM in enumerate(ratio.values_RM)
         ]
-        for question, index_M, sum_DA in zip(questions, kept, sums, strict=True)
+        for ratio, index_M, sum_DA in zip(ratios, kept, sums, strict=True)
     ]
 
 
-def _columns(question: Question, index_M: np.ndarray) -> np.ndarray:
+def _columns(ratio: Ratio, index_M: np.ndarray) -> np.ndarray:
     """What is summed over records: the mean over runs of each arm, and last the weights."""
-    means = [values_RM[:, index_M].mean(axis=0) for values_RM in question.values_RM]
-    return np.stack([*means, question.weight_M[index_M]], axis=1).astype(np.float32)
+    means = [values_RM[:, index_M].mean(axis=0) for values_RM in ratio.values_RM]
+    return np.stack([*means, ratio.weight_M[index_M]], axis=1).astype(np.float32)
 
 
-def _rate(value_RM: np.ndarray, question: Question, sum_D2: np.ndarray, own_2D: np.ndarray) -> Rate:
+def _rate(value_RM: np.ndarray, ratio: Ratio, sum_D2: np.ndarray, own_2D: np.ndarray) -> Rate:
     """Value, draws and the variance between runs of one arm; the noise is what is left of the crossed layout."""
-    weight_M = question.weight_M[question.weight_M > 0]
+    weight_M = ratio.weight_M[ratio.weight_M > 0]
     num_runs, num_records = value_RM.shape
     total = float(weight_M.sum())
     run_R = value_RM.sum(axis=1) / total
@@ -140,7 +139,7 @@ def _rate(value_RM: np.ndarray, question: Question, sum_D2: np.ndarray, own_2D: 
         of_noise = float((rest_RM**2).sum()) * bessel / ((num_runs - 1) * total**2) / num_runs
         of_runs = float(run_R.var(ddof=1)) / num_runs
     numerator_D, denominator_D = sum_D2.T
-    if question.is_fraction:
+    if ratio.is_fraction:
         numerator_D, denominator_D = numerator_D + own_2D[0], denominator_D + own_2D.sum(axis=0)
     return Rate(
         value=float(run_R.mean()),
@@ -148,7 +147,7 @@ def _rate(value_RM: np.ndarray, question: Question, sum_D2: np.ndarray, own_2D: 
         num_runs=num_runs,
         of_runs=of_runs,
         of_noise=of_noise,
-        is_fraction=question.is_fraction,
+        is_fraction=ratio.is_fraction,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.analysis.bootstrap import Question, Rate, interval_of, rates, widened_draws
+from pipeline.analysis.bootstrap import Rate, Ratio, interval_of, rates, widened_draws
 from pipeline.analysis.values import ArmPredictions, Interval, LabelSaving
 
 
@@ -37,13 +37,13 @@ def label_saving(gold_only: Sequence[ArmPredictions], combined: ArmPredictions, 
 
 
 def _scores(arms: Sequence[ArmPredictions], metric: str) -> list[Rate]:
-    question = Question(
+    ratio = Ratio(
         arm_labels=[arm.arm.label for arm in arms],
         values_RM=[arm.credit_RM for arm in arms],
         weight_M=arms[0].weight_M,
         is_fraction=metric != "-nll",
     )
-    return rates([question])[0]
+    return rates([ratio])[0]
 
 
 def isotonic(score_DN: np.ndarray) -> np.ndarray:

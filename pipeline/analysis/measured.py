@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.analysis import imitation, slices
-from pipeline.analysis.bootstrap import Question, Rate, rates
+from pipeline.analysis.bootstrap import Rate, Ratio, rates
 from pipeline.analysis.gap import why_no_gap
 from pipeline.analysis.values import ArmPredictions, HeldOut
 
@@ -44,21 +44,21 @@ class Measured:
 
 
 def measure(arms: Sequence[ArmPredictions], held_out: HeldOut, metric: str) -> Measured:
-    """Ask for the rates of all arms at once."""
+    """The rates of all arms at once."""
     is_fraction = metric != "-nll"
     teacher = next((_first_run(arm) for arm in arms if arm.arm.role == "teacher" and arm.arm.is_main), None)
     teacher_MC = _teacher_choices(arms, teacher) if metric == "accuracy" else None
     cells = [_cells(arm, teacher, teacher_MC) for arm in arms]
-    asked_cells = _cell_questions(arms, cells, teacher)
+    cell_ratios = _cell_ratios(arms, cells, teacher)
     parts = slices.parts_of(held_out, teacher, arms[0].weight_M)
     scored = [*arms, *([] if teacher is None else [teacher])]
-    asked = [_scores(scored, scored[0].weight_M, is_fraction=is_fraction)]
-    asked += [_scores(arms, arms[0].weight_M * part.is_in_M, is_fraction=is_fraction) for part in parts]
-    found = rates([*asked, *asked_cells])
+    ratios = [_scores(scored, scored[0].weight_M, is_fraction=is_fraction)]
+    ratios += [_scores(arms, arms[0].weight_M * part.is_in_M, is_fraction=is_fraction) for part in parts]
+    found = rates([*ratios, *cell_ratios])
     with_scores = [Scored(predictions=one, score=score) for one, score in zip(scored, found[0], strict=True)]
     main = {one.predictions.arm.role: one for one in with_scores if one.predictions.arm.is_main}
     weak, ceiling = (main[role].score if role in main else None for role in ("teacher", "ceiling"))
-    with_cells = [position for position, own in enumerate(cells) if own is not None] if asked_cells else []
+    with_cells = [position for position, own in enumerate(cells) if own is not None] if cell_ratios else []
     return Measured(
         held_out=held_out,
         metric=metric,
@@ -67,9 +67,9 @@ def measure(arms: Sequence[ArmPredictions], held_out: HeldOut, metric: str) -> M
         no_gap=why_no_gap(weak, ceiling),
         teacher_MC=teacher_MC,
         cells=cells,
-        cell_rates=dict(zip(with_cells, zip(*found[len(asked) :], strict=True), strict=True)),
+        cell_rates=dict(zip(with_cells, zip(*found[len(ratios) :], strict=True), strict=True)),
         parts=parts,
-        part_scores=[[of_part[position] for of_part in found[1 : len(asked)]] for position in range(len(arms))],
+        part_scores=[[of_part[position] for of_part in found[1 : len(ratios)]] for position in range(len(arms))],
     )
 
 
@@ -84,8 +84,8 @@ def _first_run(arm: ArmPredictions) -> ArmPredictions:
     )
 
 
-def _scores(arms: Sequence[ArmPredictions], weight_M: np.ndarray, *, is_fraction: bool) -> Question:
-    return Question(
+def _scores(arms: Sequence[ArmPredictions], weight_M: np.ndarray, *, is_fraction: bool) -> Ratio:
+    return Ratio(
         arm_labels=[arm.arm.label for arm in arms],
         values_RM=[arm.credit_RM for arm in arms],
         weight_M=weight_M,
@@ -110,11 +110,11 @@ def _cells(
     return imitation.cells(arm, teacher_MC, teacher.credit_RM[0])
 
 
-def _cell_questions(
+def _cell_ratios(
     arms: Sequence[ArmPredictions], cells: Sequence[imitation.Cells | None], teacher: ArmPredictions | None
-) -> tuple[Question, ...]:
-    """Nothing is asked where a cell of the teacher has no record."""
+) -> tuple[Ratio, ...]:
+    """None where a cell of the teacher has no record."""
     found = [(arm.arm.label, own) for arm, own in zip(arms, cells, strict=True) if own is not None]
     if teacher is None or not found or not 0 < teacher.credit_RM[0].sum() < teacher.credit_RM.shape[1]:
         return ()
-    return imitation.questions([label for label, _ in found], [own for _, own in found], teacher.credit_RM[0])
+    return imitation.ratios([label for label, _ in found], [own for _, own in found], teacher.credit_RM[0])

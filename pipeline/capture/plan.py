@@ -27,6 +27,7 @@ from pipeline.core.files import explain, sync_files
 from pipeline.core.object_store import write_json
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Manifest
+from pipeline.data.shown import log_supervised
 from pipeline.data.text_files import Text
 from pipeline.data.tokenize import text_hash
 from pipeline.models.compatibility import check_window
@@ -82,6 +83,7 @@ def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool =
 def _write_plan(config: CaptureConfig, folder: Path, tokenizer: Any, plan: PlanFolder) -> Manifest:
     """Tokenize the corpus into the plan's folder and write the manifest last; `folder` is the teacher's."""
     text = open_corpus(config, folder)
+    log_supervised(text, tokenizer, window=config.window)
     states_before = file_states([*text.files, folder])
     unfinished = plan.folder / ".unfinished"  # always this name: a plan that was interrupted goes on in it
     try:

@@ -119,6 +119,9 @@ class TextConfig:
         "choices where records have them, else all",
     )
     choices: list[str] | None = option(None, "choices of records with a prompt and none of their own; null: none")
+    take: int | None = option(
+        None, "read only the first so many records of all files, malformed ones included; null: all"
+    )
     malformed: MalformedPolicy = option(
         MalformedPolicy.stop, "what to do on a malformed record: stop, or skip and count it"
     )
@@ -379,6 +382,20 @@ class ScoringConfig:
         None,
         "the teacher's predictions-test.parquet (or a glob matching one), for agreement with it",
         content=True,
+    )
+    teacher_dev_predictions: str | None = option(
+        None,
+        "the teacher's predictions-dev.parquet (or a glob matching one): each evaluation on dev while training logs "
+        "dev_imitation and dev_agreement",
+        result=False,
+        content=True,
+    )
+
+    few_shot: int = option(
+        0, "this many answered records before each prompt with choices, as examples; in training runs with steps=0 only"
+    )
+    few_shot_from: TextConfig | None = option(
+        None, "text whose first records are those examples; null: the gold set of the run"
     )
 
 

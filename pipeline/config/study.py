@@ -62,7 +62,7 @@ class StudyConfig:
         MISSING, "NAME of conf/study/NAME.yaml, or of study/NAME.yaml in the folder of --config-dir; or FILE.yaml"
     )
     command: str = option("python scripts/study.py", "how this study is run; study= sets it")
-    config_dir: str | None = option(None, "the folder of --config-dir; study= sets it")
+    study_dir: str | None = option(None, "the folder of --config-dir; study= sets it")
     seeds: list[int] = option(lambda: [1], "seeds of every student, as seeds=1,2,3")
     experiments: list[str] | None = option(
         None, "experiments to run; null: zero_shot, gold_only, weak_only, combined, and ceiling if the study has one"
@@ -196,11 +196,11 @@ def flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def more_tests_of(study: Study) -> dict[str, TextConfig]:
     """The further test texts of a study by name, typed, with the options that all its texts share."""
-    texts = study.content.get("more_tests") or {}
-    return {
+    found: dict[str, Any] = {
         name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TextConfig), text))
-        for name, text in texts.items()
+        for name, text in (study.content.get("more_tests") or {}).items()
     }
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- init

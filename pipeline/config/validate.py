@@ -55,8 +55,9 @@ def check_capture(config: CaptureConfig) -> None:
         raise InputError(f"temperatures: expected 1.0 among them, found {config.temperatures}; add it")
 
 
-def check_choices(text: TextConfig, what: str) -> None:
-    """Reject choices of a text among which a completion could not be found."""
+def check_text(text: TextConfig, what: str) -> None:
+    """Reject a text without records, and choices among which a completion could not be found."""
+    at_least(1, **{f"{what}.take": 1 if text.take is None else text.take})
     if text.choices is None:
         return
     stripped = [choice.strip() for choice in text.choices]

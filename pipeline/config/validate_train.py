@@ -37,7 +37,7 @@ def check_train(config: TrainConfig) -> None:
     at_least(1, student_num_layers=1 if config.student.num_layers is None else config.student.num_layers)
     at_least(0, steps=0 if config.steps is None else config.steps)
     at_least(1, batch_tokens=config.scoring.batch_tokens)
-    at_least(0, max_new_tokens=config.scoring.max_new_tokens)
+    at_least(0, max_new_tokens=config.scoring.max_new_tokens, few_shot=config.scoring.few_shot)
     if (config.steps is None) == (config.epochs is None):
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
     _check_more_tests(config)
@@ -60,6 +60,11 @@ def _check_more_tests(config: TrainConfig) -> None:
 
 
 def _check_training(config: TrainConfig) -> None:
+    if config.scoring.few_shot > 0:
+        raise InputError(
+            f"scoring.few_shot={config.scoring.few_shot}: expected steps=0, because a trained student is scored "
+            "without examples, found training; score its model folder with scripts/evaluate.py or experiment=few_shot"
+        )
     kd, terms = config.loss.kd, terms_of(config.loss)
     at_least(2, window=config.window)
     at_least(1, global_batch=config.global_batch, micro_batch=config.micro_batch)

@@ -193,7 +193,7 @@ def exit_rank() -> NoReturn:
 def environment() -> dict[str, Any]:
     """What a run is made with, besides its options: the command, versions of libraries, the machine, the time."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),  # Hydra changes sys.argv
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_LIBRARIES},
         "hardware": hardware(),

@@ -85,7 +85,7 @@ def find_shape(text: Text) -> Text:
 
 def _sampled_columns(text: Text) -> Iterator[set[str]]:
     """The names of the columns of the first records, of a table those that are not null."""
-    for chunk in next(read_chunks(text.files, size=SAMPLE_RECORDS), []):
+    for chunk in next(read_chunks(text.files, size=SAMPLE_RECORDS, take=text.take), []):
         if chunk.rows is not None:  # not as Python values: a column that nobody reads may hold some that Python has not
             yield {
                 name
@@ -131,7 +131,8 @@ def read_records(text: Text, tokenizer: Any) -> list[Record]:
     """All records of a text, in memory; refuses an empty one."""
     malformed = MalformedRecords(skip=text.skip_malformed)
     text = find_shape(text)
-    records = list(parse_records(all_records(text.files, text.read_columns), text, tokenizer, malformed))
+    raw = all_records(text.files, text.read_columns, take=text.take)
+    records = list(parse_records(raw, text, tokenizer, malformed))
     if not records:
         raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
     malformed.log_count(text.what)

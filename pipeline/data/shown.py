@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.core.progress import log
 from pipeline.core.types import UNKNOWN_TARGET, InputError, Record
 from pipeline.data.packing import Segment
 from pipeline.data.record_counts import count_records
@@ -20,7 +21,7 @@ OPEN, CLOSE, UNKNOWN = "«", "»", "?"  # around what is supervised; what stands
 SAMPLED_RECORDS = 100  # read of each text
 COLUMNS, INDENT = 80, "    "
 MAX_CHARACTERS, KEPT_AT_END = 480, 200  # of a record; a longer one is cut in the middle
-LINE_CHARACTERS = 60  # of a record in a single line
+LINE_CHARACTERS, MAX_CHOICES = 60, 20  # of a record or choice in a single line; choices that are shown
 NO_LIMIT = 1 << 40  # a window that no record fills
 
 
@@ -55,7 +56,7 @@ def sample_text(text: Text, tokenizer: Any, *, window: int | None) -> TextSample
     """
     text, malformed = find_shape(text), MalformedRecords(skip=text.skip_malformed)
     is_exact, num_records = count_records(text)
-    chunks = next(read_chunks(text.files, size=SAMPLED_RECORDS, columns=text.read_columns))
+    chunks = next(read_chunks(text.files, size=SAMPLED_RECORDS, columns=text.read_columns, take=text.take))
     records = {record.record_id: record for record in parse_records(raw_records(chunks), text, tokenizer, malformed)}
     parts = segments(records.values(), text, tokenizer, malformed, window=window or NO_LIMIT)
     of_record = [(records[id], list(own)) for id, own in itertools.groupby(parts, key=lambda part: part.record_id)]
@@ -116,17 +117,25 @@ def _piece(ids: Sequence[int], start: int, stop: int | None, encoder: Encoder) -
 def sample_lines(sample: TextSample) -> Iterator[str]:
     """Counts, the record with its supervised tokens marked, and its choices: lines of at most 80 columns."""
     about = "" if sample.is_exact else "about "
-    of_first = "" if sample.num_sampled >= sample.num_records else f" (of the first {sample.num_sampled})"
-    yield (
+    of_first = "" if sample.num_sampled >= sample.num_records else f" (first {sample.num_sampled})"
+    head = (
         f"{sample.what}: {about}{sample.num_records:,.0f} records; {_positions(sample)} each, "
         f"{_from_to(sample.tokens)} tokens{of_first}"
     )
+    yield from textwrap.wrap(head, COLUMNS, subsequent_indent="  ")
     yield f"  {sample.place}"
     for line in shortened(sample.record).split("\n"):
         yield from _wrapped(visible(line))
     if sample.choices:
-        shown = ", ".join(f'"{visible(choice)}"' for choice in sample.choices)
-        yield from _wrapped(f"{len(sample.choices)} choices: {shortened(shown)}", indent="  ")
+        yield from _choice_lines(sample.choices)
+
+
+def log_supervised(text: Text, tokenizer: Any, *, window: int) -> None:
+    """Log what of a text is supervised, before work begins. The first records may all be unusable: then that."""
+    try:
+        log.info(supervised_line(sample_text(text, tokenizer, window=window)))
+    except InputError as error:
+        log.info("%s, supervised: not shown: %s", text.what, error)
 
 
 def supervised_line(sample: TextSample) -> str:
@@ -166,7 +175,21 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _wrapped(line: str, *, indent: str = INDENT) -> Iterable[str]:
-    width = COLUMNS - len(indent)
+def _choice_lines(choices: Sequence[str]) -> Iterator[str]:
+    """The first choices in quotation marks, so that the space before each is seen; none is broken."""
+    shown = [f'"{shortened(visible(choice), LINE_CHARACTERS, LINE_CHARACTERS // 2)}"' for choice in choices]
+    left = len(shown) - MAX_CHOICES
+    pieces = [f"{piece}," for piece in shown[:MAX_CHOICES]] + ([f"and {left} more"] if left > 0 else [])
+    line = f"  {len(choices)} choices:"
+    for piece in [*pieces[:-1], pieces[-1].removesuffix(",")]:
+        if len(line) + 1 + len(piece) > COLUMNS:
+            yield line
+            line = "   "
+        line += f" {piece}"
+    yield line
+
+
+def _wrapped(line: str) -> Iterable[str]:
+    width = COLUMNS - len(INDENT)
     wrapped = textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False, expand_tabs=False)
-    return (f"{indent}{part}" for part in wrapped or [""])
+    return (f"{INDENT}{part}" for part in wrapped or [""])

@@ -152,7 +152,7 @@ class _Asked:
 def _prompts(text: Text) -> Iterator[_Asked]:
     """What each record asks; one that cannot be read stops or is skipped, as the text says."""
     malformed = MalformedRecords(skip=text.skip_malformed)
-    for raw in all_records(text.files, text.read_columns):
+    for raw in all_records(text.files, text.read_columns, take=text.take):
         try:
             yield _quick(raw, text) or _asked(raw[0], fields_of(raw, text), text)
         except InputError as error:

@@ -19,7 +19,8 @@ from pipeline.data.tokenize import segments
 
 MEASURED_RECORDS = 20_000  # of each text; the rest is taken to be like them
 STEP, PLAIN_WINDOW = 16, 512  # a window is a multiple of STEP; of plain text it is at most PLAIN_WINDOW
-QUANTILE, MAX_STRETCH = 0.99, 1.5  # where the longest record is further above this quantile, it is cut
+SMALL_WINDOW = 128  # records up to this length always fit: short ones are packed, so it costs little
+QUANTILE, MAX_STRETCH = 0.99, 1.5  # a longer record that is further above this quantile is cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ def measure(text: Text, tokenizer: Any) -> Lengths:
 
 
 def _first(text: Text) -> Iterable[Raw]:
-    return itertools.islice(all_records(text.files, text.read_columns), MEASURED_RECORDS)
+    return itertools.islice(all_records(text.files, text.read_columns, take=text.take), MEASURED_RECORDS)
 
 
 def fit_window(tokens: Sequence[int], *, is_plain: bool, longest: int | None) -> Window:
@@ -77,7 +78,7 @@ def fit_window(tokens: Sequence[int], *, is_plain: bool, longest: int | None) ->
     if is_plain:
         return Window(size=min(rounded_up(tokens[-1]), PLAIN_WINDOW, limit), too_long=None, fitting_fraction=1.0)
     usual = quantile(tokens)
-    wanted = tokens[-1] if tokens[-1] <= MAX_STRETCH * usual else usual
+    wanted = tokens[-1] if tokens[-1] <= max(MAX_STRETCH * usual, SMALL_WINDOW) else usual
     return given_window(min(rounded_up(wanted), limit), tokens)
 
 

@@ -182,7 +182,7 @@ def _labels_or_text(
 def read_fields(text: Text) -> Iterator[tuple[str, Fields]]:
     """Place and fields of each record; InputError for a malformed one, with its place."""
     malformed = MalformedRecords(skip=text.skip_malformed)
-    for raw in all_records(text.files, text.read_columns):
+    for raw in all_records(text.files, text.read_columns, take=text.take):
         try:
             yield raw[0], fields_of(raw, text)
         except InputError as error:

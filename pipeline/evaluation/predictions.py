@@ -119,12 +119,33 @@ def with_teacher(predictions: pl.DataFrame, teacher: Sequence[Sequence[int]]) ->
     )
 
 
-def teacher_choices(held_out: EvaluationSet, predictions: str) -> list[tuple[int, ...]]:
+def imitation(predictions: pl.DataFrame, teacher: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How far a model's choices follow the teacher's: `agreement` = P(model = teacher), and `imitation`.
+
+    imitation = P(model = teacher | teacher wrong), over the records whose answer is not among the teacher's best
+    choices. With ties a record counts by the fraction of best choices that both share. A figure is left out where no
+    record has it.
+    """
+    shared = with_teacher(predictions, teacher)["agreement"]
+    is_wrong = pl.Series(
+        [
+            answer is not None and bool(best) and answer not in best
+            for answer, best in zip(predictions["answer"].to_list(), teacher, strict=True)
+        ],
+        dtype=pl.Boolean,
+    )
+    figures = {"agreement": _mean(shared.drop_nulls()), "imitation": _mean(shared.filter(is_wrong).drop_nulls())}
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def teacher_choices(
+    held_out: EvaluationSet, predictions: str, *, option: str = "scoring.teacher_predictions"
+) -> list[tuple[int, ...]]:
     """The teacher's best choices on each record, joined by the record's content, never by its position.
 
-    Empty for a record without choices.
+    Empty for a record without choices. `option` names the file in messages.
     """
-    path = one_path(predictions, "scoring.teacher_predictions")
+    path = one_path(predictions, option)
     teacher = pl.read_parquet(path).select("record_key", "choice_log_probs").unique("record_key")
     records = pl.DataFrame({"record_key": [record_key(record) for record in held_out.records]})
     log_probs = records.join(teacher, on="record_key", how="left", maintain_order="left")["choice_log_probs"]

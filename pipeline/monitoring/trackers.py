@@ -144,11 +144,11 @@ def _tensorboard(run: TrackedRun, step: int) -> tuple[Write, Finish, Close]:
             writer.add_scalar(key, value, step)
 
     def finish(scores: dict[str, float]) -> None:
-        place = {"project": run.project, "experiment": run.group, "role": run.role}
+        tags = {"project": run.project, "experiment": run.group, "role": run.role}
         plain = {
             name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in run.options.items()
         }
-        writer.add_hparams(plain | place, scores, run_name=".")  # ".": in the run's own folder
+        writer.add_hparams(plain | tags, scores, run_name=".")  # ".": in the run's own folder
 
     return write, finish, writer.close
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from pipeline.analysis.values import ArmFigures, Interval, TextFigures
+from pipeline.analysis.values import ArmFigures, Imitation, Interval, TextFigures
 from pipeline.page import numbers
 from pipeline.page.html import Html, tag
 
@@ -43,7 +45,8 @@ def arm_table(text: TextFigures) -> Html:
     rows = [_row(figures, columns) for figures in arms]
     table = tag("table", tag("thead", head), tag("tbody", *rows), class_="sortable", id="arms")
     scroll = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Table of arms")
-    return tag("div", _controls(arms), scroll, class_="card table-card")
+    note = tag("p", "On paper the first columns alone; all are on the screen and in arms.parquet.", class_="print-note")
+    return tag("div", _controls(arms), scroll, note, class_="card table-card")
 
 
 def _columns(text: TextFigures) -> list[Column]:
@@ -57,17 +60,10 @@ def _columns(text: TextFigures) -> list[Column]:
         *(_option(name) for name in options if name not in NAMED_OPTIONS),
         *(_comparison(role, scale) for role in ("gold_only", "weak_only", "teacher", "zero_shot")),
         Column(title="PGR", cell=_pgr),
-        Column(title="Imitation", cell=lambda f: f.imitation and _interval(f.imitation.imitation)),
-        Column(
-            title="Excess imitation", cell=lambda f: f.imitation and _difference(f.imitation.excess, numbers.PERCENT)
-        ),
-        Column(title="Correction", cell=lambda f: f.imitation and _interval(f.imitation.correction)),
-        Column(title="Damage", cell=lambda f: f.imitation and _interval(f.imitation.damage)),
-        Column(title="Agreement", cell=lambda f: f.imitation and _interval(f.imitation.agreement)),
-        Column(
-            title="Nll", cell=lambda f: None if f.nll is None else Cell(text=numbers.decimal(f.nll, 3), value=f.nll)
-        ),
-        Column(title="ECE", cell=lambda f: f.calibration and _rate(f.calibration.ece)),
+        *(Column(title=title, cell=partial(_imitation, find)) for title, find in RATES.items()),
+        Column(title="Perplexity", cell=lambda f: _perplexity(f) if text.metric == "-nll" else None),
+        Column(title="Nll", cell=lambda f: None if f.nll is None else _nats(f.nll)),
+        Column(title="ECE", cell=lambda f: None if f.calibration is None else _rate(f.calibration.ece)),
         Column(title="Ties", cell=lambda f: _number(f.num_ties) if f.num_ties else None),
         Column(title="LM weight", cell=lambda f: _number(f.arm.lm_weight), is_setting=True),
         Column(title="Gold fraction", cell=lambda f: _number(f.arm.gold_fraction), is_setting=True),
@@ -116,6 +112,34 @@ def _pgr(figures: ArmFigures) -> Cell | None:
     return Cell(text=numbers.score(figures.pgr.value, numbers.RATIO), value=figures.pgr.value, note=note)
 
 
+def _imitation(find: Callable[[Imitation], Interval | None], figures: ArmFigures) -> Cell | None:
+    """One of its rates; excess imitation is a difference of two."""
+    interval = None if figures.imitation is None else find(figures.imitation)
+    if interval is None:
+        return None
+    return _difference(interval, numbers.PERCENT) if find is RATES["Excess imitation"] else _interval(interval)
+
+
+RATES: dict[str, Callable[[Imitation], Interval | None]] = {
+    "Imitation": lambda found: found.imitation,
+    "Excess imitation": lambda found: found.excess,
+    "Correction": lambda found: found.correction,
+    "Damage": lambda found: found.damage,
+    "Agreement": lambda found: found.agreement,
+}
+
+
+def _nats(value: float) -> Cell:
+    return Cell(text=numbers.decimal(value, 3), value=value)
+
+
+def _perplexity(figures: ArmFigures) -> Cell | None:
+    """exp of the nll."""
+    if figures.nll is None or figures.nll > 700:
+        return None
+    return Cell(text=numbers.plain(math.exp(figures.nll)), value=math.exp(figures.nll))
+
+
 def _rate(value: float) -> Cell:
     return Cell(text=numbers.score(value), value=value)
 
@@ -154,7 +178,15 @@ def _row(figures: ArmFigures, columns: Sequence[Column]) -> Html:
         else:
             note = tag("small", cell.note) if cell.note else None
             cells.append(tag("td", cell.text, note and " ", note, data_value=cell.value, class_=class_))
-    return tag("tr", *cells, data_role=figures.arm.role, class_="main" if figures.arm.is_main else None)
+    arm = figures.arm
+    words = [
+        arm.label,
+        numbers.ROLES[arm.role],
+        arm.control,
+        *(f"{name} {value}" for name, value in arm.differing.items()),
+    ]
+    searched = "; ".join(words).lower()
+    return tag("tr", *cells, data_role=arm.role, data_search=searched, class_="main" if arm.is_main else None)
 
 
 def _controls(arms: Sequence[ArmFigures]) -> Html:

@@ -15,8 +15,8 @@ from pipeline.page.main_arms import main_arms
 
 CALIBRATED = ("teacher", "gold_only", "weak_only", "combined", "ceiling")
 MAX_SLICES = 30
-WIDE = 200
-"""Pixels from which a chart has room for long labels."""
+WIDEST, LABEL_LIMIT, WIDE = 440, 180, 200
+"""Pixels: labels and plot together; labels; the plot from which on there is room for long labels."""
 
 
 def calibration(text: TextFigures) -> list[Drawing]:
@@ -49,10 +49,10 @@ def _reliability(name: str, title: str, found: Calibration, color: str) -> Drawi
         f"ECE {numbers.score(found.ece)}. {word}confident by "
         f"{numbers.difference(abs(found.overconfidence)).lstrip('+')}. Brier {numbers.decimal(found.brier, 3)}."
     )
-    axis = {"format": ".0%", "values": [0, 0.25, 0.5, 0.75, 1]}
+    ticks = [0, 0.25, 0.5, 0.75, 1]
     scale = alt.Scale(domain=[0, 1], nice=False)
-    x = alt.X("x:Q", title="confidence", scale=scale, axis=alt.Axis(**axis, grid=False))
-    y = alt.Y("y:Q", title="accuracy", scale=scale, axis=alt.Axis(**axis))
+    x = alt.X("x:Q", title="confidence", scale=scale, axis=alt.Axis(format=".0%", values=ticks, grid=False))
+    y = alt.Y("y:Q", title="accuracy", scale=scale, axis=alt.Axis(format=".0%", values=ticks))
     diagonal = data([{"x": 0, "y": 0}, {"x": 1, "y": 1}]).mark_line(
         color=LIGHT["muted"], strokeDash=[4, 4], strokeWidth=1.2, aria=False
     )
@@ -61,8 +61,10 @@ def _reliability(name: str, title: str, found: Calibration, color: str) -> Drawi
         diagonal.encode(x=x, y=y),
         base.mark_line(color=color, strokeWidth=1.6, aria=False),
         base.mark_point(color=color, filled=True, size=44, opacity=1),
+        width=200,
+        height=200,
     )
-    svg = to_svg(chart.properties(width=200, height=200), name=name)
+    svg = to_svg(chart, name=name)
     return Drawing(name=name.replace("_", "-"), title=title, caption=caption, wide=svg)
 
 
@@ -95,7 +97,7 @@ def slices(text: TextFigures, figures: ArmFigures) -> list[Drawing]:
         role, slug = figures.arm.role, by.replace(" ", "-")
         wide, narrow = (
             to_svg(_slice_chart(rows, role, text.metric, plot), name=f"slice-{slug}-{plot.width}")
-            for plot in (Plot(width=270, height=0), Plot(width=160, height=0))
+            for plot in (Plot(width=WIDEST - _label_width(rows), height=0), Plot(width=160, height=0))
         )
         drawings.append(
             Drawing(
@@ -107,6 +109,11 @@ def slices(text: TextFigures, figures: ArmFigures) -> list[Drawing]:
             )
         )
     return drawings
+
+
+def _label_width(rows: Sequence[dict[str, Any]]) -> int:
+    """About how wide the row labels are, pixels."""
+    return min(LABEL_LIMIT, max(6 * len(row["label"]) for row in rows))
 
 
 def _gap(part: Slice) -> float:
@@ -141,7 +148,7 @@ def _slice_chart(rows: Sequence[dict[str, Any]], role: str, metric: str, plot: P
         "label:N",
         title=None,
         sort=None,
-        axis=alt.Axis(labelColor=LIGHT["text"], labelLimit=180 if plot.width > WIDE else 128),
+        axis=alt.Axis(labelColor=LIGHT["text"], labelLimit=LABEL_LIMIT if plot.width > WIDE else 128),
     )
     x = alt.X(
         "score:Q",
@@ -161,4 +168,4 @@ def _slice_chart(rows: Sequence[dict[str, Any]], role: str, metric: str, plot: P
         if any(row[key] is not None for row in rows) and role_of != role:
             layers.append(ring.encode(x=alt.X(f"{key}:Q"), y=y))
     layers.append(base.mark_point(filled=True, size=62, color=color, opacity=1).encode(x=x, description="text:N"))
-    return alt.layer(*layers).properties(width=plot.width, height=alt.Step(24))
+    return alt.layer(*layers, width=plot.width, height=alt.Step(24))

@@ -16,7 +16,9 @@ from pipeline.page.chart_parts import COLORS, LABEL_SIZE, Drawing, Plot, Row, da
 LINES = {"ceiling": "ceiling", "teacher": "teacher", "gold_only": "gold only", "zero_shot": "zero-shot"}
 """Roles that are drawn as horizontal lines, since they have no KD weight: ceiling, weak score, floor, untrained."""
 POINTS = ("combined", "weak_only", "control")
-MAX_VALUE_LABELS, MAX_SERIES, MIN_TICK_PIXELS = 8, 4, 30
+MAX_VALUE_LABELS, MAX_SERIES, MIN_TICK_PIXELS, NAME_LIMIT = 8, 4, 30, 110
+SIGNED = "datum.value === 0 ? '0' : format(datum.value, '+~f')"
+"""Of a tick, for Vega: every number but 0 with its sign."""
 WIDE = 400
 """Pixels from which a chart has room for intervals as text."""
 FAR = 2.5
@@ -41,7 +43,7 @@ def against_kd_weight(text: TextFigures) -> Drawing | None:
     return Drawing(
         name="score-against-kd-weight",
         title="Score against the KD weight",
-        caption=f"{caption} Bars are 95{numbers.NO_BREAK}% intervals. Lines: roles without a teacher's weight.",
+        caption=f"{caption} Bars are 95{numbers.NO_BREAK}% intervals. Dashed lines: arms without a KD weight.",
         wide=to_svg(_weight_chart(text, arms, Plot(width=800, height=300)), name="kd-wide"),
         narrow=to_svg(_weight_chart(text, arms, Plot(width=190, height=280)), name="kd-narrow"),
     )
@@ -69,11 +71,11 @@ def _weight_chart(text: TextFigures, arms: Sequence[ArmFigures], plot: Plot) -> 
         base = data(inside).mark_rule(strokeDash=[5, 4], strokeWidth=1.4, aria=False)
         layers.insert(0, base.encode(y=y, color=alt.Color("color:N", scale=None)))
         layers.append(labels_at_end(rules, x=x_domain[1], scale=y_domain, height=plot.height))
-    return alt.layer(*layers).properties(width=plot.width, height=plot.height)
+    return alt.layer(*layers, width=plot.width, height=plot.height)
 
 
 def _line(figures: ArmFigures, scale: numbers.Scale, y_domain: list[float]) -> Row:
-    """A horizontal line; far outside of the other scores it would flatten them: a label with an arrow instead."""
+    """A horizontal line; one that would flatten the others, far from them, is a label with an arrow instead."""
     role, value = figures.arm.role, figures.score.value
     low, high = y_domain
     is_outside = value < low - NEAR * (high - low) or value > high + NEAR * (high - low)
@@ -132,7 +134,8 @@ def _layer(all_rows: Sequence[Row], role: str, x: alt.X, y: alt.Y) -> Any:
         layers.append(values.encode(y=alt.Y("high:Q", title=None), text="value:N"))
     elif few:
         side = "right" if shift < 0 else "left"
-        names = base.mark_text(color=color, fontSize=LABEL_SIZE, align=side, xOffset=shift, dx=shift * 0.7, aria=False)
+        names = base.mark_text(color=color, fontSize=LABEL_SIZE, limit=NAME_LIMIT, align=side, aria=False)
+        names.mark.xOffset, names.mark.dx, names.mark.dy = shift, 0.7 * shift, max(shift, 0)
         layers.append(names.encode(text="label:N"))
     if role == "combined" and not few:
         main = base.mark_point(color=LIGHT["text"], size=110, strokeWidth=2, filled=False, opacity=1)
@@ -186,10 +189,9 @@ def _difference_chart(figures: ArmFigures, metric: str, plot: Plot) -> Any:
         row["edge"], row["at_end"] = limits[1] if row["value"] > 0 else limits[0], limits[1]
         row["shown"] = row["value_text"] if plot.width < WIDE else f"{row['value_text']}  {row['bounds']}"
     unit = "nats" if metric == "-nll" else "points"
-    axis = alt.Axis(tickCount=6 if plot.width >= WIDE else 3, format="+~f", title=unit)
-    y = alt.Y(
-        "label:N", title=None, sort=None, axis=alt.Axis(labelColor=LIGHT["text"], labelLimit=150, labelFontSize=12)
-    )
+    axis = alt.Axis(tickCount=6 if plot.width >= WIDE else 3, labelExpr=SIGNED, title=unit)
+    names = alt.Axis(labelColor=LIGHT["text"], labelLimit=150, labelFontSize=12)
+    y = alt.Y("label:N", title=None, sort=[row["label"] for row in rows], axis=names)
     x = alt.X("value:Q", scale=alt.Scale(domain=limits, nice=False), axis=axis)
     inside, outside = (data([row for row in rows if row["is_outside"] == which]) for which in (False, True))
     color = COLORS[figures.arm.role]
@@ -202,7 +204,7 @@ def _difference_chart(figures: ArmFigures, metric: str, plot: Plot) -> Any:
     layers = [zero, bars, points, values]
     if any(row["is_outside"] for row in rows):
         layers.append(far.encode(x="edge:Q", y=y, description="text:N"))
-    return alt.layer(*layers).properties(width=plot.width, height=alt.Step(30))
+    return alt.layer(*layers, width=plot.width, height=alt.Step(30))
 
 
 def _difference_row(comparison: Comparison, scale: numbers.Scale) -> dict[str, Any]:
@@ -219,8 +221,7 @@ def _difference_row(comparison: Comparison, scale: numbers.Scale) -> dict[str, A
         "value_text": value_text,
         "bounds": shown,
         "color": LIGHT["text" if low > 0 or high < 0 else "muted"],
-        "text": f"{label}: {value_text} {shown}; "
-        f"{numbers.count(comparison.won)} won, {numbers.count(comparison.lost)} lost",
+        "text": f"{label}: {value_text} {shown}; won {comparison.won:,.0f}, lost {comparison.lost:,.0f}",
     }
 
 
@@ -281,4 +282,4 @@ def _saving_chart(saving: LabelSaving, combined: ArmFigures | None, metric: str,
         mark = data(reached).mark_rule(color=LIGHT["muted"], strokeDash=[2, 3], aria=False)
         layers.append(mark.encode(x=x))
     layers.append(labels_at_end(names, x=ends[1], scale=y_domain, height=plot.height))
-    return alt.layer(*layers).properties(width=plot.width, height=plot.height)
+    return alt.layer(*layers, width=plot.width, height=plot.height)

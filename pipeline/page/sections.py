@@ -39,7 +39,8 @@ def figure(drawing: Drawing, *, is_large: bool = False) -> Html:
     plots = [tag("div", _svg(drawing.wide, drawing.title), class_="plot" if drawing.narrow is None else "plot wide")]
     if drawing.narrow is not None:
         plots.append(tag("div", _svg(drawing.narrow, drawing.title), class_="plot narrow"))
-    caption = tag("figcaption", tag("strong", drawing.title), " ", tag("span", drawing.caption))
+    text = tag("span", drawing.caption) if drawing.caption else None
+    caption = tag("figcaption", tag("strong", drawing.title), text)
     return tag("figure", caption, *plots, class_="card large" if is_large else "card", id=drawing.name)
 
 
@@ -65,17 +66,19 @@ def verdict_card(verdict: Verdict) -> Html:
     note = tag("p", "A heuristic: rules and thresholds are in docs/verdicts.md.", class_="note")
     reasons = tag(
         "div",
-        tag("div", tag("h3", "Cause"), tag("p", verdict.cause)),
-        tag("div", tag("h3", "What to do"), tag("p", verdict.action)),
+        tag("div", tag("h3", "Cause"), tag("p", _tied(verdict.cause))),
+        tag("div", tag("h3", "What to do"), tag("p", _tied(verdict.action))),
         class_="columns",
     )
     evidence = (
-        tag("ul", *(tag("li", line) for line in verdict.evidence), class_="evidence") if verdict.evidence else None
+        tag("ul", *(tag("li", _tied(line)) for line in verdict.evidence), class_="evidence")
+        if verdict.evidence
+        else None
     )
     next_command = join((tag("h3", "Next"), command(verdict.command))) if verdict.command else None
     shown = (
         badge,
-        tag("h2", verdict.headline),
+        tag("h2", _tied(verdict.headline)),
         reasons,
         evidence and tag("h3", "Evidence"),
         evidence,
@@ -83,6 +86,11 @@ def verdict_card(verdict: Verdict) -> Html:
         note,
     )
     return tag("section", *shown, id="verdict", class_=f"verdict {TONES.get(verdict.code, 'change')}")
+
+
+def _tied(text: str) -> str:
+    """The text without a line break between a number and its percent sign."""
+    return text.replace(" %", f"{numbers.NO_BREAK}%")
 
 
 def key_numbers(study: StudyFigures) -> Html | None:
@@ -124,7 +132,7 @@ def objective(study: StudyFigures, drawing: Drawing) -> Section:
 def scores(study: StudyFigures, drawings: Sequence[Drawing]) -> Section:
     """Score against KD weight, and paired differences."""
     text = study.main
-    seeds = {len(figures.arm.seeds) for figures in text.arms}
+    seeds = {len(figures.arm.seeds) for figures in text.arms} or {0}
     shown = " to ".join(str(number) for number in sorted({min(seeds), max(seeds)}))
     lead = f"{text.num_records:,} records of the text “{text.name}”; {shown} seeds an arm."
     if seeds == {1}:
@@ -143,7 +151,7 @@ def copying(text: TextFigures) -> Section:
     titles = ("", "Repeats its error", "Corrects it", "Loses its right answer", "Excess imitation", "Agrees")
     head = tag("tr", *(tag("th", title, scope="col") if title else tag("td") for title in titles))
     body = tag("tbody", *(_copying_row(role, figures) for role, figures in rows.items()))
-    table = tag("table", tag("thead", head), body)
+    table = tag("table", tag("thead", head), body, class_="stacked roles")
     scroll = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Rates of imitation")
     return Section(
         id="copying",

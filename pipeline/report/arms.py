@@ -215,9 +215,9 @@ def _labels(
         parts = [run.options["loss.kd.control"] if role == "control" else run.name if has_names else role]
         parts += [f"{short_name(name, varying)} {shown(value)}" for name, value in differing.items()]
         found.append((" ".join(parts), differing))
-    labels = [label for label, _ in found]
+    names = [label for label, _ in found]
     return [
-        (label if labels.count(label) == 1 else f"{label} {run.settings[:6]}", differing)
+        (label if names.count(label) == 1 else f"{label} {run.settings[:6]}", differing)
         for run, (label, differing) in zip(firsts, found, strict=True)
     ]
 

@@ -141,6 +141,7 @@ def diagram_counts(arms: Sequence[ArmRuns], cache: Mapping[str, Any]) -> dict[st
         },
         "temperature": student.options.get("loss.kd.temperature"),
         "num_steps": student.result["steps"],
+        "epochs": student.options.get("epochs"),
         "student": model_name(student),
         "student_parameters": num_parameters(student),
     }

@@ -70,11 +70,11 @@ def _plain_text(run: StudyRun, test: str) -> Any:
 
 def _read(run: StudyRun, test: str) -> dict[bytes, Record]:
     config = load_config(run.paths.config, TrainConfig)
-    text_config = config.test if test == "test" else getattr(config, "more_tests", {}).get(test)
+    text_config = config.test if test == "test" else config.more_tests.get(test)
     if text_config is None:
         raise InputError(f"{run.folder}: expected a text called {test} in {run.paths.config.name}, found none")
     text = find_shape(open_text(text_config, test))
-    raw = all_records(text.files, text.read_columns)
+    raw = all_records(text.files, text.read_columns, take=text.take)
     records = parse_records(raw, text, TokenizerOnDemand(config, run.paths), MalformedRecords(skip=True))
     return {record_key(record): record for record in records}
 

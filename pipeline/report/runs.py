@@ -151,15 +151,23 @@ def scores_on(run: StudyRun, test: str) -> Mapping[str, Any] | None:
 
 
 def check_same_text(runs: Sequence[StudyRun], test: str = "test") -> None:
-    """InputError where the scores of some runs are of different texts, which must not be compared."""
-    texts: dict[str | None, list[str]] = defaultdict(list)
+    """InputError where the scores of some runs are of different texts, which must not be compared.
+
+    Runs of an earlier version name a text by another hash: beside new ones only their records tell whether it is the
+    same, when predictions are joined.
+    """
+    by_version: dict[bool, dict[str | None, list[str]]] = {True: defaultdict(list), False: defaultdict(list)}
     for run in runs:
-        if scores_on(run, test) is not None:
-            texts[text_of(run, test)].append(str(run.folder))
-    if len(texts) > 1:
-        shown = "; ".join(", ".join(folders) for folders in texts.values())
-        what = "test text" if test == "test" else f"text called {test}"
-        raise InputError(f"runs: expected one {what}, found {len(texts)}: {shown}; report them apart, with runs=")
+        scores = scores_on(run, test)
+        if scores is not None:
+            by_version["text" in scores][text_of(run, test)].append(str(run.folder))
+    for texts in by_version.values():
+        if len(texts) > 1:
+            shown = "; ".join(", ".join(folders) for folders in texts.values())
+            what = "test text" if test == "test" else f"text called {test}"
+            raise InputError(f"runs: expected one {what}, found {len(texts)}: {shown}; report them apart, with runs=")
+    if all(by_version.values()):
+        log.info("%s: some runs were scored by an earlier version; that it is the same text, its records show", test)
 
 
 # ------------------------------------------------------------------------------------------- options

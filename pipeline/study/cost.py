@@ -20,7 +20,7 @@ from pipeline.models.forward import hidden_states
 from pipeline.models.loading import open_model, resolve_dtype
 from pipeline.models.model_files import weight_files
 from pipeline.models.paths import model_folder
-from pipeline.models.tokenizer import open_tokenizer
+from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
 
 SAMPLED_SEQUENCES = 200  # of a text, to estimate how many it has
 START_SECONDS = 12.0  # of a run beside its steps: imports, loading, scoring, writing
@@ -46,7 +46,7 @@ def num_sequences(text: TextConfig, what: str, model: ModelConfig, window: int) 
     _, num_records = count_records(opened)
     if text.take is not None:
         num_records = min(num_records, text.take)
-    raw, malformed = all_records(opened.files, opened.read_columns), MalformedRecords(skip=True)
+    raw, malformed = all_records(opened.files, opened.read_columns, take=text.take), MalformedRecords(skip=True)
     first = list(itertools.islice(read_sequences(raw, opened, tokenizer, malformed, window=window), SAMPLED_SEQUENCES))
     records = {record for sequence in first for record in sequence.record_ids}
     return num_records * len(first) / max(len(records), 1)
@@ -81,10 +81,10 @@ def exported_bytes(model: ModelConfig) -> int:
 def seconds_per_token(model: ModelConfig, *, window: int, sequences: int, limit_seconds: float) -> float:
     """Time of forward, backward and AdamW for one token on this machine, measured for at most `limit_seconds`."""
     keep_allocator_memory()
-    device = compute_device()
+    device, (_, tokenizer) = compute_device(), open_tokenizer(model)
     student = open_model(resolve_dtype(model), device).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-9)
-    input_ids_BS = torch.randint(0, 1000, (sequences, window), device=device)
+    input_ids_BS = torch.randint(0, vocabulary_size(tokenizer), (sequences, window), device=device)
     position_ids_BS = torch.arange(window, device=device).expand(sequences, window)
 
     def step() -> None:
@@ -97,7 +97,8 @@ def seconds_per_token(model: ModelConfig, *, window: int, sequences: int, limit_
 
 def _median_seconds(step: Callable[[], None], limit_seconds: float) -> float:
     """Median time of a step after the first one, which is slower."""
-    started, times = time.monotonic(), []
+    started = time.monotonic()
+    times: list[float] = []
     while len(times) < 2 or (time.monotonic() - started < limit_seconds and len(times) < 6):
         before = time.monotonic()
         step()

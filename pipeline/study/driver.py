@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from pipeline.study import cost
 from pipeline.study.plan import READS_CACHE, Job, student_jobs, teacher_job
 from pipeline.training import driver as training
 
+WITHOUT_TEACHER = ("scoring.teacher_predictions=null", "scoring.teacher_dev_predictions=null")  # not made yet
 LOG_EVERY_SECONDS = 60.0  # of a run's plain progress lines: a study is read as a whole
 
 
@@ -43,7 +45,7 @@ class Teacher:
 def run(config: StudyConfig) -> None:
     """Make every run that the study lacks, then its report; the same command again continues."""
     start_logging()
-    study = open_study(config.study, config.config_dir)
+    study = open_study(config.study, config.study_dir)
     jobs = student_jobs(config, study)
     check_jobs(study, jobs)
     check_texts(texts_of(study), allowed=study.file.allow_shared_records)
@@ -61,7 +63,8 @@ def run(config: StudyConfig) -> None:
     else:
         launch(config.hydra_launcher, study, students)
     print(f"\n==> report  ({command('report', study, [])})")
-    report.run(compose_job("report", []))
+    again = " ".join([config.command, *map(shlex.quote, config.overrides)])
+    report.run(dataclasses.replace(compose_job("report", []), command=again))
 
 
 def texts_of(study: Study) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def check_jobs(study: Study, jobs: Sequence[Job]) -> None:
     capture_config = compose_job("capture", ["teacher.path=."])
     check_files(dataclasses.replace(capture_config, teacher=study.file.teacher))
     for job in [teacher_job(study), *jobs]:
-        overrides = ["cache=null", "scoring.teacher_predictions=null"]
+        overrides = ["cache=null", *WITHOUT_TEACHER]
         config = compose_job("train", job.arguments + overrides)
         check_files(config)
         reads_cache = job.experiment in READS_CACHE
@@ -139,7 +142,7 @@ def sequences_of(config: TrainConfig, corpus: float) -> float:
 
 def composed(job: Job) -> TrainConfig:
     """The options of a job, before its teacher and cache are known."""
-    config = compose_job("train", [*job.arguments, "cache=null", "scoring.teacher_predictions=null"])
+    config = compose_job("train", [*job.arguments, "cache=null", *WITHOUT_TEACHER])
     assert isinstance(config, TrainConfig)
     return config
 
@@ -208,9 +211,9 @@ def launch(launcher: str, study: Study, jobs: Sequence[Job]) -> None:
         print(f"==> {launcher}: {experiment}, seeds {', '.join(of_job)}")
         train = [sys.executable, str(PACKAGE / "scripts" / "train.py"), "-m", *place, *arguments]
         sweeps.append(subprocess.Popen([*train, f"seed={','.join(of_job)}"]))
-    failed = [sweep.args for sweep in sweeps if sweep.wait() != 0]
-    if failed:
-        raise RunFailed(f"{len(failed)} of {len(sweeps)} sweeps failed, the first: {failed[0]}; their output is above")
+    num_failed = sum(sweep.wait() != 0 for sweep in sweeps)
+    if num_failed:
+        raise RunFailed(f"{num_failed} of {len(sweeps)} sweeps failed; their output is above")
 
 
 def quiet(config: TrainConfig) -> TrainConfig:

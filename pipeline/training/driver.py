@@ -24,7 +24,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths, check_writable, content_hash, is_hub_name, write_json
 from pipeline.core.progress import log, start_logging
-from pipeline.core.runtime import module_command
+from pipeline.core.runtime import environment, module_command
 from pipeline.core.stopping import Stopped, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
@@ -82,6 +82,7 @@ class PreparedRun:
             missing = {name: inputs.held_out[name] for name in self.missing()}
             inputs = dataclasses.replace(inputs, gold=[], held_out=missing)
         write_json(self.paths.identity, self.identity)
+        write_json(self.paths.environment, environment())
         save_config(config, self.paths.config)
         save_inputs(self.paths, inputs)
 
@@ -213,10 +214,10 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
     ranks = 1 if only_scores else ranks
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1))}
     defaults = threads if torch.cuda.is_available() else threads | ALLOCATOR_SETTINGS
-    environment = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
+    variables = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
     if config.launcher.time_limit is not None:
         stop_at = STARTED + 60.0 * config.launcher.time_limit - config.launcher.leave_seconds
-        environment["PIPELINE_STOP_AT"] = str(stop_at)
+        variables["PIPELINE_STOP_AT"] = str(stop_at)
     if only_scores:
         command = module_command("pipeline.training.scorer", str(paths.folder))
     else:
@@ -225,7 +226,7 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
         command = module_command(*launcher, *rank)
     # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; they inherit the
     # lock, so that it is held until the last rank has ended even if this process is killed
-    return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(lock,)).wait()
+    return subprocess.Popen(command, env=variables, start_new_session=True, pass_fds=(lock,)).wait()
 
 
 @contextlib.contextmanager

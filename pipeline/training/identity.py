@@ -15,9 +15,11 @@ from pipeline.core.object_store import one_location
 from pipeline.core.progress import log
 from pipeline.core.topk import temperature_index
 from pipeline.core.types import InputError, Record, TokenSequence
-from pipeline.data.records import MalformedRecords, parse_records
+from pipeline.data.records import MalformedRecords, find_shape, parse_records
+from pipeline.data.shown import log_supervised
 from pipeline.data.text_files import all_records, open_text
 from pipeline.data.tokenize import load_labeled_sequences, text_hash
+from pipeline.evaluation.few_shot import Examples, open_examples
 from pipeline.evaluation.predictions import teacher_score
 from pipeline.evaluation.requests import EvaluationSet, check_generation_requests, read_evaluation_set
 from pipeline.models.compatibility import check_window
@@ -33,6 +35,7 @@ from pipeline.models.tokenizer import (
 )
 from pipeline.objective.divergences import NEEDS_EXACT_TAIL
 from pipeline.training.builders import class_ids
+from pipeline.training.dev_evaluation import evaluates_on_dev, teacher_choices_on_dev
 from pipeline.training.held_out import held_out_texts, score_keys
 from pipeline.training.inputs import RunInputs
 from pipeline.training.options_read import (
@@ -71,10 +74,18 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
         if config.gold.window_begin_token is None:
             text = dataclasses.replace(text, begins_windows=needs_begin_token(folder))
         gold = load_labeled_sequences(text, tokenizer, window=config.window)
-        raw = all_records(text.files, text.columns)
+        log_supervised(text, tokenizer, window=config.window)
+        text = find_shape(text)
+        raw = all_records(text.files, text.read_columns, take=text.take)
         records["gold"] = parse_records(raw, text, tokenizer, MalformedRecords(skip=True))  # counted above
         identity["gold"] = text_hash(text)
-    held_out = _read_held_out(config, folder, tokenizer)
+    examples = open_examples(config.scoring, config.gold, tokenizer)
+    if examples is not None:
+        records["few_shot"] = examples.records
+        identity["few_shot"] = examples.sha256
+    held_out = _read_held_out(config, folder, tokenizer, examples)
+    if evaluates_on_dev(config):
+        teacher_choices_on_dev(config, held_out["dev"])
     warn_of_shared_records(records | {name: found.records for name, found in held_out.items()})
     if decides_on_dev(config):
         assert config.dev is not None
@@ -84,11 +95,15 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     return identity, RunInputs(gold=gold, held_out=held_out, keys=score_keys(config, held_out))
 
 
-def _read_held_out(config: TrainConfig, folder: Path, tokenizer: Any) -> dict[str, EvaluationSet]:
+def _read_held_out(
+    config: TrainConfig, folder: Path, tokenizer: Any, examples: Examples | None
+) -> dict[str, EvaluationSet]:
     """The held-out texts as requests to the student in a folder."""
     max_new_tokens = config.scoring.max_new_tokens
     held_out = {
-        name: read_evaluation_set(text, name, tokenizer, folder=folder, max_new_tokens=max_new_tokens)
+        name: read_evaluation_set(
+            text, name, tokenizer, folder=folder, max_new_tokens=max_new_tokens, examples=examples
+        )
         for name, text in held_out_texts(config).items()
     }
     check_generation_requests(list(held_out.values()))

@@ -103,18 +103,27 @@ def options_read(config: TrainConfig) -> dict[str, Any]:
         optimizer=_optimizer_read(config.optimizer),
         dev=config.dev if decides else None,
         test=None,
-        scoring=config.scoring if decides or config.steps == 0 else ScoringConfig(),
+        scoring=_scoring_read(config) if decides or config.steps == 0 else ScoringConfig(),
         **_streams_read(config),
     )
     if config.evaluate_every_steps == 0:
         read = dataclasses.replace(read, early_stopping=EarlyStoppingConfig(), export=ExportConfig())
-    return identity_options(read)
+    options = identity_options(read)
+    for text in (options["gold"], options["dev"]):
+        if text is not None and text["take"] is None:  # an option that came later: runs keep their names
+            del text["take"]
+    return options
 
 
 def _without_training(config: TrainConfig) -> TrainConfig:
     """The student, without an adapter that would be trained, and how it is scored."""
     student = dataclasses.replace(config.student, adapter=None)
     return TrainConfig(name=config.name, student=student, gold_fraction=0.0, steps=0, scoring=config.scoring)
+
+
+def _scoring_read(config: TrainConfig) -> ScoringConfig:
+    """The examples of few-shot scoring are part of a run's identity by their content."""
+    return dataclasses.replace(config.scoring, few_shot_from=None)
 
 
 def _student_read(student: StudentConfig) -> StudentConfig:

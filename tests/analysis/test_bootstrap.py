@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from pipeline.analysis import bootstrap
-from pipeline.analysis.bootstrap import Question, Rate, difference, interval, interval_of, rates, standard_error, t_975
+from pipeline.analysis.bootstrap import Rate, Ratio, difference, interval, interval_of, rates, standard_error, t_975
 from pipeline.analysis.values import Interval
 
 
 def ask(*values_RM: np.ndarray, weight_M: np.ndarray | None = None, is_fraction: bool = True) -> list[Rate]:
     weight_M = np.ones(values_RM[0].shape[1]) if weight_M is None else weight_M
-    labels = [f"arm {i}" for i in range(len(values_RM))]
-    return rates([Question(labels=labels, values_RM=values_RM, weight_M=weight_M, is_fraction=is_fraction)])[0]
+    arm_labels = [f"arm {i}" for i in range(len(values_RM))]
+    return rates([Ratio(arm_labels=arm_labels, values_RM=values_RM, weight_M=weight_M, is_fraction=is_fraction)])[0]
 
 
 def ones(count: int, num_records: int) -> np.ndarray:
@@ -81,7 +81,7 @@ def test_equal_arms_that_differ_in_few_records_are_rarely_significant(expected: 
 
 
 def test_variance_is_that_of_the_crossed_layout() -> None:
-    """A twin by loops, from mean squares of records, runs and rest: variance of the mean = (run + record - rest) / RM."""
+    """A twin by loops, from mean squares: variance of the mean = (MS run + MS record - MS rest) / (R M)."""
     rng = np.random.default_rng(1)
     num_runs, num_records = 4, 300
     value_RM = (

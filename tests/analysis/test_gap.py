@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.analysis.bootstrap import Rate
+from pipeline.analysis.bootstrap import NUM_DRAWS, Rate, t_975
 from pipeline.analysis.figures import text_figures
-from pipeline.analysis.gap import why_no_gap
+from pipeline.analysis.gap import performance_gap_recovered, why_no_gap
 from pipeline.analysis.values import Arm, ArmFigures, ArmPredictions, HeldOut
-from support.simulated_study import STUDENTS, simulate, study_of
 
 
 def arm_of(role: str, credit_RM: object, **given: object) -> ArmPredictions:
@@ -80,9 +79,7 @@ def test_pgr_is_refused_below_two_standard_errors_of_the_gap() -> None:
 
 
 def test_pgr_needs_teacher_and_ceiling() -> None:
-    rate = Rate(
-        value=0.5, draws_D=np.full(4000, 0.5), num_runs=1, of_runs=0.0, of_noise=0.0, is_fraction=True
-    )  # fmt: skip
+    rate = Rate(value=0.5, draws_D=np.full(4000, 0.5), num_runs=1, of_runs=0.0, of_noise=0.0, is_fraction=True)
     assert "no teacher" in str(why_no_gap(None, rate))
     assert "no ceiling" in str(why_no_gap(rate, None))
     found = figures_of([arm_of("teacher", [1, 0]), arm_of("combined", [1, 1])])["combined"]
@@ -90,18 +87,25 @@ def test_pgr_needs_teacher_and_ceiling() -> None:
     assert "no ceiling" in str(found.pgr_refused)
 
 
-def test_seed_noise_of_the_ceiling_widens_the_interval_of_pgr() -> None:
-    """Its gradient by the ceiling is -PGR / gap: the interval is wider where only the ceiling is noisy."""
-    noisy = [replace(arm, seed_noise=0.03) if arm.role == "ceiling" else arm for arm in STUDENTS]
-    widths = []
-    for students in (STUDENTS, noisy):
-        found = [figures_of(simulate(study_of(students), seed)[0])["combined"].pgr for seed in range(3)]
-        widths.append(np.mean([one.high - one.low for one in found if one and one.low and one.high]))
-    assert widths[1] > 1.3 * widths[0]
+def test_seed_noise_counts_in_pgr_by_its_gradient() -> None:
+    """PGR = (0.7 - 0.6) / (0.8 - 0.6): gradient 5 by the score, -2.5 by the weak score and the ceiling.
 
+    Records: variance 4e-6 of each score. Runs: 4e-6 of the ceiling's mean over three runs, two degrees of freedom.
+    """
+    rng = np.random.default_rng(1)
 
-def test_gap_recovered_by_many_records_is_the_true_one() -> None:
-    study = study_of(num_records=20_000, seeds=1)
-    found = figures_of(simulate(study, 1)[0])
-    assert found["combined"].pgr is not None
-    assert found["combined"].pgr.value == pytest.approx(study.true_pgr("combined"), abs=0.04)
+    def rate(value: float, of_runs: float = 0.0) -> Rate:
+        draws_D = value + 0.002 * rng.standard_normal(NUM_DRAWS)
+        return Rate(value=value, draws_D=draws_D, num_runs=3, of_runs=of_runs, of_noise=0.0, is_fraction=True)
+
+    score, weak, calm, noisy = rate(0.7), rate(0.6), rate(0.8), rate(0.8, of_runs=4e-6)
+    of_records, of_runs = 4e-6 * (5**2 + 2 * 2.5**2), 4e-6 * 2.5**2
+    freedom = (of_records + of_runs) ** 2 / (of_runs**2 / 2)
+    expected = {id(calm): 1.96 * of_records**0.5, id(noisy): t_975(freedom) * (of_records + of_runs) ** 0.5}
+    for ceiling in (calm, noisy):
+        found = performance_gap_recovered(score, weak, ceiling)
+        assert found.value == pytest.approx(0.5)
+        assert found.low is not None
+        assert found.high is not None
+        assert (found.high - found.low) / 2 == pytest.approx(expected[id(ceiling)], rel=0.04)
+    assert expected[id(noisy)] > 1.1 * expected[id(calm)]

@@ -64,7 +64,6 @@ def test_a_useless_teacher_is_rarely_called_healthy() -> None:
     for number in range(1000):
         seeds, weak = 1 + number % 3, (0.2, 0.4)[number % 2]
         codes[seeds, weak][null_verdict(useless_teacher(seeds=seeds, weak=weak), number)] += 1
-    print(dict(codes))
     assert sum(of_setting["HEALTHY"] for of_setting in codes.values()) < 50, codes
 
 

@@ -114,6 +114,15 @@ def test_a_record_is_found_in_another_format(tmp_path: Path) -> None:
     assert found == {frozenset(pair) for pair in itertools.combinations(texts, 2)}
 
 
+def test_only_records_that_are_taken_count(tmp_path: Path) -> None:
+    texts = configs(tmp_path, corpus=asked("a", "b", "c"), test=asked("d", "c", "b"))
+    texts["corpus"].take, texts["test"].take = 2, 2
+    assert check_texts(texts, allowed=False) == []
+    texts["test"].take = 3
+    with pytest.raises(InputError, match=r"1 prompts of test are also in corpus: .*test.jsonl, line 3 and .*, line 2"):
+        check_texts(texts, allowed=False)
+
+
 def test_plain_text_is_compared_as_a_whole(tmp_path: Path) -> None:
     texts = configs(
         tmp_path, corpus=[{"text": "one two"}, {"text": "three"}], test=[{"text": "one"}, {"text": "three"}]

@@ -92,7 +92,13 @@ def test_counts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     assert sample.choices == tuple(TOPICS)
     head = next(iter(sample_lines(sample)))
     assert head.startswith(f"corpus: 250 records; {len(nodes)} supervised positions each, ")
-    assert head.endswith("(of the first 100)")
+    assert head.endswith("(first 100)")
+
+
+def test_only_records_that_are_taken_are_shown(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "a:", "completion": "b"}, {"prompt": "a" * 50, "completion": "b"}]
+    sample = sample_text(text_with(tmp_path, rows, take=1), tokenizer, window=16)
+    assert (sample.num_records, sample.num_sampled) == (1, 1)
 
 
 def test_a_prompt_that_the_teacher_completes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -115,8 +121,9 @@ def test_lines_fit_a_terminal_and_escape_what_would_control_it(
     assert all(line.isprintable() for line in lines)
     shown = "\n".join(line.strip() for line in lines)
     assert "first\nsecond \\x1b[31mlong long" in shown
-    assert "characters ...]" in shown
-    assert "Topic:« choice 13»\n40 choices:" in shown
+    assert re.search(r"\[\.\.\. 1,\d+ characters \.\.\.\]", "".join(line[4:] for line in lines))
+    assert 'Topic:« choice 13»\n40 choices: " choice 10", " choice 11",' in shown
+    assert shown.endswith('" choice 29", and 20 more')
 
 
 def test_shortened_keeps_both_ends() -> None:

@@ -137,14 +137,29 @@ def test_what_is_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "notes" not in caplog.text
 
 
-def test_runs_scored_on_different_texts_are_not_compared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_new", [True, False])
+def test_runs_scored_on_different_texts_are_not_compared(tmp_path: Path, is_new: bool) -> None:
     """Wherever the text's hash stands: beside the scores, or in the identity of an earlier version."""
-    make_run(tmp_path / "a", inputs=BOTH)
-    make_run(tmp_path / "b", inputs=BOTH, scores=SCORES | {"text": "text"})
+
+    def scored_on(text: str) -> dict[str, Any]:
+        scores = SCORES | ({"text": text} if is_new else {})
+        return {"inputs": BOTH | ({} if is_new else {"test": text}), "scores": scores}
+
+    make_run(tmp_path / "a", **scored_on("one"))
+    make_run(tmp_path / "b", **scored_on("one"))
     assert len(read_runs([f"{tmp_path}/*"])) == 2
-    make_run(tmp_path / "c", inputs=BOTH, scores=SCORES | {"text": "other"})
+    make_run(tmp_path / "c", **scored_on("two"))
     with pytest.raises(InputError, match="expected one test text, found 2: .*/a, .*/b; .*/c; report them apart"):
         read_runs([f"{tmp_path}/*"])
+
+
+def test_hashes_of_two_versions_are_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The records are, when predictions are joined."""
+    make_run(tmp_path / "old", inputs=BOTH)
+    make_run(tmp_path / "new", inputs=BOTH, scores=SCORES | {"text": "another kind of hash"})
+    with caplog.at_level("INFO", logger="pipeline"):
+        assert len(read_runs([f"{tmp_path}/*"])) == 2
+    assert "some runs were scored by an earlier version" in caplog.text
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:

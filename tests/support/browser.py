@@ -80,8 +80,7 @@ def requested_addresses(chrome: webdriver.Chrome) -> list[str]:
     """Everything that pages have asked for since this was last called; not what the browser shows of itself."""
     messages = (json.loads(entry["message"])["message"] for entry in chrome.get_log("performance"))
     sent = (message["params"] for message in messages if message["method"] == "Network.requestWillBeSent")
-    addresses = [parameters["request"]["url"] for parameters in sent]
-    return [address for address in addresses if not address.startswith("chrome://")]
+    return [request["request"]["url"] for request in sent if not request["documentURL"].startswith("chrome")]
 
 
 def emulate(chrome: webdriver.Chrome, *, scheme: str = "light", media: str = "screen", width: int = 1280) -> None:

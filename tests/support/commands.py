@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from pipeline.config.compose import chosen_groups, register, take_study
 from pipeline.config.groups import CONF_DIR
@@ -141,6 +143,19 @@ def composed(root: str, *overrides: str) -> Any:
     completed, _ = completed_overrides(root, rest)
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return to_typed(compose(root, overrides=completed), ROOTS[root])
+
+
+@functools.cache
+def _experiment(name: str) -> TrainConfig:
+    return composed("train", f"experiment={name}")
+
+
+def merged(arguments: list[str]) -> TrainConfig:
+    """Options of a training run; as `composed`, but composed once for each experiment, which takes Hydra a second."""
+    experiment = next(one for one in arguments if one.startswith("experiment="))
+    chosen = OmegaConf.from_dotlist([one.removeprefix("+") for one in arguments if one != experiment])
+    config: Any = OmegaConf.structured(_experiment(experiment.removeprefix("experiment=")))
+    return to_typed(OmegaConf.merge(config, chosen), TrainConfig)
 
 
 BIT_BY_BIT = ("model.safetensors", "config.json")

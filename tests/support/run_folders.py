@@ -156,9 +156,8 @@ def _config(study: StudyFolder, arm: Arm, steps: int, cache: Path, options: Mapp
             lm=LmConfig(weight=arm.lm_weight), kd=KdConfig(weight=arm.kd_weight, control=Control[arm.control])
         ),
     )
-    if hasattr(config, "more_tests"):
-        tests = {name: TextConfig(files=[str(path)]) for name, path in study.texts.items() if name != "test"}
-        config = dataclasses.replace(config, more_tests=tests)
+    tests = {name: TextConfig(files=[str(path)]) for name, path in study.texts.items() if name != "test"}
+    config = dataclasses.replace(config, more_tests=tests)
     for name, value in (dict(options) | dict(arm.differing)).items():
         *parents, last = name.split(".")
         holder = functools.reduce(getattr, parents, config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,8 @@ from pipeline.config.options import load_config
 from pipeline.config.schema import TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError, RunFailed
-from pipeline.evaluation.predictions import Scores
-from pipeline.training import driver, finish, scorer
-from support.commands import composed, only, train_arguments
+from pipeline.training import driver, finish, identity, scorer
+from support.commands import merged, only, train_arguments
 from support.scoring import scored
 from support.tiny import prompts, write_lines
 
@@ -48,10 +46,11 @@ def train(student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def command(*more: str, **changes: Any) -> float | None:
         chosen = {"experiment": "gold_only", "gold_fraction": 1, "steps": 3, "runs_dir": tmp_path / "runs", **changes}
-        return driver.run(composed("train", *train_arguments(student, data, "null", **chosen), *more))
+        return driver.run(merged([*train_arguments(student, data, "null", **chosen), *more]))
 
     command.ranks = ranks  # type: ignore[attr-defined]
     monkeypatch.setattr(driver, "run_ranks", run_ranks)
+    monkeypatch.setattr(identity, "check_model", lambda config, tokenizer: None)  # takes a second
     return command
 
 
@@ -64,10 +63,6 @@ def news_of(tmp_path: Path, count: int = 7) -> str:
     """An option with a further test text."""
     file = write_lines(tmp_path / f"news-{count}.jsonl", prompts(count, labeled=True, first=200))
     return f"+more_tests={{news: {{files: [{file}], targets: completion}}}}"
-
-
-def scores_in(entry: dict[str, Any]) -> dict[str, Any]:
-    return {item.name: entry[item.name] for item in dataclasses.fields(Scores)}
 
 
 def modified(run: Path) -> dict[str, int]:
@@ -84,8 +79,8 @@ def test_a_finished_run_is_scored_on_a_further_text(train: Any, student: Path, d
     assert train.ranks == ["trains", "scores"]
     result = result_in(tmp_path)
     assert {key: value for key, value in result.items() if key != "more"} == first
-    expected, table = scored(student, tmp_path / "news-7.jsonl")
-    assert scores_in(result["more"]["news"]) == pytest.approx(dataclasses.asdict(expected), rel=1e-5)
+    expected, table = scored(student, tmp_path / "news-7.jsonl", batch_tokens=4096)
+    assert result["more"]["news"].items() >= dataclasses.asdict(expected).items()
     assert result["more"]["news"]["out_of_domain"] is True
     found = pl.read_parquet(run / "predictions-news.parquet")
     assert found["record_key"].to_list() == table["record_key"].to_list()
@@ -137,17 +132,16 @@ def test_exact_match_is_measured_when_asked_for(train: Any, data: Path, tmp_path
 
 
 def test_a_model_that_was_deleted_is_not_trained_again(
-    train: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objective = train()
     run, before = only(tmp_path / "runs"), result_in(tmp_path)
     shutil.rmtree(run / "model")
-    with caplog.at_level(logging.WARNING, logger="pipeline"):
-        assert train() == objective
-        assert not caplog.records
-        assert train(news_of(tmp_path)) == objective
-    (warning,) = caplog.records
-    assert "expected the exported model, to score it on news, found none; restore it, or delete" in warning.getMessage()
+    assert train() == objective
+    warning = "expected the exported model, to score it on news, found none; restore it, or delete"
+    assert warning not in capsys.readouterr().err
+    assert train(news_of(tmp_path)) == objective
+    assert warning in capsys.readouterr().err
     assert train.ranks == ["trains"]
     assert result_in(tmp_path) == before
 

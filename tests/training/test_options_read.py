@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from pipeline.cache import manifest as manifests
 from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig, TextConfig
 from pipeline.core.files import content_hash
 from pipeline.training.options_read import options_read
-from support.commands import composed, prepare_run, run_ranks, train_arguments
+from support.commands import merged, prepare_run, run_ranks, train_arguments
 from support.tiny import manifest_of
 
 Changes = dict[str, Any]
@@ -114,20 +112,10 @@ def names(changes: Changes) -> str:
     return " ".join(f"{name.replace('__', '.')}={value}" for name, value in changes.items())
 
 
-@functools.cache
-def experiment_of(name: str) -> Any:
-    """As composed; Hydra takes a second for it."""
-    return composed("train", f"experiment={name}")
-
-
 def options(cache: Path, *changes: Changes) -> dict[str, Any]:
     """What is read of a short run on the tiny models, with changes to its options."""
-    merged = {name: value for one in changes for name, value in one.items()}
-    experiment = merged.pop("experiment")
-    arguments = train_arguments(Path("student"), Path("data"), str(cache), **merged)
-    chosen = OmegaConf.from_dotlist([one for one in arguments if not one.startswith("experiment=")])
-    config = OmegaConf.merge(OmegaConf.structured(experiment_of(experiment)), chosen)
-    return options_read(OmegaConf.to_object(config))
+    chosen = {name: value for one in changes for name, value in one.items()}
+    return options_read(merged(train_arguments(Path("student"), Path("data"), str(cache), **chosen)))
 
 
 @pytest.mark.parametrize(("base", "changes"), UNREAD, ids=map(str, range(len(UNREAD))))
@@ -159,9 +147,9 @@ def test_runs_of_one_identity_train_the_same_weights(student: Path, data: Path, 
     """Every pair of UNREAD, trained: the same losses and weights to the last bit."""
 
     def prepare(name: str, *changes: Changes) -> Path:
-        merged = {name: value for one in changes for name, value in one.items()}
-        arguments = train_arguments(student, data, str(cache), steps=4, **merged)
-        if merged["experiment"] == "weak_only":  # there the gold set is null
+        chosen = {name: value for one in changes for name, value in one.items()}
+        arguments = train_arguments(student, data, str(cache), **{"steps": 4, **chosen})
+        if chosen["experiment"] == "weak_only":  # there the gold set is null
             arguments = [one for one in arguments if not one.startswith("gold.")]
         return prepare_run(tmp_path / name, arguments)
 
