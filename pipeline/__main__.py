@@ -11,7 +11,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from pipeline.config.cli import pop_action
+from pipeline.config.cli import pop_action, warn_of_another_checkout
 
 COMMANDS = {
     "capture": "stage one: the teacher's top-k logits over a corpus, as Parquet shards",
@@ -29,6 +29,7 @@ def main() -> None:
         print(__doc__)
         print("\n".join(f"  {name:<10} {sentence}" for name, sentence in COMMANDS.items()))
         return
+    warn_of_another_checkout()
     name = pop_action(COMMANDS, __doc__ or "")
     runpy.run_path(str(Path(__file__).resolve().parent / "scripts" / f"{name}.py"), run_name="__main__")
 

@@ -40,9 +40,6 @@ def main(config: AuditConfig | CaptureConfig) -> None:
 if __name__ == "__main__":
     action = pop_action(ACTIONS, __doc__ or "")
     root = "capture" if action == "plan" else "audit"
-    names = {word.split("=")[0] for word in sys.argv}
-    if root == "audit" and "model@teacher" not in names and any(name.startswith("teacher.") for name in names):
-        sys.argv.insert(1, "model@teacher=own")  # the default is no teacher: teacher.path alone has to be enough
     codes: list[int] = []
     hydra_main(root, __doc__ or "", main)
     sys.exit(max(codes, default=0))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Stage one: run the teacher over the corpus once and write its top-k logits as Parquet shards.
 
-    python scripts/capture.py                                  the demo's teacher and corpus
+    python scripts/capture.py study=demo                       the demo's teacher and corpus
     python scripts/capture.py teacher.path=MODEL corpus.files=[DATA.jsonl] name=mine k=64
 
 Prints the cache folder. The same command again resumes a stopped capture; on a finished cache it does nothing.

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""A table over finished runs: weak score, floor, combined, ceiling and the performance gap recovered.
+"""What finished runs found: a verdict, paired differences with intervals, tables, and the page report.html.
 
-python scripts/report.py runs=[runs/demo/*] out=runs/demo
+python scripts/report.py study=demo                     all runs of a study, into its report folder
+python scripts/report.py 'runs=[runs/demo/*]' out=report
+python scripts/report.py 'runs=[runs/demo/*]'           prints only
 """
 
 from pipeline.config.cli import hydra_main
@@ -9,7 +11,7 @@ from pipeline.config.schema import ReportConfig
 
 
 def main(config: ReportConfig) -> None:
-    from pipeline.evaluation.report import run  # here, so that a wrong option is refused before torch has loaded
+    from pipeline.report.commands import run  # here, so that a wrong option is refused before torch has loaded
 
     run(config)
 

@@ -25,7 +25,7 @@ def main(config: StudyConfig) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["init"]:
-        from pipeline.study.init import run as init
+        from pipeline.declare.init import main as init
 
         init(sys.argv[2:])
     else:

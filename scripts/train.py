@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Stage two: train the student on a cache and a gold set under the combined loss, then score it.
 
-    python scripts/train.py experiment=combined
-    python scripts/train.py -m experiment=combined loss.kd.weight=0,0.5,1 seed=1,2,3
+    python scripts/train.py study=demo experiment=combined
+    python scripts/train.py study=demo -m experiment=combined loss.kd.weight=0,0.5,1 seed=1,2,3
 
 Each run has a folder named by what decides its result. The same command again skips what is finished and goes
 on with what is not. Ctrl-C saves a checkpoint and leaves with exit code 75.

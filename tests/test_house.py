@@ -38,7 +38,7 @@ def read_map() -> dict[str, Room]:
     table = text.split("<!-- map -->")[1].split("<!-- end of map -->")[0]
     rooms = {}
     for line in table.splitlines():
-        cells = [cell.strip() for cell in line.strip("|\n ").split("|")]
+        cells = [cell.strip() for cell in line.strip()[1:-1].split("|")]
         if len(cells) == 5 and cells[0].isdigit():
             doors = {
                 m[1]: set(re.findall(r"`(\w+)`", m[2] or "")) for m in re.finditer(r"(\w+)( \([^)]*\))?", cells[4])

@@ -148,8 +148,6 @@ def test_every_command_composes(arguments: list[str]) -> None:
     if root == "audit":
         root = "capture" if arguments[2] == "plan" else "audit"
     overrides = [word for word in arguments[2:] if "=" in word and not word.startswith("-")]
-    if root == "audit" and any(word.startswith("teacher.") for word in overrides):
-        overrides.insert(0, "model@teacher=own")  # as scripts/audit.py does
     check_override_names(root, overrides)
     fixed, sweeps = [], []
     for text, override in zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True):

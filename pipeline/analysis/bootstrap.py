@@ -64,7 +64,7 @@ T_975 = {
 class Ratio:
     """One kind of rate of several arms: sum_M value_RM / sum_M weight_M, over the records with a weight above 0."""
 
-    names: Sequence[str]
+    arm_labels: Sequence[str]
     """Of the arms: what their own random numbers follow from."""
     values_RM: Sequence[np.ndarray]
     """Of each arm, at most the weight where it is a fraction."""
@@ -110,10 +110,10 @@ def rates(ratios: Sequence[Ratio]) -> list[list[Rate]]:
         for sum_DA, column_MA, index_M in zip(sums, columns, kept, strict=True):
             own_DM = drawn_DM if len(index_M) == num_records else drawn_DM[:, index_M]
             sum_DA[start : start + size] = own_DM @ column_MA
-    own_records = {name: _own_records(name) for name in {name for ratio in ratios for name in ratio.names}}
+    own_records = {label: _own_records(label) for label in {name for ratio in ratios for name in ratio.arm_labels}}
     return [
         [
-            _rate(values_RM[:, index_M], ratio, sum_DA[:, [arm, -1]], own_records[ratio.names[arm]])
+            _rate(values_RM[:, index_M], ratio, sum_DA[:, [arm, -1]], own_records[ratio.arm_labels[arm]])
             for arm, values_RM in enumerate(ratio.values_RM)
         ]
         for ratio, index_M, sum_DA in zip(ratios, kept, sums, strict=True)
@@ -151,9 +151,9 @@ def _rate(value_RM: np.ndarray, ratio: Ratio, sum_D2: np.ndarray, own_2D: np.nda
     )
 
 
-def _own_records(name: str) -> np.ndarray:
+def _own_records(label: str) -> np.ndarray:
     """Weights of an arm's own right and wrong record, random as those of all records."""
-    rng = np.random.default_rng([SEED, zlib.crc32(name.encode())])
+    rng = np.random.default_rng([SEED, zlib.crc32(label.encode())])
     return rng.standard_exponential((2, NUM_DRAWS), dtype=np.float32)
 
 

@@ -37,10 +37,12 @@ def text_figures(arms: Sequence[ArmPredictions], held_out: HeldOut, metric: str)
     reason, for teacher and ceiling, where it is 0 and 1 by definition; imitation for the teacher. `nll` is known here
     only where it is the metric. Raises ValueError where labels are equal, or numbers of records differ or are 0.
     """
-    names = [arm.arm.label for arm in arms]
+    arm_labels = [arm.arm.label for arm in arms]
     sizes = {arm.credit_RM.shape[1] for arm in arms}
-    if len(set(names)) < len(names) or len(sizes) != 1 or 0 in sizes:
-        raise ValueError(f"expected arms of different labels on the same records, found {names} on {sorted(sizes)}")
+    if len(set(arm_labels)) < len(arm_labels) or len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            f"expected arms of different labels on the same records, found {arm_labels} on {sorted(sizes)}"
+        )
     measured = measure(arms, held_out, metric)
     return TextFigures(
         name=held_out.name,

@@ -59,17 +59,17 @@ def cells(arm: ArmPredictions, teacher_MC: np.ndarray, teacher_M: np.ndarray) ->
     )
 
 
-def ratios(names: Sequence[str], found: Sequence[Cells], teacher_M: np.ndarray) -> tuple[Ratio, ...]:
+def ratios(arm_labels: Sequence[str], found: Sequence[Cells], teacher_M: np.ndarray) -> tuple[Ratio, ...]:
     """Imitation, correction, damage and agreement of all arms, as `imitation` takes their rates.
 
     Needs a teacher that is right on some records and wrong on others.
     """
     everywhere_M, wrong_M = np.ones_like(teacher_M), 1 - teacher_M
     return (
-        Ratio(names=names, values_RM=[cell.copied_RM for cell in found], weight_M=wrong_M),
-        Ratio(names=names, values_RM=[cell.corrected_RM for cell in found], weight_M=wrong_M),
-        Ratio(names=names, values_RM=[cell.damaged_RM for cell in found], weight_M=teacher_M),
-        Ratio(names=names, values_RM=[cell.same_RM for cell in found], weight_M=everywhere_M),
+        Ratio(arm_labels=arm_labels, values_RM=[cell.copied_RM for cell in found], weight_M=wrong_M),
+        Ratio(arm_labels=arm_labels, values_RM=[cell.corrected_RM for cell in found], weight_M=wrong_M),
+        Ratio(arm_labels=arm_labels, values_RM=[cell.damaged_RM for cell in found], weight_M=teacher_M),
+        Ratio(arm_labels=arm_labels, values_RM=[cell.same_RM for cell in found], weight_M=everywhere_M),
     )
 
 

@@ -13,7 +13,7 @@ from pipeline.analysis.values import ArmPredictions, Interval, LabelSaving
 def label_saving(gold_only: Sequence[ArmPredictions], combined: ArmPredictions, metric: str) -> LabelSaving:
     """Read the size off the curve of gold_only's scores, linear in log size between the sizes that were trained.
 
-    Scores that fall with more names are levelled first: the nondecreasing curve with the least squared distance
+    Scores that fall with more labels are levelled first: the nondecreasing curve with the least squared distance
     (isotonic regression). The interval is that of the sizes which the curves through resampled scores give; the draws
     of each score are widened for its seeds. A bound is None where it lies outside of the sizes: no extrapolation.
     Raises ValueError for an arm without a number of gold records, or for two of the same size.
@@ -38,7 +38,7 @@ def label_saving(gold_only: Sequence[ArmPredictions], combined: ArmPredictions, 
 
 def _scores(arms: Sequence[ArmPredictions], metric: str) -> list[Rate]:
     ratio = Ratio(
-        names=[arm.arm.label for arm in arms],
+        arm_labels=[arm.arm.label for arm in arms],
         values_RM=[arm.credit_RM for arm in arms],
         weight_M=arms[0].weight_M,
         is_fraction=metric != "-nll",

@@ -86,7 +86,7 @@ def _first_run(arm: ArmPredictions) -> ArmPredictions:
 
 def _scores(arms: Sequence[ArmPredictions], weight_M: np.ndarray, *, is_fraction: bool) -> Ratio:
     return Ratio(
-        names=[arm.arm.label for arm in arms],
+        arm_labels=[arm.arm.label for arm in arms],
         values_RM=[arm.credit_RM for arm in arms],
         weight_M=weight_M,
         is_fraction=is_fraction,

@@ -53,7 +53,7 @@ class ArmPredictions:
 
     arm: Arm
     credit_RM: np.ndarray
-    """Score of each record: 1 right, 0 wrong, 1/m where the answer is one of m tied choices; or minus the sum of nll."""
+    """Of each record: 1 right, 0 wrong, 1/m where the answer is one of m tied choices; or minus the sum of nll."""
     weight_M: np.ndarray
     """Score of a run = sum_M credit / sum_M weight: 1 a record, or its number of targets where the metric is -nll."""
     predicted_RM: np.ndarray | None = None

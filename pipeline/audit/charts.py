@@ -7,10 +7,9 @@ from typing import Any
 
 import altair as alt
 
+from pipeline.core.chart_style import CONFIG, LIGHT, histogram
 from pipeline.core.progress import readable
 
-TEXT_COLOR, MUTED_COLOR, GRID_COLOR = "#1f2937", "#6b7280", "#e5e7eb"
-BLUE, TEAL, AMBER = "#3b6fb6", "#2a9d8f", "#c9822b"
 WIDTH, HEIGHT = 380, 190  # of one panel, pixels
 
 
@@ -21,7 +20,7 @@ def draw_summary(figures: dict[str, Any], *, name: str, out: Path) -> list[Path]
         _histogram(
             mass["histogram"],
             high=1.0,
-            color=BLUE,
+            color=LIGHT["blue"],
             title="Retained mass (probability of all kept entries)",
             subtitle=f"mean {mass['mean']:.1%}; the rest is the tail",
             axis=alt.Axis(format=".0%", tickCount=5, grid=False),
@@ -30,7 +29,7 @@ def draw_summary(figures: dict[str, Any], *, name: str, out: Path) -> list[Path]
         _histogram(
             entropy["histogram"],
             high=entropy["most"],
-            color=TEAL,
+            color=LIGHT["teal"],
             title="Entropy of the teacher",
             subtitle=f"mean {entropy['mean']:.2f} nats; at most {entropy['most']:.2f} (uniform)",
             axis=alt.Axis(tickCount=6, grid=False),
@@ -48,21 +47,11 @@ def draw_summary(figures: dict[str, Any], *, name: str, out: Path) -> list[Path]
         padding=24,
         background="white",
     )
-    chart = _with_style(chart)
+    chart = chart.properties(config=CONFIG)
     files = [out / "summary.png", out / "summary.svg"]
     chart.save(files[0], scale_factor=2)
     chart.save(files[1])
     return files
-
-
-def _with_style(chart: Any) -> Any:
-    chart = chart.configure(font="sans-serif").configure_view(stroke=None)
-    chart = chart.configure_title(
-        anchor="start", color=TEXT_COLOR, subtitleColor=MUTED_COLOR, fontSize=14, subtitleFontSize=12
-    )
-    return chart.configure_axis(
-        gridColor=GRID_COLOR, domain=False, ticks=False, labelColor=MUTED_COLOR, labelPadding=6, labelFontSize=11
-    )
 
 
 def _percent(fraction: float) -> str:
@@ -74,15 +63,7 @@ def _panel(chart: Any, title: str, subtitle: str) -> Any:
 
 
 def _histogram(counts: list[int], *, high: float, color: str, title: str, subtitle: str, axis: alt.Axis) -> Any:
-    """Counts in equal bins from 0 to `high`, drawn as fractions of all targets."""
-    total, step = max(sum(counts), 1), high / len(counts)
-    rows = [{"from": i * step, "to": (i + 1) * step, "fraction": count / total} for i, count in enumerate(counts)]
-    base = alt.Chart(alt.Data(values=rows)).mark_bar(color=color, binSpacing=1)
-    chart = base.encode(
-        x=alt.X("from:Q", bin="binned", title=None, axis=axis, scale=alt.Scale(domain=[0, high], nice=False)),
-        x2="to:Q",
-        y=alt.Y("fraction:Q", title=None, axis=alt.Axis(format="~%", tickCount=4)),
-    )
+    chart = histogram(counts, high=high, color=color, axis=axis)
     return _panel(chart, title, f"{subtitle}. Fraction of the targets")
 
 
@@ -98,9 +79,11 @@ def _mass_at_k(figures: dict[str, Any]) -> Any:
         # room above 100 %, so that its label does not push the panel down
         y=alt.Y("mass:Q", title=None, scale=alt.Scale(domain=[0, 1.1]), axis=alt.Axis(format="~%", tickCount=5)),
     )
-    value_texts = base.mark_text(dy=-12, color=TEXT_COLOR, fontSize=11).encode(text=alt.Text("mass:Q", format=".0%"))
+    value_texts = base.mark_text(dy=-12, color=LIGHT["text"], fontSize=11).encode(text=alt.Text("mass:Q", format=".0%"))
     chart = (
-        base.mark_line(color=AMBER, strokeWidth=2.5) + base.mark_circle(color=AMBER, size=50, opacity=1) + value_texts
+        base.mark_line(color=LIGHT["amber"], strokeWidth=2.5)
+        + base.mark_circle(color=LIGHT["amber"], size=50, opacity=1)
+        + value_texts
     )
     return _panel(chart, "Retained mass at a smaller k", "Mean probability of the first k entries")
 
@@ -112,9 +95,9 @@ def _bytes_by_column(figures: dict[str, Any]) -> Any:
         for name, size in figures["column_bytes"].items()
     ]
     base = alt.Chart(alt.Data(values=rows)).encode(
-        y=alt.Y("column:N", title=None, sort=None, axis=alt.Axis(labelColor=TEXT_COLOR, labelLimit=140)),
+        y=alt.Y("column:N", title=None, sort=None, axis=alt.Axis(labelColor=LIGHT["text"], labelLimit=140)),
         x=alt.X("bytes:Q", title=None, axis=None, scale=alt.Scale(domain=[0, 1.35 * max(r["bytes"] for r in rows)])),
     )
-    value_texts = base.mark_text(align="left", dx=6, color=MUTED_COLOR, fontSize=11).encode(text="label:N")
-    chart = base.mark_bar(color=BLUE, height={"band": 0.72}) + value_texts
+    value_texts = base.mark_text(align="left", dx=6, color=LIGHT["muted"], fontSize=11).encode(text="label:N")
+    chart = base.mark_bar(color=LIGHT["blue"], height={"band": 0.72}) + value_texts
     return _panel(chart, "Bytes by column", f"{figures['bytes_a_target']:,.0f} bytes per target, compressed")

@@ -19,6 +19,7 @@ from pipeline.bench import rerun as bench_rerun
 from pipeline.bench import step as bench_step
 from pipeline.bench import train as bench_train
 from pipeline.bench.timing import Figure, Results
+from pipeline.config.cli import warn_of_another_checkout
 from pipeline.core.files import write_json
 from pipeline.core.progress import start_logging
 
@@ -43,6 +44,7 @@ def main() -> None:
     unknown = sorted(set(arguments.parts) - PARTS.keys())
     if unknown:
         parser.error(f"PART: expected any of {', '.join(PARTS)}, found {', '.join(unknown)}; correct the name")
+    warn_of_another_checkout()
     start_logging(level=logging.WARNING)
     results: Results = {}
     for name in arguments.parts or PARTS:

@@ -26,7 +26,8 @@ def write_sequence_file(
 ) -> int:
     """Write all sequences; returns their number.
 
-    `summary` is called after the last of them has been read: {"skipped": records by reason, "notes": records by note}.
+    `summary` is called after the last of them has been read: {"skipped": records by reason, "notes": records by note,
+    "answered": {"records": their number}}.
 
     The file appears as a whole: if the process is killed, there is none, or only a hidden one that ends in .tmp.
     """
@@ -71,6 +72,8 @@ class SequenceFile:
     """Malformed records that were skipped, by reason."""
     notes: Mapping[str, int]
     """Records that were not tokenized as they stand, by what was done."""
+    num_answered: int
+    """Records with a known answer beside a prompt."""
 
     @property
     def num_skipped(self) -> int:
@@ -94,7 +97,11 @@ def open_sequence_file(path: Path) -> SequenceFile:
     metadata = pq.read_metadata(path)
     summary = json.loads(metadata.metadata[b"summary"])
     return SequenceFile(
-        path=path, num_rows=metadata.num_rows, skipped=summary.get("skipped", {}), notes=summary.get("notes", {})
+        path=path,
+        num_rows=metadata.num_rows,
+        skipped=summary.get("skipped", {}),
+        notes=summary.get("notes", {}),
+        num_answered=summary.get("answered", {}).get("records", 0),
     )
 
 

@@ -30,6 +30,13 @@ CORPUS_BYTES_PER_PROCESS = 4 << 20  # starting a process takes longer than token
 # read. A shard larger than this is tokenized alone.
 MAX_PENDING_BYTES = 256 << 20
 MB = 1_000_000
+# what follows from answers in the corpus, by what is supervised
+ANSWER_READ = {
+    "all": "the teacher reads it, and students learn its tokens",
+    "completion": "the teacher reads it, and students learn its tokens",
+    "next": "the teacher does not read it, but a term can (loss.lm.on, drop_wrong)",
+    "choices": "the teacher does not read it, but a term can (loss.lm.on, drop_wrong)",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,20 +73,20 @@ class PendingShards:
         self._shards: deque[tuple[Future[None], int, float]] = deque()
         self._num_bytes = 0
 
-    def submit(self, chunks: Sequence[RawChunk], megabytes: float, path: Path, *arguments: Any) -> None:
-        """Let a shard be tokenized as soon as there is room for it; `megabytes` of the corpus are its own."""
+    def submit(self, chunks: Sequence[RawChunk], amount: float, path: Path, *arguments: Any) -> None:
+        """Let a shard be tokenized as soon as there is room for it; `amount` is its part of the progress."""
         num_bytes = sum(chunk.num_bytes for chunk in chunks)
         self.wait(max_bytes=MAX_PENDING_BYTES - num_bytes)
-        self._shards.append((self._executor.submit(write_sequences, path, chunks, *arguments), num_bytes, megabytes))
+        self._shards.append((self._executor.submit(write_sequences, path, chunks, *arguments), num_bytes, amount))
         self._num_bytes += num_bytes
 
     def wait(self, *, max_bytes: int) -> None:
         """Wait for the oldest shards until the others hold at most `max_bytes`, or none is left."""
         while self._shards and self._num_bytes > max_bytes:
-            tokenized, num_bytes, megabytes = self._shards.popleft()
+            tokenized, num_bytes, amount = self._shards.popleft()
             tokenized.result()
             self._num_bytes -= num_bytes
-            self._progress.advance(megabytes)
+            self._progress.advance(amount)
 
 
 def tokenize_corpus(config: CaptureConfig, text: Text, teacher_folder: Path, sequences: Path) -> TokenizedCorpus:
@@ -93,20 +100,25 @@ def tokenize_corpus(config: CaptureConfig, text: Text, teacher_folder: Path, seq
     num_finished = len(list(sequences.iterdir()))
     if num_finished:
         log.info("planning goes on: %d shards were tokenized before", num_finished)
-    progress = Progress("plan", total=sum(sizes) // MB, unit=" MB", log_every_seconds=config.log_every_seconds)
-    with _tokenizing_processes(sum(sizes)) as executor:
+    # the first records of large files end long before the files do
+    total, unit = (sum(sizes) // MB, " MB") if text.take is None else (text.take, " records")
+    progress = Progress("plan", total=total, unit=unit, log_every_seconds=config.log_every_seconds)
+    max_shards = math.inf if text.take is None else math.ceil(text.take / config.records_per_shard)
+    with _tokenizing_processes(sum(sizes), max_shards) as executor:
         pending = PendingShards(executor, progress)
         try:
-            for chunks in read_chunks(text.files, size=config.records_per_shard, columns=text.read_columns):
+            size, columns = config.records_per_shard, text.read_columns
+            for chunks in read_chunks(text.files, size=size, columns=columns, take=text.take):
                 path = sequence_file(sequences, num_shards)
                 start, end = end, starts[chunks[-1].file] + chunks[-1].position
                 first_id, num_shards = num_records, num_shards + 1
                 num_records += sum(len(chunk.numbers) for chunk in chunks)
+                amount = (end - start) / MB if text.take is None else num_records - first_id
                 if path.exists():
-                    progress.skip((end - start) / MB)
+                    progress.skip(amount)
                     continue
                 trust = config.teacher.trust_remote_code
-                pending.submit(chunks, (end - start) / MB, path, text, teacher_folder, trust, config.window, first_id)
+                pending.submit(chunks, amount, path, text, teacher_folder, trust, config.window, first_id)
             pending.wait(max_bytes=-1)
         except BaseException:
             executor.shutdown(cancel_futures=True)
@@ -131,15 +143,22 @@ def _summary(text: Text, num_records: int, paths: Sequence[Path]) -> TokenizedCo
             "malformed); check the files and corpus.columns"
         )
     log_counts(text.what, skipped, notes)
+    if num_answered := sum(file.num_answered for file in files):
+        log.warning(
+            "corpus: %d of %d records have a known answer beside their prompt, and the cache stores it: %s. From an "
+            "unlabeled corpus leave the answers out: remove them, or let their columns go unread with "
+            "corpus.columns.completion=unused corpus.columns.answer=unused",
+            *(num_answered, num_records, ANSWER_READ.get(text.targets, ANSWER_READ["all"])),
+        )
     log.info("corpus: %d sequences", sum(file.num_rows for file in files))
     return TokenizedCorpus(num_records=num_records, skipped=dict(skipped), notes=dict(notes))
 
 
-def _tokenizing_processes(corpus_bytes: int) -> Executor:
+def _tokenizing_processes(corpus_bytes: int, max_shards: float) -> Executor:
     """One process for each core, if the corpus is large enough; else a thread."""
-    num_processes = min(len(os.sched_getaffinity(0)), math.ceil(corpus_bytes / CORPUS_BYTES_PER_PROCESS))
+    num_processes = min(len(os.sched_getaffinity(0)), math.ceil(corpus_bytes / CORPUS_BYTES_PER_PROCESS), max_shards)
     if num_processes > 1:
-        return ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
+        return ProcessPoolExecutor(int(num_processes), mp_context=get_context("spawn"), initializer=_end_with_parent)
     return ThreadPoolExecutor(1)
 
 
@@ -175,5 +194,11 @@ def write_sequences(
     malformed = MalformedRecords(skip=text.skip_malformed)
     packed = read_sequences(raw_records(chunks), text, tokenizer, malformed, window=window, first_id=first_id)
     write_sequence_file(
-        path, packed, summary=lambda: {"skipped": dict(malformed.reasons), "notes": dict(+malformed.notes)}
+        path,
+        packed,
+        summary=lambda: {
+            "skipped": dict(malformed.reasons),
+            "notes": dict(+malformed.notes),
+            "answered": {"records": malformed.num_answered},
+        },
     )

@@ -117,7 +117,7 @@ def run_probe(config: CaptureConfig, text: Text) -> Probe:
     tokenizer = cached_tokenizer(teacher_folder, teacher.trust_remote_code)
     check_window(teacher_folder, config.window)
     size = min(PROBE_RECORDS, config.records_per_shard)
-    chunks = next(read_chunks(text.files, size=size, columns=text.read_columns))
+    chunks = next(read_chunks(text.files, size=size, columns=text.read_columns, take=text.take))
     with tempfile.TemporaryDirectory() as name:
         path = sequence_file(Path(name), 0)
         arguments = (chunks, text, teacher_folder, teacher.trust_remote_code, config.window, 0)

@@ -101,6 +101,7 @@ def _of_text(config: CaptureConfig, text: Text, tokenizer: Any, found: Tokenized
         "too_long": text.too_long,
         "window_begin_token": text.begins_windows or None,
         "choices": corpus.choices,
+        "take": corpus.take,
         # records that an earlier version tokenized otherwise
         "tokenization": 2 if {*found.notes} - {CUT_LEFT} else None,
     }

@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,14 +19,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config.compose import chosen_groups, register, study_arguments, take_study
 from pipeline.config.groups import CONF_DIR, PACKAGE
-from pipeline.config.help import help_text
+from pipeline.config.help import help_text, help_words
 from pipeline.config.options import to_typed
-from pipeline.config.overrides import check_override_names, renamed_hint
+from pipeline.config.overrides import completed_overrides, renamed_hint
 from pipeline.config.study import ROOTS
 from pipeline.config.validate import check_files, urls_in
+from pipeline.core.files import explain
 from pipeline.core.stopping import EXIT_STOPPED, Stopped, interrupt, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 
+SWEEPS = """\
+What Hydra keeps of the last sweep (-m): multirun.yaml, its options as composed. Nothing reads it, and it may be
+deleted; the runs lie in the folders beside this one.
+"""
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # the place is to blame, and not this code
 
 
@@ -42,6 +48,17 @@ def check_checkout() -> None:
         )
 
 
+def warn_of_another_checkout() -> None:
+    """For a command without a place of its own (weak-to-strong, python -m): the current folder may hold other code."""
+    code = Path.cwd() / "pipeline"
+    if (code / "config" / "schema.py").is_file() and code.resolve() != PACKAGE:
+        print(
+            f"warning: this runs the code of {PACKAGE}, and not that of the current folder; for that one use its own "
+            "environment (scripts/setup) and its scripts/",
+            file=sys.stderr,
+        )
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -50,23 +67,27 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
 
     An InputError ends the process with exit code 2 and its message alone, a signal that asks to stop with 75.
     """
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        register()
+    if help_words(sys.argv[1:]) is not None:
         with contextlib.suppress(BrokenPipeError):
-            print(help_text(root, story), flush=True)
+            print(help_text(root, story, sys.argv[1:]), flush=True)
         return
     # Hydra would wrap errors in its own messages; this way ours reach the user
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    failures: Counter[str] = Counter()
     with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
         study, sys.argv[1:] = take_study(sys.argv[1:])
         if root == "study":
             sys.argv[1:] = study_arguments(sys.argv[1:])
-        register(study, chosen=chosen_groups(sys.argv[1:]))
-        check_override_names(root, sys.argv[1:])
-        job = functools.partial(_run_job, root, body)
+        register(study, chosen=chosen_groups(sys.argv[1:]), roots=ROOTS if root == "study" else [root])
+        sys.argv[1:], notes = completed_overrides(root, sys.argv[1:])
+        for note in notes:
+            print(note, file=sys.stderr)
+        job = functools.partial(_run_job, root, body, failures)
         functools.update_wrapper(job, _run_job)  # Hydra reads the name of the function
         hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
+        if failures:
+            _end_of_failed_sweep(failures)
 
 
 @contextlib.contextmanager
@@ -79,16 +100,6 @@ def _exit_codes() -> Iterator[None]:
     except (OmegaConfBaseException, hydra.errors.HydraException) as error:
         cause = "" if error.__cause__ is None else f": {str(error.__cause__).splitlines()[0]}"
         exit_with_error(InputError(f"{error}{cause}{renamed_hint(str(error))}"))
-    except AssertionError as error:  # OmegaConf's answer to options below a null
-        if "Unexpected type for root: NoneType" not in str(error):
-            raise
-        given = " ".join(sys.argv[1:])
-        exit_with_error(
-            InputError(
-                f"expected options of groups that are chosen, found one of a null in {given}; choose it, as "
-                "in adapter=lora or text@gold=own"
-            )
-        )
     except KeyboardInterrupt as request:
         print(f"stopped by {request}; the same command continues with what is left", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
@@ -96,9 +107,14 @@ def _exit_codes() -> Iterator[None]:
         sys.exit(EXIT_STOPPED)
 
 
-def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float | None:
-    """One job of a sweep, or the only one: options made typed and checked, then the script's body."""
+def _run_job(root: str, body: Callable[[Any], float | None], failures: Counter[str], node: Any) -> float | None:
+    """One job of a sweep, or the only one: options made typed and checked, then the script's body.
+
+    The errors of a sweep that runs here are counted in `failures`, each printed once; the other jobs follow.
+    """
     try:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            explain(Path(HydraConfig.get().sweep.dir), SWEEPS)
         config: Any = to_typed(node, ROOTS[root])
         check_files(config)
         for name, url in urls_in(config):
@@ -109,11 +125,24 @@ def _run_job(root: str, body: Callable[[Any], float | None], node: Any) -> float
             return body(config)
     except Stopped as stopped:
         return _after_stop(stopped)
-    except InputError as error:  # here, before Hydra adds its own words; a sweep continues with its other runs
+    except (InputError, RunFailed) as error:  # here, before Hydra adds its own words
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             exit_with_error(error)
-        print(f"error: {error}", file=sys.stderr)
+        if not failures[str(error)]:
+            print(f"error: {error}", file=sys.stderr)
+        failures[str(error)] += 1
+        choices = HydraConfig.get().runtime.choices
+        if (choices["hydra/launcher"], choices["hydra/sweeper"]) == ("basic", "basic"):
+            return None  # `hydra_main` ends the process; Hydra would print all overrides and the error once more
         raise
+
+
+def _end_of_failed_sweep(failures: Counter[str]) -> NoReturn:
+    """End a sweep some of whose jobs failed: how many did, and how often the same reason was found."""
+    repeated = [f"{count} for the same reason ({error.partition(':')[0]})" for error, count in failures.items()]
+    num_failed = failures.total()
+    shown = f", {', '.join(repeated)}" if num_failed > len(failures) else ""
+    exit_with_error(RunFailed(f"{num_failed} of the sweep's jobs failed{shown}; the reasons stand above"))
 
 
 @contextlib.contextmanager
@@ -155,7 +184,7 @@ def pop_action(actions: Mapping[str, str], story: str) -> str:
     word = next(iter(sys.argv[1:]), "")
     if word in actions:
         return sys.argv.pop(1)
-    if {"--help", "-h"} & set(sys.argv[1:]):
+    if help_words(sys.argv[1:]) is not None:
         return ""
     listed = "\n".join(f"  {name:<8} {sentence}" for name, sentence in actions.items())
     found = f"{word!r}" if word else "nothing"

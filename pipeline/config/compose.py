@@ -5,27 +5,29 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
-from hydra import compose
 from hydra.core.config_store import ConfigStore
 
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.layers import command_layers, experiment_layers, without_groups
-from pipeline.config.options import to_typed
 from pipeline.config.study import ROOTS, Study, StudyConfig, read_study
 from pipeline.core.types import InputError
 
+SECTION = "section"  # a group whose one choice, used, turns a section that is null into its declared defaults
 
-def register(study: Study | None = None, *, chosen: Iterable[str] = ()) -> None:
+
+def register(study: Study | None = None, *, chosen: Iterable[str] = (), roots: Iterable[str] = tuple(ROOTS)) -> None:
     """Make known to Hydra what is not a file of `conf/`: the schemas, and the layers of options of a study.
 
     Every conf root reads `<root>_schema` and `<root>_study`, every experiment `study_of/<experiment>`; without a study
-    the last two are empty. Groups `chosen` on the command line replace what the study says of them.
+    the last two are empty. Groups `chosen` on the command line replace what the study says of them. Only the schemas of
+    `roots` become known: each takes time.
     """
     store, groups = ConfigStore.instance(), set(chosen)
-    for root, schema in ROOTS.items():
-        store.store(name=f"{root}_schema", node=schema)
+    for root in roots:
+        store.store(name=f"{root}_schema", node=ROOTS[root])
+    store.store(group=SECTION, name="used", node={})
     for root, layer in command_layers(study).items():
         store.store(name=f"{root}_study", node=without_groups(layer, groups))
     for experiment, layer in experiment_layers(study).items():
@@ -69,7 +71,7 @@ def find_study(name: str, folder: str | None) -> Path:
 
 def config_dir(arguments: list[str]) -> str | None:
     """The folder of Hydra's flag --config-dir, where a user keeps studies and experiments."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         if argument in ("--config-dir", "-cd"):
             return following
         if argument.startswith("--config-dir="):
@@ -80,11 +82,6 @@ def config_dir(arguments: list[str]) -> str | None:
 def chosen_groups(arguments: list[str]) -> list[str]:
     """The groups that are chosen on the command line, as in loss=weak."""
     return [name for name in ("loss", "deepspeed", "adapter") if any(one.startswith(f"{name}=") for one in arguments)]
-
-
-def compose_job(root: str, overrides: Iterable[str]) -> Any:
-    """The typed options of another command, from within a command that Hydra runs."""
-    return to_typed(compose(root, overrides=list(overrides)), ROOTS[root])
 
 
 def study_arguments(arguments: list[str]) -> list[str]:
@@ -98,7 +95,7 @@ def study_arguments(arguments: list[str]) -> list[str]:
     of_students: list[str] = []
     for argument in arguments:
         name, is_option, value = argument.partition("=")
-        if not is_option or argument.startswith("-") or name.startswith("hydra") or "study" == name:
+        if not is_option or argument.startswith("-") or name.startswith("hydra") or name == "study":
             kept.append(argument)
         elif name not in hints:
             of_students.append(argument)

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pipeline.config.schema import ModelConfig, StudentConfig
-from pipeline.config.study import ROOTS, STUDENTS, Study, flat
+from pipeline.config.study import EXPERIMENTS, ROOTS, STUDENTS, Study, flat
 
 
 def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
@@ -33,7 +33,7 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
         train |= {"more_tests": content["more_tests"], "out_of_domain": file.out_of_domain}
     capture = {"name": study.name, "caches_dir": file.caches_dir, "teacher": teacher, "corpus": content["corpus"]}
     return {
-        "train": _nested(train | _one_length(content.get("train", {}))),
+        "train": _nested(train | _without_length(content.get("train", {}))),
         "capture": _nested(capture | {"window": file.window} | content.get("capture", {})),
         "evaluate": {} if test is None else {"text": test},
         "audit": {"cache": f"{file.caches_dir}/{study.name}-*", "teacher": teacher},
@@ -50,9 +50,8 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
 
 def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
     """The options of scripts/train.py that each experiment takes from a study; empty without one."""
-    names = ("teacher", "teacher_as_is", *STUDENTS)
     if study is None:
-        return {name: {} for name in names}
+        return {name: {} for name in EXPERIMENTS}
     content, runs_dir, cache = study.content, study.file.runs_dir, f"{study.file.caches_dir}/{study.name}-*"
     teacher = _complete(ModelConfig, content["teacher"])
     reads: dict[str, dict[str, Any]] = {
@@ -66,8 +65,11 @@ def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
         "ceiling": {"gold": content.get("ceiling")},
     }
     reads |= dict.fromkeys(("shuffled", "smoothed"), reads["combined"])
+    splits = {"test": "scoring.teacher_predictions", "dev": "scoring.teacher_dev_predictions"}
     scored = {
-        "scoring.teacher_predictions": f"{runs_dir}/teacher-*/predictions-test.parquet",
+        option_name: f"{runs_dir}/teacher-*/predictions-{split}.parquet"
+        for split, option_name in splits.items()
+        if content.get(split) is not None
     }
     own = content.get("experiments", {})
     own = {control: own.get("combined", {}) for control in ("shuffled", "smoothed")} | own
@@ -75,10 +77,20 @@ def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
         name: _nested(
             {key: value for key, value in reads[name].items() if value is not None}
             | (scored if name in STUDENTS else {})
-            | _one_length(own.get(name, {}))
+            | _one_length(_length(content.get("train", {}), name) | own.get(name, {}))
         )
-        for name in names
+        for name in EXPERIMENTS
     }
+
+
+def _length(train: Mapping[str, Any], experiment: str) -> dict[str, Any]:
+    """The length of every training run of a study, which goes before that of an experiment's file."""
+    is_trained = experiment not in ("teacher_as_is", "zero_shot", "few_shot")
+    return {name: train[name] for name in ("steps", "epochs") if is_trained and name in train}
+
+
+def _without_length(train: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in train.items() if name not in ("steps", "epochs")}
 
 
 def without_groups(layer: dict[str, Any], groups: set[str]) -> dict[str, Any]:

@@ -34,7 +34,10 @@ def to_typed(node: Any, schema: type[T]) -> T:
     missing = sorted(key for key in OmegaConf.missing_keys(node) if not key.startswith("hydra."))
     if missing:
         hints = "\n".join(f"  {key}: {_help_of(schema, key)}" for key in missing)
-        raise InputError(f"expected a value for each of these options, found none; give them as name=value:\n{hints}")
+        raise InputError(
+            "expected a value for each of these options, found none; give them as name=value, or a study that has them "
+            f"as study=NAME:\n{hints}"
+        )
     config = OmegaConf.to_object(node)
     assert isinstance(config, schema)
     return config
@@ -89,6 +92,42 @@ def options(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
         made = item.default_factory
         default = made() if made is not dataclasses.MISSING else item.default
         yield prefix + item.name, default, item.metadata["help"]
+
+
+def option_types(schema: type, prefix: str = "") -> dict[str, Any]:
+    """The type of every leaf option below a dataclass, by its dotted name."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        inner = _dataclass_in(hints[item.name])
+        name = prefix + item.name
+        found |= {name: hints[item.name]} if inner is None else option_types(inner, f"{name}.")
+    return found
+
+
+def sections(schema: type, prefix: str = "") -> Iterator[tuple[str, bool, str]]:
+    """Every dataclass below a dataclass as (dotted name, whether it may be null, help)."""
+    hints = get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        inner = _dataclass_in(hints[item.name])
+        if inner is not None:
+            yield prefix + item.name, type(None) in get_args(hints[item.name]), item.metadata["help"]
+            yield from sections(inner, f"{prefix}{item.name}.")
+
+
+def without_null(hint: Any) -> tuple[Any, bool]:
+    """A type without `| None`, and whether that was in it."""
+    inner = [candidate for candidate in get_args(hint) if candidate is not type(None)]
+    is_optional = type(None) in get_args(hint)
+    return (inner[0], True) if is_optional else (hint, False)
+
+
+def choices_of(hint: Any) -> list[str]:
+    """The names of an enum, alone or in a list; none of another type."""
+    kind, _ = without_null(hint)
+    if get_origin(kind) is list:
+        kind = get_args(kind)[0]
+    return [member.name for member in kind] if isinstance(kind, type) and issubclass(kind, Enum) else []
 
 
 def _dataclass_in(hint: Any) -> type | None:

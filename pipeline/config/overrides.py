@@ -1,36 +1,140 @@
-"""What stands on the command line, checked before Hydra composes anything."""
+"""What stands on the command line: its names and values are checked before Hydra composes anything, and what follows
+from an option is added."""
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 
-from pipeline.config.groups import groups
-from pipeline.config.options import RENAMED_FILES, RENAMED_OPTIONS, RENAMED_VALUES, options
+from pipeline.config.compose import SECTION, config_dir
+from pipeline.config.groups import groups, places
+from pipeline.config.options import (
+    RENAMED_FILES,
+    RENAMED_OPTIONS,
+    RENAMED_VALUES,
+    option_types,
+    options,
+    sections,
+    to_typed,
+)
 from pipeline.config.study import ROOTS
+from pipeline.config.synonyms import SYNONYMS, nearest_options
+from pipeline.config.values import check_values
 from pipeline.core.types import InputError
 
+EXCLUSIVE = (("steps", "epochs"), ("epochs", "steps"))  # the given one of two replaces the other
 
-def check_override_names(root: str, arguments: list[str]) -> None:
-    """Reject an option that does not exist, naming the nearest that do, before Hydra composes anything."""
-    known = {name for name, _, _ in options(ROOTS[root])}
-    nodes = {name[:i] for name in known for i, letter in enumerate(name) if letter == "."}
-    free_form = [name for name, default, _ in options(ROOTS[root]) if default == {}]  # such as deepspeed.overrides
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("--")]
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group.replace("/", ".")
-        check_renamed(key, str(override.get_value_element_as_str()) if override.is_sweep_override() is False else "")
-        if key in groups() and not override.is_sweep_override() and override.value() is None:
+
+def completed_overrides(root: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of a script with those that follow from them, and a note on each that replaces another option.
+
+    An option of a section that may be null, as gold.files, turns the section on. Of steps and epochs the given one
+    replaces the other. InputError for a wrong name or value, and for options that contradict each other.
+    """
+    types = option_types(ROOTS[root])
+    parsed = check_override_names(root, arguments)
+    names = [override.key_or_group.replace("/", ".") for override in parsed.values()]
+    optional = [name for name, may_be_null, _ in sections(ROOTS[root]) if may_be_null]
+    completed, notes, turned_on = list[str](), list[str](), set[str]()
+    for argument in arguments:
+        key = parsed[argument].key_or_group if argument in parsed else ""
+        for section in optional:
+            if key.startswith(f"{section}.") and section not in turned_on:
+                _check_not_null(section, argument, parsed.values())
+                turned_on.add(section)
+                completed.append(f"+{SECTION}@{section}=used")
+        completed.append(argument)
+        for given, other in EXCLUSIVE:
+            is_given = key == given and argument in parsed and not _is_null(parsed[argument])
+            if is_given and other not in names and other in types:
+                completed.append(f"{other}=null")
+                notes.append(f"{argument} replaces {other}: {other}=null")
+    return completed, notes
+
+
+def compose_job(root: str, overrides: Iterable[str]) -> Any:
+    """The typed options of another command, from within a command that Hydra runs."""
+    completed, _ = completed_overrides(root, [*overrides])
+    return to_typed(compose(root, overrides=completed), ROOTS[root])
+
+
+def _check_not_null(section: str, argument: str, overrides: Iterable[Override]) -> None:
+    """Reject an option of a section that the same command line sets to null."""
+    for override in overrides:
+        is_no_adapter = override.key_or_group == "adapter" and section.endswith("adapter")
+        is_none = is_no_adapter and override.value() == "none"
+        if is_none or (override.key_or_group == section and _is_null(override)):
+            raise InputError(
+                f"{argument}: expected {section} to be in use, found {override.input_line}; leave out one of the two"
+            )
+
+
+def _is_null(override: Override) -> bool:
+    return not override.is_sweep_override() and override.value() is None
+
+
+# --------------------------------------------------------------------------------- names and values
+
+
+def check_override_names(root: str, arguments: Sequence[str]) -> dict[str, Override]:
+    """Reject an option that does not exist, naming those that may be meant, or a value that does not fit its type.
+
+    Returns the overrides among the arguments, parsed.
+    """
+    for argument in arguments:
+        _check_dashes(root, argument)
+    given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    parsed = dict(zip(given, OverridesParser.create().parse_overrides(given), strict=True))
+    known_groups = groups(config_dir([*arguments])) | {SECTION: ["used"]}
+    for override in parsed.values():
+        _check_override(root, override, known_groups)
+    return parsed
+
+
+def _check_override(root: str, override: Override, known_groups: dict[str, list[str]]) -> None:
+    key = override.key_or_group.replace("/", ".")
+    types, free_form = option_types(ROOTS[root]), [n for n, default, _ in options(ROOTS[root]) if default == {}]
+    check_renamed(key, "" if override.is_sweep_override() else str(override.get_value_element_as_str()))
+    if key in known_groups:
+        if _is_null(override):
             name = override.package or key
-            raise InputError(f"{override.input_line}: expected one of {groups()[key]}; for none use {name}=null")
-        if key.split(".")[0] == "hydra" or key in known | nodes or key in groups():
-            continue
-        if any(key.startswith(f"{name}.") for name in free_form):
-            continue
-        near = difflib.get_close_matches(key, sorted(known | nodes), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
-        raise InputError(f"expected the name of an option, found {key!r}; {hint}")
+            raise InputError(f"{override.input_line}: expected one of {known_groups[key]}; for none use {name}=null")
+        if override.package is None and (used := places(root, key)):
+            listed = " or ".join(f"{place}=" for place in used)
+            raise InputError(f"{override.input_line}: expected the place that takes it, found none; write {listed}")
+    elif key in types:
+        if not override.is_delete():
+            check_values(key, types[key], override)
+    elif key in (known := {name for name, *_ in sections(ROOTS[root])}):
+        if not override.is_sweep_override() and isinstance(override.value(), (str, int, float)):
+            below = next(name for name in types if name.startswith(f"{key}."))
+            raise InputError(f"{override.input_line}: expected an option below {key}; write {below}= or the like")
+    elif key.split(".")[0] != "hydra" and not any(key.startswith(f"{name}.") for name in free_form):
+        _reject_name(root, key, sorted(types.keys() | known))
+
+
+def _reject_name(root: str, key: str, known: Sequence[str]) -> None:
+    near = nearest_options(key, known)
+    others = [name for name, schema in ROOTS.items() if key in option_types(schema)]
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
+    if others:
+        scripts = " and ".join(f"scripts/{name}.py" for name in others)
+        hint = f"it is an option of {scripts}, and not of this script; {hint}"
+    raise InputError(f"expected the name of an option, found {key!r}; {hint}")
+
+
+def _check_dashes(root: str, argument: str) -> None:
+    """Reject an option of this project that is written with dashes, as --steps=10."""
+    name, _, value = argument.lstrip("-").partition("=")
+    name = name.replace("-", "_")
+    if argument.startswith("-") and (name in option_types(ROOTS[root]) or name in SYNONYMS):
+        meant = name if name in option_types(ROOTS[root]) else nearest_options(name, [*option_types(ROOTS[root])])[:1]
+        shown = meant if isinstance(meant, str) else "".join(meant) or name
+        raise InputError(f"{argument}: expected options without dashes; write {shown}={value or 'VALUE'}")
 
 
 def check_renamed(key: str, value: str) -> None:

@@ -119,6 +119,9 @@ class TextConfig:
         "choices where records have them, else all",
     )
     choices: list[str] | None = option(None, "choices of records with a prompt and none of their own; null: none")
+    take: int | None = option(
+        None, "read only the first so many records of all files, malformed ones included; null: all"
+    )
     malformed: MalformedPolicy = option(
         MalformedPolicy.stop, "what to do on a malformed record: stop, or skip and count it"
     )
@@ -261,7 +264,9 @@ class AdaptiveWeightConfig:
 
 @dataclass
 class KdConfig:
-    weight: float = option(1.0, "weight of the distillation term (lambda of Xiao & Zhu, eq. 4.13)")
+    weight: float = option(
+        1.0, "weight of the distillation term (lambda of Xiao & Zhu, Foundations of Large Language Models, eq. 4.13)"
+    )
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(
         lambda: [Source.corpus], "texts whose positions it reads, where they carry a captured distribution"
@@ -378,6 +383,20 @@ class ScoringConfig:
         "the teacher's predictions-test.parquet (or a glob matching one), for agreement with it",
         content=True,
     )
+    teacher_dev_predictions: str | None = option(
+        None,
+        "the teacher's predictions-dev.parquet (or a glob matching one): each evaluation on dev while training logs "
+        "dev_imitation and dev_agreement",
+        result=False,
+        content=True,
+    )
+
+    few_shot: int = option(
+        0, "this many answered records before each prompt with choices, as examples; in training runs with steps=0 only"
+    )
+    few_shot_from: TextConfig | None = option(
+        None, "text whose first records are those examples; null: the gold set of the run"
+    )
 
 
 @dataclass
@@ -464,6 +483,12 @@ class TrainConfig:
     )
     dev: TextConfig | None = option(None, "held-out text for decisions during training; null: none")
     test: TextConfig | None = option(None, "held-out text for the reported score; null: none")
+    more_tests: dict[str, TextConfig] = option(
+        dict, "further held-out texts by name, scored too: +more_tests={news: {files: [news.jsonl]}}", result=False
+    )
+    out_of_domain: list[str] = option(
+        list, "those of more_tests whose domain is not that of the training texts", result=False
+    )
     window: int = option(512, "longest gold sequence, in tokens; records are packed into it")
     gold_fraction: float = option(MISSING, "fraction of the global batch's sequences that are gold")
     gold_fraction_of: GoldFractionOf = option(
@@ -480,7 +505,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False, "keep only each layer's input and recompute the rest in the backward", result=False
     )
-    steps: int | None = option(None, "optimizer steps; give this or epochs")
+    steps: int | None = option(
+        None, "optimizer steps; give this or epochs; 0: no training, the student is scored as it is"
+    )
     epochs: float | None = option(
         None, "passes over the corpus, all caches at once (over gold where gold_fraction is 1)"
     )

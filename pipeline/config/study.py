@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline.config import schema
 from pipeline.config.options import option, options
@@ -25,7 +25,8 @@ from pipeline.core.types import InputError
 
 TEXTS = ("teacher_labels", "corpus", "gold", "dev", "test", "ceiling")
 STUDENTS = ("zero_shot", "few_shot", "gold_only", "weak_only", "combined", "shuffled", "smoothed", "ceiling")
-"""Experiments that train or score the strong model; the others are of the teacher."""
+"""Experiments that train or score the strong model."""
+EXPERIMENTS = ("teacher", "teacher_as_is", *STUDENTS)
 
 
 @dataclass
@@ -132,6 +133,7 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
         raise InputError(f"{path}: expected YAML, found {error}; correct the file") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected options as name: value, found {type(content).__name__}")
+    _check_free_options(path, content)
     base = content.get("text", {})
     texts = {name: {**base, **content[name]} for name in TEXTS if content.get(name) is not None}
     texts |= {"more_tests": {name: {**base, **text} for name, text in content.get("more_tests", {}).items()}}
@@ -139,13 +141,13 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyFile), content, texts))
         for text in texts["more_tests"].values():
             OmegaConf.merge(OmegaConf.structured(TextConfig), text)
+    except MissingMandatoryValue as error:
+        raise InputError(f"{path}: expected a value for {error.full_key}, found none; add it") from error
     except OmegaConfBaseException as error:
         near = difflib.get_close_matches(str(error.key), [item.name for item in dataclasses.fields(StudyFile)], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"{path}: {str(error).splitlines()[0]} ({error.full_key}){hint}") from error
     assert isinstance(typed, StudyFile)
-    for where, given, root in _free_options(content):
-        _check_names(path, where, given, root)
     return Study(
         name=path.stem,
         path=path,
@@ -154,6 +156,16 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
         content=content | texts,
         file=typed,
     )
+
+
+def _check_free_options(path: Path, content: Mapping[str, Any]) -> None:
+    for name in content.get("experiments", {}):
+        if name not in EXPERIMENTS:
+            near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}"
+            raise InputError(f"{path}: experiments: expected the name of an experiment, found {name!r}; {hint}")
+    for where, found, root in _free_options(content):
+        _check_names(path, where, found, root)
 
 
 def _free_options(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], type]]:
@@ -180,3 +192,41 @@ def flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         is_nested = isinstance(value, Mapping) and value
         found |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
     return found
+
+
+def more_tests_of(study: Study) -> dict[str, TextConfig]:
+    """The further test texts of a study by name, typed, with the options that all its texts share."""
+    found: dict[str, Any] = {
+        name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TextConfig), text))
+        for name, text in (study.content.get("more_tests") or {}).items()
+    }
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- init
+
+
+@dataclass
+class InitConfig:
+    """Options of `scripts/study.py init`; texts are files, folders or globs, several with commas between them."""
+
+    name: str = option(MISSING, "name of the study, and of its file")
+    teacher: str = option(MISSING, "the weak model: a folder in Hugging Face layout, or a hub name")
+    student: str = option(MISSING, "the strong model, before training: a folder or a hub name")
+    corpus: str = option(MISSING, "unlabeled records, which the teacher labels")
+    gold: str | None = option(None, "the small trusted text: labeled records that train the student")
+    test: str | None = option(None, "labeled records, held out for the reported scores")
+    dev: str | None = option(None, "labeled records, held out for decisions; null: none")
+    labeled: str | None = option(None, "in place of gold, dev and test: labeled records to be cut into the three")
+    teacher_labels: str | None = option(None, "labeled records that train the teacher; null: it is ready-made")
+    ceiling: str | None = option(None, "the corpus with its true labels, or as many of its kind; null: no ceiling")
+    teacher_num_layers: int | None = option(None, "keep only this many first layers of the teacher; null: all")
+    prompt_column: str | None = option(None, "column of the prompt; null: found by its name")
+    completion_column: str | None = option(None, "column of the label or completion; null: found by its name")
+    window: int | None = option(None, "longest sequence, in tokens; null: found from the records")
+    gold_records: int | None = option(None, "labeled: this many records of it become gold; null: 35 %")
+    seed: int = option(0, "labeled: seed of the cut")
+    allow_shared_records: bool = option(False, "accept records that two of the texts have in common")
+    folder: str | None = option(
+        None, "folder of the study's file, called study; null: conf/study where it exists, else study"
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import (
@@ -53,8 +55,9 @@ def check_capture(config: CaptureConfig) -> None:
         raise InputError(f"temperatures: expected 1.0 among them, found {config.temperatures}; add it")
 
 
-def check_choices(text: TextConfig, what: str) -> None:
-    """Reject choices of a text among which a completion could not be found."""
+def check_text(text: TextConfig, what: str) -> None:
+    """Reject a text without records, and choices among which a completion could not be found."""
+    at_least(1, **{f"{what}.take": 1 if text.take is None else text.take})
     if text.choices is None:
         return
     stripped = [choice.strip() for choice in text.choices]
@@ -109,14 +112,31 @@ def check_files(config: Any, prefix: str = "") -> None:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             check_files(value, f"{prefix}{item.name}.")
+        elif isinstance(value, dict):
+            for name, one in value.items():
+                if dataclasses.is_dataclass(one):
+                    check_files(one, f"{prefix}{item.name}.{name}.")
         elif item.metadata["content"] and value is not None:
             for pattern in [value] if isinstance(value, str) else value:
                 is_hub_model = isinstance(config, ModelConfig) and is_hub_name(pattern)
                 is_address = item.metadata["address"] and is_url(pattern)
                 if not (is_hub_model or is_address or matching_paths(pattern)):
                     raise InputError(
-                        f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; check the path"
+                        f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; {_nearest(pattern)}"
                     )
+
+
+def _nearest(pattern: str) -> str:
+    """What exists near a path or glob that matches nothing: names of like spelling, else where the path ends."""
+    path = Path(pattern)
+    folder = next(parent for parent in (*path.parents, Path()) if parent.is_dir())
+    missing = path.relative_to(folder).parts[0]  # `folder` is one of its parents, or the current one
+    names = sorted(child.name for child in folder.iterdir())
+    if near := difflib.get_close_matches(missing, names, n=1):
+        return f"did you mean {folder / near[0] / Path(*path.relative_to(folder).parts[1:])}?"
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    place = "the current folder" if str(folder) == "." else str(folder)
+    return f"{place} has no {missing}" + (f", but {shown}" if names else "")
 
 
 def urls_in(config: Any) -> Iterator[tuple[str, str]]:

@@ -28,22 +28,53 @@ TRACKER_PACKAGES = {  # what is imported, what pip calls it
 
 
 def check_train(config: TrainConfig) -> None:
-    """Reject contradictory options before reading any input."""
-    kd, terms = config.loss.kd, terms_of(config.loss)
+    """Reject contradictory options before reading any input.
+
+    Without training (steps=0) only the student and the held-out texts are read, so the other options are not checked.
+    """
     plain_name(name=config.name)
     seeds(seed=config.seed)
     at_least(1, student_num_layers=1 if config.student.num_layers is None else config.student.num_layers)
+    at_least(0, steps=0 if config.steps is None else config.steps)
+    at_least(1, batch_tokens=config.scoring.batch_tokens)
+    at_least(0, max_new_tokens=config.scoring.max_new_tokens, few_shot=config.scoring.few_shot)
+    if (config.steps is None) == (config.epochs is None):
+        raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
+    _check_more_tests(config)
+    if config.steps != 0:
+        _check_training(config)
+    elif config.dev is None and config.test is None and not config.more_tests:
+        raise InputError(
+            "steps=0: expected dev, test or more_tests, because the student is scored as it is, found none of them"
+        )
+
+
+def _check_more_tests(config: TrainConfig) -> None:
+    for name in config.more_tests:
+        plain_name(more_tests=name)
+        if name in ("dev", "test"):
+            raise InputError(f"more_tests: expected names other than dev and test, found {name}; choose another")
+    unknown = [name for name in config.out_of_domain if name not in config.more_tests]
+    if unknown:
+        raise InputError(f"out_of_domain: expected names of more_tests {list(config.more_tests)}, found {unknown}")
+
+
+def _check_training(config: TrainConfig) -> None:
+    if config.scoring.few_shot > 0:
+        raise InputError(
+            f"scoring.few_shot={config.scoring.few_shot}: expected steps=0, because a trained student is scored "
+            "without examples, found training; score its model folder with scripts/evaluate.py or experiment=few_shot"
+        )
+    kd, terms = config.loss.kd, terms_of(config.loss)
     at_least(2, window=config.window)
     at_least(1, global_batch=config.global_batch, micro_batch=config.micro_batch)
-    at_least(1, steps=1 if config.steps is None else config.steps)
     at_least(1, num_processes=1 if config.launcher.num_processes is None else config.launcher.num_processes)
     at_least(0, max_grad_norm=config.optimizer.max_grad_norm)
     if config.epochs is not None:
         positive(epochs=config.epochs)
     at_least(0, checkpoint_every_steps=config.checkpoint.every_steps)
     at_least(1, checkpoint_keep=config.checkpoint.keep, downloads_bytes=config.downloads.bytes)
-    at_least(1, shard_bytes=config.export.shard_bytes, batch_tokens=config.scoring.batch_tokens)
-    at_least(0, max_new_tokens=config.scoring.max_new_tokens)
+    at_least(1, shard_bytes=config.export.shard_bytes)
     at_least(0, keep_every_steps=config.checkpoint.keep_every_steps, leave_seconds=config.launcher.leave_seconds)
     positive(hang_seconds=config.launcher.hang_seconds, time_limit=config.launcher.time_limit or 1.0)
     positive(kd_temperature=kd.temperature, learning_rate=config.optimizer.learning_rate)
@@ -52,14 +83,7 @@ def check_train(config: TrainConfig) -> None:
     _check_objective(config, terms)
     _check_dev_evaluation(config)
     check_trackers(config.trackers)
-    if (config.steps is None) == (config.epochs is None):
-        raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
-    if config.gold_fraction > 0 and config.gold is None and config.gold_cache is None:
-        raise InputError(
-            f"gold_fraction is {config.gold_fraction} but gold is null; give a gold set or gold_fraction=0"
-        )
-    if config.gold_fraction < 1 and config.cache is None:
-        raise InputError(f"gold_fraction is {config.gold_fraction} but cache is null; give a cache or gold_fraction=1")
+    _check_sources(config)
     _check_mixing(config)
     _check_engine(config)
     weights = {name: term.weight for name, term in terms.items()}
@@ -70,6 +94,15 @@ def check_train(config: TrainConfig) -> None:
         Source.corpus in read and config.gold_fraction < 1
     ):
         raise InputError("no term with a weight above 0 reads any text of this run; check loss.*.weight, loss.*.on")
+
+
+def _check_sources(config: TrainConfig) -> None:
+    if config.gold_fraction > 0 and config.gold is None and config.gold_cache is None:
+        raise InputError(
+            f"gold_fraction is {config.gold_fraction} but gold is null; give a gold set or gold_fraction=0"
+        )
+    if config.gold_fraction < 1 and config.cache is None:
+        raise InputError(f"gold_fraction is {config.gold_fraction} but cache is null; give a cache or gold_fraction=1")
 
 
 def terms_of(loss: LossConfig) -> dict[str, Any]:

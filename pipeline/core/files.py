@@ -35,6 +35,11 @@ class RunPaths:
         return self.folder / "identity.json"
 
     @property
+    def environment(self) -> Path:
+        """The command that started the run last, versions of libraries, and the machine: `core.runtime.environment`."""
+        return self.folder / "environment.json"
+
+    @property
     def lock(self) -> Path:
         """Locked by the driver, which it names, during the run. If that dies, the ranks' launcher holds the lock."""
         return self.folder / "lock"
@@ -46,7 +51,7 @@ class RunPaths:
 
     @property
     def inputs(self) -> Path:
-        """Gold, dev and test as tokens, for the ranks; gone when the run is finished."""
+        """Gold and held-out texts as tokens, for the ranks; gone when the run is finished."""
         return self.folder / "inputs"
 
     @property
@@ -85,7 +90,7 @@ class RunPaths:
         return self.folder / "adapter"
 
     def predictions(self, split: str) -> Path:
-        """The predictions on `split` (dev or test): one row per held-out record."""
+        """The predictions on `split` (dev, test or one of more_tests): one row per held-out record."""
         return self.folder / f"predictions-{split}.parquet"
 
     @property

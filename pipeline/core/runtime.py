@@ -7,19 +7,24 @@ import ctypes
 import gc
 import logging
 import os
+import platform
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed
 
 from pipeline.core.stopping import STOP_SIGNALS
+
+RECORDED_LIBRARIES = ("torch", "transformers", "deepspeed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,3 +188,21 @@ def exit_rank() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def environment() -> dict[str, Any]:
+    """What a run is made with, besides its options: the command, versions of libraries, the machine, the time."""
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),  # Hydra changes sys.argv
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in RECORDED_LIBRARIES},
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> str:
+    """The machine in a few words: its GPUs, the cores that this process may use, its memory."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    gpus = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return ", ".join([*gpus, f"{len(os.sched_getaffinity(0))} cores ({platform.machine()})", f"{gigabytes:.0f} GB"])

@@ -15,7 +15,7 @@ HEAD_BYTES = 4 << 20  # read of each file, to estimate the bytes per record
 
 
 def count_records(text: Text) -> tuple[bool, float]:
-    """(exact, number of records): from the footer of Parquet files; of other files estimated from their beginning."""
+    """(exact, number of records that are read): from the footer of Parquet files; of others from their beginning."""
     exact, count = True, 0.0
     for file in text.files:
         with readable(file):
@@ -27,7 +27,7 @@ def count_records(text: Text) -> tuple[bool, float]:
             exact, count = exact and read_to_end, count + num_records
     if not count:
         raise InputError(f"corpus: expected records in files ending in {endings()}, found none")
-    return exact, count
+    return exact, count if text.take is None else min(count, text.take)
 
 
 def _count_from_beginning(file: Path) -> tuple[bool, float]:

@@ -32,6 +32,8 @@ class MalformedRecords:
         """Skipped records by reason: the message without what was found."""
         self.notes: Counter[str] = Counter()
         """Records that are used, but not as they stand, by what was done."""
+        self.num_answered = 0
+        """Records that are used and have a known answer beside a prompt."""
 
     @property
     def count(self) -> int:
@@ -83,7 +85,7 @@ def find_shape(text: Text) -> Text:
 
 def _sampled_columns(text: Text) -> Iterator[set[str]]:
     """The names of the columns of the first records, of a table those that are not null."""
-    for chunk in next(read_chunks(text.files, size=SAMPLE_RECORDS), []):
+    for chunk in next(read_chunks(text.files, size=SAMPLE_RECORDS, take=text.take), []):
         if chunk.rows is not None:  # not as Python values: a column that nobody reads may hold some that Python has not
             yield {
                 name
@@ -112,13 +114,14 @@ def parse_records(
             fields = _fields(_row(kind, content, text), text)
             make = partial(Record, record_id=record_id, where=where)
             if fields.messages is None:
-                yield _plain_record(fields, make)
-                continue
-            chat = plain_chat(fields.messages, text.chat)
-            renderer = renderer or open_renderer(tokenizer, text.chat)
-            record, is_trimmed = _chat_record(fields, chat, renderer, make)
-            if is_trimmed:
-                malformed.notes[TRIMMED] += 1
+                record = _plain_record(fields, make)
+            else:
+                chat = plain_chat(fields.messages, text.chat)
+                renderer = renderer or open_renderer(tokenizer, text.chat)
+                record, is_trimmed = _chat_record(fields, chat, renderer, make)
+                if is_trimmed:
+                    malformed.notes[TRIMMED] += 1
+            malformed.num_answered += record.prompt is not None and record.completion is not None
             yield record
         except InputError as error:
             malformed.reject(where, str(error))
@@ -128,11 +131,23 @@ def read_records(text: Text, tokenizer: Any) -> list[Record]:
     """All records of a text, in memory; refuses an empty one."""
     malformed = MalformedRecords(skip=text.skip_malformed)
     text = find_shape(text)
-    records = list(parse_records(all_records(text.files, text.read_columns), text, tokenizer, malformed))
+    raw = all_records(text.files, text.read_columns, take=text.take)
+    records = list(parse_records(raw, text, tokenizer, malformed))
     if not records:
         raise InputError(f"{text.what}: expected records, found none in {', '.join(map(str, text.files))}")
     malformed.log_count(text.what)
     return records
+
+
+def row_of(raw: Raw, text: Text) -> dict[str, Any]:
+    """The columns of a raw record by name, without those that are null; InputError where it is malformed."""
+    _, kind, content = raw
+    return _row(kind, content, text)
+
+
+def fields_of(raw: Raw, text: Text) -> Fields:
+    """What a raw record of a text of known shape holds, chats not yet rendered; InputError where it is malformed."""
+    return _fields(row_of(raw, text), text)
 
 
 def _row(kind: str, content: Any, text: Text) -> dict[str, Any]:
@@ -168,7 +183,9 @@ def _parse_text(line: bytes) -> str:
 def _fields(row: dict[str, Any], text: Text) -> Fields:
     """What a row says; one with a prompt or a chat has the choices of its text if it brings none of its own."""
     column = text.columns["choices"]
-    is_common = bool(text.choices) and column not in row and text.columns["text"] not in row
+    # a column of this name may also be that of the prompt
+    is_plain = text.columns["text"] in row and text.shape != "prompt_completion"
+    is_common = bool(text.choices) and column not in row and not is_plain
     if not is_common:
         return SHAPES[text.shape].read(row, text.columns)
     fields = SHAPES[text.shape].read({**row, column: list(text.choices)}, text.columns)

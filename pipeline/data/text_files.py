@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import ChatConfig, TextConfig
-from pipeline.config.validate import check_choices
+from pipeline.config.validate import check_text
 from pipeline.core.files import matching_paths
 from pipeline.core.types import InputError
 from pipeline.data.file_kinds import endings, file_format, files_in, readable
@@ -50,11 +50,13 @@ class Text:
     """Records with a prompt alone are completed by the teacher."""
     choices: tuple[str, ...] = ()
     """The choices of every record with a prompt that brings none of its own."""
+    take: int | None = None
+    """Only the first so many records are read; None: all."""
 
 
 def open_text(config: TextConfig, what: str) -> Text:
     """From options to a value: the files of all paths, folders and globs, sorted within each."""
-    check_choices(config, what)
+    check_text(config, what)
     files: list[Path] = []
     for pattern in config.files:
         paths = matching_paths(pattern)
@@ -83,6 +85,7 @@ def open_text(config: TextConfig, what: str) -> Text:
         too_long=None if config.too_long is None else config.too_long.name,
         begins_windows=bool(config.window_begin_token),
         choices=tuple(config.choices or ()),
+        take=config.take,
     )
 
 
@@ -103,26 +106,39 @@ def _chat_rules(config: ChatConfig, what: str, *, end_token: bool) -> ChatRules:
 
 
 def read_chunks(
-    files: Sequence[Path], *, size: int, columns: Collection[str] | None = None
+    files: Sequence[Path], *, size: int, columns: Collection[str] | None = None, take: int | None = None
 ) -> Iterator[list[RawChunk]]:
     """The records of some files in groups of `size` (the last may be smaller); blank lines do not count.
 
-    Each file is read once, from its beginning to its end. Of tables (CSV, Parquet, Arrow) only `columns` are decoded;
-    None: all.
+    Each file is read once, from its beginning to its end, and none after the first `take` records (None: all). Of
+    tables (CSV, Parquet, Arrow) only `columns` are decoded; None: all.
     """
     group: list[RawChunk] = []
     missing = size
+    for chunk in _first_chunks(files, columns, take):
+        while len(chunk.numbers) >= missing:
+            yield [*group, _cut(chunk, 0, missing)]
+            chunk, group, missing = _cut(chunk, missing, len(chunk.numbers)), [], size
+        if chunk.numbers:
+            group.append(chunk)
+            missing -= len(chunk.numbers)
+    if group:
+        yield group
+
+
+def _first_chunks(files: Sequence[Path], columns: Collection[str] | None, take: int | None) -> Iterator[RawChunk]:
+    """The chunks of some files, up to the first `take` records."""
+    left = take
     for file in files:
         with readable(file):
             for chunk in file_chunks(file, columns):
-                while len(chunk.numbers) >= missing:
-                    yield [*group, _cut(chunk, 0, missing)]
-                    chunk, group, missing = _cut(chunk, missing, len(chunk.numbers)), [], size
-                if chunk.numbers:
-                    group.append(chunk)
-                    missing -= len(chunk.numbers)
-    if group:
-        yield group
+                if left is None:
+                    yield chunk
+                    continue
+                yield chunk if len(chunk.numbers) <= left else _cut(chunk, 0, left)
+                left -= len(chunk.numbers)
+                if left <= 0:
+                    return
 
 
 def _cut(chunk: RawChunk, start: int, stop: int) -> RawChunk:
@@ -138,6 +154,9 @@ def raw_records(group: Iterable[RawChunk]) -> Iterator[Raw]:
             yield f"{chunk.file}, {chunk.unit} {number}", "bad" if isinstance(item, str) else chunk.kind, item
 
 
-def all_records(files: Sequence[Path], columns: Collection[str] | None = None) -> Iterator[Raw]:
-    """Every record of some files, in order."""
-    return itertools.chain.from_iterable(map(raw_records, read_chunks(files, size=RECORDS_PER_GROUP, columns=columns)))
+def all_records(
+    files: Sequence[Path], columns: Collection[str] | None = None, *, take: int | None = None
+) -> Iterator[Raw]:
+    """Every record of some files, in order, or the first `take`."""
+    groups = read_chunks(files, size=RECORDS_PER_GROUP, columns=columns, take=take)
+    return itertools.chain.from_iterable(map(raw_records, groups))

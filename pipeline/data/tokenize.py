@@ -230,7 +230,7 @@ def load_labeled_sequences(text: Text, tokenizer: Any, *, window: int) -> list[T
     """A text with known targets, packed, in memory; refuses one without a usable record."""
     check_end_token(text, tokenizer)
     malformed, text = MalformedRecords(skip=text.skip_malformed), find_shape(text)
-    raw = all_records(text.files, text.read_columns)
+    raw = all_records(text.files, text.read_columns, take=text.take)
     sequences = list(read_sequences(raw, text, tokenizer, malformed, window=window, require_targets=True))
     if not sequences:
         files = ", ".join(map(str, text.files))

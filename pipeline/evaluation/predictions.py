@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -118,12 +119,33 @@ def with_teacher(predictions: pl.DataFrame, teacher: Sequence[Sequence[int]]) ->
     )
 
 
-def teacher_choices(held_out: EvaluationSet, predictions: str) -> list[tuple[int, ...]]:
+def imitation(predictions: pl.DataFrame, teacher: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How far a model's choices follow the teacher's: `agreement` = P(model = teacher), and `imitation`.
+
+    imitation = P(model = teacher | teacher wrong), over the records whose answer is not among the teacher's best
+    choices. With ties a record counts by the fraction of best choices that both share. A figure is left out where no
+    record has it.
+    """
+    shared = with_teacher(predictions, teacher)["agreement"]
+    is_wrong = pl.Series(
+        [
+            answer is not None and bool(best) and answer not in best
+            for answer, best in zip(predictions["answer"].to_list(), teacher, strict=True)
+        ],
+        dtype=pl.Boolean,
+    )
+    figures = {"agreement": _mean(shared.drop_nulls()), "imitation": _mean(shared.filter(is_wrong).drop_nulls())}
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def teacher_choices(
+    held_out: EvaluationSet, predictions: str, *, option: str = "scoring.teacher_predictions"
+) -> list[tuple[int, ...]]:
     """The teacher's best choices on each record, joined by the record's content, never by its position.
 
-    Empty for a record without choices.
+    Empty for a record without choices. `option` names the file in messages.
     """
-    path = one_path(predictions, "scoring.teacher_predictions")
+    path = one_path(predictions, option)
     teacher = pl.read_parquet(path).select("record_key", "choice_log_probs").unique("record_key")
     records = pl.DataFrame({"record_key": [record_key(record) for record in held_out.records]})
     log_probs = records.join(teacher, on="record_key", how="left", maintain_order="left")["choice_log_probs"]
@@ -162,6 +184,18 @@ def main_score(scores: Scores) -> float:
             return fraction
     assert scores.nll is not None
     return -scores.nll
+
+
+def scores_from(saved: Mapping[str, Any]) -> Scores:
+    """The scores among what was saved with them, as in result.json."""
+    return Scores(**{item.name: saved[item.name] for item in dataclasses.fields(Scores) if item.name in saved})
+
+
+def scored_before(predictions: Path, held_out: EvaluationSet, teacher: str) -> tuple[Scores, pl.DataFrame]:
+    """Saved predictions and their scores, with the agreement with another teacher; no model is needed."""
+    table = pl.read_parquet(predictions).drop("teacher_predicted", "agreement", strict=False)
+    table = with_teacher(table, teacher_choices(held_out, teacher))
+    return scores_of(table), table
 
 
 def scores_of(predictions: pl.DataFrame) -> Scores:

@@ -5,19 +5,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.options import identity_options
 from pipeline.config.schema import TextConfig
-from pipeline.core.files import write_atomically
+from pipeline.core.files import content_hash, write_atomically
 from pipeline.core.types import UNKNOWN_TARGET, InputError, Record
 from pipeline.data.choice_tree import check_no_choice_begins_another
+from pipeline.data.file_kinds import format_suffix
 from pipeline.data.records import MalformedRecords, find_shape, read_records
 from pipeline.data.text_files import Text, open_text
-from pipeline.data.tokenize import EncodedRecord, Targets, encode_records, record_segments, shifted_targets
+from pipeline.data.tokenize import (
+    EncodedRecord,
+    Targets,
+    encode_records,
+    record_segments,
+    shifted_targets,
+    text_hash,
+)
+from pipeline.evaluation.few_shot import Examples, with_examples
 from pipeline.models.compatibility import max_positions
 from pipeline.models.tokenizer import end_token_ids
+
+UNREAD_BY_SCORING = ("too_long", "window_begin_token")  # options of a text: a held-out text is not packed
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +71,13 @@ class EvaluationSet:
 
 
 def read_evaluation_set(
-    config: TextConfig, name: str, tokenizer: Any, *, folder: Path, max_new_tokens: int
+    config: TextConfig,
+    name: str,
+    tokenizer: Any,
+    *,
+    folder: Path,
+    max_new_tokens: int,
+    examples: Examples | None = None,
 ) -> EvaluationSet:
     """From options to a value: the requests of a text to the model that lies in a folder."""
     return open_evaluation_set(
@@ -68,35 +86,59 @@ def read_evaluation_set(
         longest=max_positions(folder),
         max_new_tokens=max_new_tokens,
         end_ids=end_token_ids(folder, tokenizer),
+        examples=examples,
     )
 
 
+def held_out_hash(config: TextConfig, name: str) -> str:
+    """sha256 of a held-out text as it is read: the content of its files, and the options that are not as by default.
+
+    Scores on texts with the same hash can be compared. Options that only training reads are no part of it.
+    """
+    text, defaults = open_text(config, name), identity_options(TextConfig())
+    options = {
+        option: value
+        for option, value in identity_options(config).items()
+        if value != defaults[option] and option not in UNREAD_BY_SCORING
+    }
+    # the same bytes are other records as lines of JSON, as lines of text and as a table
+    suffixes = [suffix for suffix in map(format_suffix, text.files) if suffix in (".txt", ".csv", ".tsv")]
+    return content_hash([text_hash(text), options, suffixes])
+
+
 def open_evaluation_set(
-    text: Text, tokenizer: Any, *, longest: int | None, max_new_tokens: int, end_ids: Sequence[int]
+    text: Text,
+    tokenizer: Any,
+    *,
+    longest: int | None,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    examples: Examples | None = None,
 ) -> EvaluationSet:
     """Read a held-out text; refuses one without requests, and records longer than the model's positions.
 
     With `max_new_tokens` above 0 the model completes the records without choices, by at most that many tokens, and ends
-    with one of `end_ids`.
+    with one of `end_ids`. With `examples` these precede each prompt with choices; the records stay as they are, so that
+    predictions with and without examples are joined by the same keys.
     """
     malformed, text = MalformedRecords(skip=text.skip_malformed), find_shape(text)
+    plain = {record.record_id: record for record in read_records(text, tokenizer)}
+    asked = list(plain.values()) if examples is None else _with_examples(text, plain.values(), examples)
     records: list[Record] = []
     likelihoods: list[LikelihoodRequest] = []
     generations: list[GenerationRequest] = []
-    for encoded in encode_records(
-        read_records(text, tokenizer), tokenizer, malformed, end_token=text.end_token, with_choices=True
-    ):
+    for encoded in encode_records(asked, tokenizer, malformed, end_token=text.end_token, with_choices=True):
+        record = plain[encoded.record.record_id]
         try:
             to_score = [*_own_targets(encoded, text.targets), *_choices(encoded)]
             to_generate = _generations(encoded, tokenizer, frozenset(end_ids)) if max_new_tokens > 0 else []
-            lengths = [len(request.ids) for request in to_score]
-            lengths += [len(request.ids) + max_new_tokens for request in to_generate]
-            if longest is not None and max(lengths, default=0) > longest:
-                raise InputError(f"expected at most {longest} tokens, the model's positions, found {max(lengths)}")
+            _check_length(to_score, to_generate, longest, max_new_tokens)
         except InputError as error:
-            malformed.reject(encoded.record.where, str(error))
+            if examples is not None and record.choices:  # skipped, it would be missing beside the scores without
+                raise InputError(f"{record.where}, after {len(examples.records)} examples: {error}") from error
+            malformed.reject(record.where, str(error))
             continue
-        records.append(encoded.record)
+        records.append(record)
         likelihoods += to_score
         generations += to_generate
     malformed.log_count(text.what)
@@ -111,6 +153,32 @@ def open_evaluation_set(
         max_new_tokens=max_new_tokens,
         tokenizer=tokenizer,
     )
+
+
+def _with_examples(text: Text, records: Iterable[Record], examples: Examples) -> list[Record]:
+    found = list(records)
+    if not any(record.choices for record in found):
+        raise InputError(
+            f"scoring.few_shot={len(examples.records)}: expected records with choices in {text.what}, found none; use "
+            "scoring.few_shot=0"
+        )
+    if text.targets == "all":  # the examples' own tokens would count as targets of each record
+        raise InputError(
+            f"{text.what}.targets: expected completion, next or choices with scoring.few_shot, found all; name one"
+        )
+    return list(with_examples(found, examples))
+
+
+def _check_length(
+    to_score: Sequence[LikelihoodRequest],
+    to_generate: Sequence[GenerationRequest],
+    longest: int | None,
+    max_new_tokens: int,
+) -> None:
+    lengths = [len(request.ids) for request in to_score]
+    lengths += [len(request.ids) + max_new_tokens for request in to_generate]
+    if longest is not None and max(lengths, default=0) > longest:
+        raise InputError(f"expected at most {longest} tokens, the model's positions, found {max(lengths)}")
 
 
 def check_generation_requests(sets: Sequence[EvaluationSet]) -> None:

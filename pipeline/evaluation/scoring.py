@@ -10,10 +10,12 @@ import polars as pl
 import torch
 
 from pipeline.config.schema import EvaluateConfig
+from pipeline.config.validate import at_least
 from pipeline.core.files import check_writable, write_json
 from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.runtime import Ranks, compute_device
 from pipeline.data.packing import Segment, collate_inputs, pack
+from pipeline.evaluation.few_shot import open_examples
 from pipeline.evaluation.predictions import Scores, predictions_table, scores_of, teacher_choices, with_teacher
 from pipeline.evaluation.requests import (
     EvaluationSet,
@@ -36,8 +38,15 @@ def run(config: EvaluateConfig) -> Scores:
     """Score a model folder; print, and write scores.json and predictions.parquet if asked."""
     start_logging()
     folder, tokenizer = open_tokenizer(config.model)
-    max_new_tokens = config.scoring.max_new_tokens
-    held_out = read_evaluation_set(config.text, "text", tokenizer, folder=folder, max_new_tokens=max_new_tokens)
+    at_least(0, few_shot=config.scoring.few_shot)
+    held_out = read_evaluation_set(
+        config.text,
+        "text",
+        tokenizer,
+        folder=folder,
+        max_new_tokens=config.scoring.max_new_tokens,
+        examples=open_examples(config.scoring, None, tokenizer),
+    )
     check_generation_requests([held_out])
     if config.scoring.teacher_predictions is not None:
         teacher_choices(held_out, config.scoring.teacher_predictions)

@@ -203,18 +203,38 @@ def check_same_tokenizer(teacher: Manifest, tokenizer: Any, *, cache: str, stude
     log.info("tokenizer: %s has tokens that the teacher has not, and no captured text contains: %s", student, more)
 
 
+def check_tokenizers(teacher: Any, student: Any, *, names: tuple[str, str]) -> None:
+    """InputError if an id means different tokens for two models; `names` are the teacher's and the student's.
+
+    The rule of `check_same_tokenizer`, before anything is captured.
+    """
+    if tokenizer_hash(teacher) == tokenizer_hash(student):
+        return
+    parts = tokenizer_parts(teacher), tokenizer_parts(student)
+    difference = _parts_difference(*parts, teacher_size=vocabulary_size(teacher))
+    if difference is not None:
+        raise InputError(
+            f"tokenizer: expected teacher {names[0]} and student {names[1]} to have the same, found {difference}; use "
+            "two models of one family"
+        )
+
+
 def _difference(teacher: Manifest, student: dict[str, Any]) -> str | None:
-    """The first difference between the tokenizers that makes an id ambiguous, as text; None if there is none."""
     if teacher.tokenizer is None:
         return "captured before the parts of a tokenizer were recorded, so only equal ones are accepted"
-    hashes = teacher.tokenizer["hashes"]
+    return _parts_difference(teacher.tokenizer, student, teacher_size=teacher.vocabulary_size)
+
+
+def _parts_difference(teacher: dict[str, Any], student: dict[str, Any], *, teacher_size: int) -> str | None:
+    """The first difference between the tokenizers that makes an id ambiguous, as text; None if there is none."""
+    hashes = teacher["hashes"]
     for name in sorted(hashes.keys() | student["hashes"].keys()):
         if hashes.get(name) != student["hashes"].get(name):
             return f"another {name.replace('_', '-')}"
-    teacher_added, student_added = teacher.tokenizer["added_tokens"], student["added_tokens"]
+    teacher_added, student_added = teacher["added_tokens"], student["added_tokens"]
     for id in sorted(teacher_added.keys() | student_added.keys(), key=int):
         one, other = teacher_added.get(id), student_added.get(id)
-        if one != other and (one is not None or int(id) < teacher.vocabulary_size):
+        if one != other and (one is not None or int(id) < teacher_size):
             return f"token {id} is {_shown(one)} of the teacher and {_shown(other)} of the student"
     return None
 

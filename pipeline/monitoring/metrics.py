@@ -21,7 +21,7 @@ from pipeline.core.progress import Progress
 from pipeline.core.runtime import Ranks
 from pipeline.core.types import Batch
 from pipeline.monitoring import health
-from pipeline.monitoring.trackers import Trackers
+from pipeline.monitoring.trackers import Trackers, tracked_run
 
 StepMetrics = dict[str, Any]
 """What a step logs, by its key in metrics.jsonl."""
@@ -74,7 +74,7 @@ class StepLogger:
             config.name, total=num_steps, unit=" steps", done=done, log_every_seconds=every_seconds, quiet=quiet
         )
         self._metrics = None if quiet else MetricsFile(paths.metrics, keep_steps=done)
-        self._trackers = Trackers([] if quiet else config.trackers, paths, name=config.name, step=done)
+        self._trackers = Trackers([] if quiet else config.trackers, tracked_run(config, paths), step=done)
         rows = [] if quiet else MetricsFile.read(paths.metrics)
         self._gradients = health.GradientMonitor(
             max_skipped_steps=config.health.max_skipped_steps,

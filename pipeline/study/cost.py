@@ -97,7 +97,8 @@ def seconds_per_token(model: ModelConfig, *, window: int, sequences: int, limit_
 
 def _median_seconds(step: Callable[[], None], limit_seconds: float) -> float:
     """Median time of a step after the first one, which is slower."""
-    started, times = time.monotonic(), []
+    started = time.monotonic()
+    times: list[float] = []
     while len(times) < 2 or (time.monotonic() - started < limit_seconds and len(times) < 6):
         before = time.monotonic()
         step()

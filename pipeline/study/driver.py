@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.capture import driver as capture
-from pipeline.config.compose import compose_job, open_study, quoted
-from pipeline.config.schema import CaptureConfig, TrainConfig
-from pipeline.config.study import Study, StudyConfig
+from pipeline.config.compose import open_study, quoted
+from pipeline.config.groups import PACKAGE
+from pipeline.config.overrides import compose_job
+from pipeline.config.schema import TrainConfig
+from pipeline.config.study import Study, StudyConfig, more_tests_of
 from pipeline.config.validate import check_files
 from pipeline.config.validate_train import check_train
-from pipeline.core.progress import log, readable, start_logging
-from pipeline.core.types import InputError
+from pipeline.core.progress import readable, start_logging
+from pipeline.core.types import RunFailed
+from pipeline.declare.leaks import check_texts
+from pipeline.declare.shown import show_texts
 from pipeline.report import commands as report
 from pipeline.study import cost
-from pipeline.study.leaks import check_texts
 from pipeline.study.plan import READS_CACHE, Job, student_jobs, teacher_job
-from pipeline.study.shown import show_texts
 from pipeline.training import driver as training
 
+WITHOUT_TEACHER = ("scoring.teacher_predictions=null", "scoring.teacher_dev_predictions=null")  # not made yet
 LOG_EVERY_SECONDS = 60.0  # of a run's plain progress lines: a study is read as a whole
 
 
@@ -57,7 +63,8 @@ def run(config: StudyConfig) -> None:
     else:
         launch(config.hydra_launcher, study, students)
     print(f"\n==> report  ({command('report', study, [])})")
-    report.run(compose_job("report", []))
+    again = " ".join([config.command, *map(shlex.quote, config.overrides)])
+    report.run(dataclasses.replace(compose_job("report", []), command=again))
 
 
 def texts_of(study: Study) -> dict[str, Any]:
@@ -65,7 +72,7 @@ def texts_of(study: Study) -> dict[str, Any]:
     file = study.file
     texts: dict[str, Any] = {name: getattr(file, name) for name in ("teacher_labels", "corpus", "gold", "dev", "test")}
     texts["ceiling"] = file.ceiling
-    return {name: text for name, text in texts.items() if text is not None} | dict(file.more_tests)
+    return {name: text for name, text in texts.items() if text is not None} | more_tests_of(study)
 
 
 def check_jobs(study: Study, jobs: Sequence[Job]) -> None:
@@ -73,7 +80,7 @@ def check_jobs(study: Study, jobs: Sequence[Job]) -> None:
     capture_config = compose_job("capture", ["teacher.path=."])
     check_files(dataclasses.replace(capture_config, teacher=study.file.teacher))
     for job in [teacher_job(study), *jobs]:
-        overrides = ["cache=null", "scoring.teacher_predictions=null", "scoring.teacher_dev_predictions=null"]
+        overrides = ["cache=null", *WITHOUT_TEACHER]
         config = compose_job("train", job.arguments + overrides)
         check_files(config)
         reads_cache = job.experiment in READS_CACHE
@@ -135,7 +142,7 @@ def sequences_of(config: TrainConfig, corpus: float) -> float:
 
 def composed(job: Job) -> TrainConfig:
     """The options of a job, before its teacher and cache are known."""
-    config = compose_job("train", [*job.arguments, "cache=null", "scoring.teacher_predictions=null"])
+    config = compose_job("train", [*job.arguments, "cache=null", *WITHOUT_TEACHER])
     assert isinstance(config, TrainConfig)
     return config
 
@@ -193,8 +200,20 @@ def run_students(study: Study, jobs: Sequence[Job]) -> None:
 
 
 def launch(launcher: str, study: Study, jobs: Sequence[Job]) -> None:
-    """All runs at once through a launcher of Hydra: one sweep of scripts/train.py for each set of options."""
-    raise InputError(f"hydra_launcher: expected null, found {launcher}")
+    """All runs through a launcher of Hydra: for each setting a sweep over the seeds, all at once."""
+    seeds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for job in jobs:
+        seeds.setdefault((job.experiment, job.overrides), []).append(str(job.seed))
+    place = [] if study.config_dir is None else ["--config-dir", study.config_dir]
+    sweeps = []
+    for (experiment, overrides), of_job in seeds.items():
+        arguments = [f"study={study.given}", f"hydra/launcher={launcher}", f"experiment={experiment}", *overrides]
+        print(f"==> {launcher}: {experiment}, seeds {', '.join(of_job)}")
+        train = [sys.executable, str(PACKAGE / "scripts" / "train.py"), "-m", *place, *arguments]
+        sweeps.append(subprocess.Popen([*train, f"seed={','.join(of_job)}"]))
+    num_failed = sum(sweep.wait() != 0 for sweep in sweeps)
+    if num_failed:
+        raise RunFailed(f"{num_failed} of {len(sweeps)} sweeps failed; their output is above")
 
 
 def quiet(config: TrainConfig) -> TrainConfig:

@@ -14,7 +14,7 @@ from pipeline.config.schema import EarlyStoppingConfig, ExportedStep, TrainConfi
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import log
 from pipeline.core.types import InputError
-from pipeline.evaluation.predictions import main_score, teacher_score
+from pipeline.evaluation.predictions import imitation, main_score, teacher_choices, teacher_score
 from pipeline.evaluation.requests import EvaluationSet
 from pipeline.evaluation.scoring import score
 from pipeline.training.inputs import load_held_out
@@ -25,16 +25,35 @@ DEV_SCORES = ("dev_accuracy", "dev_exact_match", "dev_nll")
 """In the order of `main_score`: the first that a text has decides."""
 
 
+def evaluates_on_dev(config: TrainConfig) -> bool:
+    """Whether the student is scored on dev while it trains."""
+    return config.steps != 0 and (config.evaluate_every_steps > 0 or config.loss.kd.adaptive_weight.every_steps > 0)
+
+
 def open_dev(config: TrainConfig, paths: RunPaths, tokenizer: Any) -> DevSet | None:
-    """Dev, and the teacher's score on it where the KD weight adapts to it; None where this run never evaluates."""
-    adaptive = config.loss.kd.adaptive_weight
-    if adaptive.every_steps == 0 and config.evaluate_every_steps == 0:
+    """Dev with what is known of the teacher on it; None where this run never evaluates."""
+    if not evaluates_on_dev(config):
         return None
-    held_out = load_held_out(paths, "dev", tokenizer)
-    if adaptive.every_steps == 0:
-        return DevSet(held_out=held_out, teacher_score=None)
-    assert adaptive.teacher_predictions is not None, "checked with the options"
-    return DevSet(held_out=held_out, teacher_score=teacher_score(held_out, adaptive.teacher_predictions))
+    held_out, adaptive = load_held_out(paths, "dev", tokenizer), config.loss.kd.adaptive_weight
+    goal = None
+    if adaptive.every_steps > 0:
+        assert adaptive.teacher_predictions is not None, "checked with the options"
+        goal = teacher_score(held_out, adaptive.teacher_predictions)
+    return DevSet(held_out=held_out, teacher_score=goal, teacher_choices=teacher_choices_on_dev(config, held_out))
+
+
+def teacher_choices_on_dev(config: TrainConfig, held_out: EvaluationSet) -> tuple[tuple[int, ...], ...] | None:
+    """The teacher's best choices on dev, for `scoring.teacher_dev_predictions`; InputError where a record has none.
+
+    None without that option, and where dev has no choices to compare.
+    """
+    predictions = config.scoring.teacher_dev_predictions
+    if predictions is None:
+        return None
+    if not any(record.choices for record in held_out.records):
+        log.info("dev has no records with choices: its evaluations have no dev_imitation and no dev_agreement")
+        return None
+    return tuple(teacher_choices(held_out, predictions, option="scoring.teacher_dev_predictions"))
 
 
 def check(config: TrainConfig, num_steps: int) -> None:
@@ -56,7 +75,7 @@ def evaluate_dev(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any
     if run.dev is None or not (is_evaluated or is_adapted):
         return state, {}
     started = time.monotonic()
-    found, figures = _score_student(run, run.dev.held_out)
+    found, figures = _score_student(run, run.dev)
     figures["dev_seconds"] = time.monotonic() - started
     log.info("step %d: dev %.4f", step, found)
     if is_adapted:
@@ -77,11 +96,11 @@ def evaluate_dev(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any
     return state, figures
 
 
-def _score_student(run: Run, held_out: EvaluationSet) -> tuple[float, dict[str, float]]:
+def _score_student(run: Run, dev: DevSet) -> tuple[float, dict[str, float]]:
     student = run.engine.module.student
-    scores, _ = score(
+    scores, predictions = score(
         student,
-        held_out,
+        dev.held_out,
         batch_tokens=run.config.scoring.batch_tokens,
         teacher_predictions=None,
         log_every_seconds=1e9,
@@ -90,6 +109,8 @@ def _score_student(run: Run, held_out: EvaluationSet) -> tuple[float, dict[str, 
     student.train()
     measured = dict(zip(DEV_SCORES, (scores.accuracy, scores.exact_match, scores.nll), strict=True))
     figures = {name: value for name, value in measured.items() if value is not None}
+    if dev.teacher_choices is not None:
+        figures |= {f"dev_{name}": value for name, value in imitation(predictions, dev.teacher_choices).items()}
     values = torch.tensor([main_score(scores), *figures.values()], dtype=torch.float64, device=run.ranks.device)
     found, *rest = run.ranks.broadcast(values).tolist()
     return found, dict(zip(figures, rest, strict=True))

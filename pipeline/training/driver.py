@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import socket
 import subprocess
@@ -20,20 +19,22 @@ from typing import Any, TextIO
 
 import torch
 
-from pipeline.config.options import save_config
+from pipeline.config.options import load_config, save_config
 from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths, check_writable, content_hash, is_hub_name, write_json
 from pipeline.core.progress import log, start_logging
-from pipeline.core.runtime import module_command
+from pipeline.core.runtime import environment, module_command
 from pipeline.core.stopping import Stopped, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
-from pipeline.evaluation.predictions import Scores, main_score
+from pipeline.evaluation.predictions import main_score, scores_from
 from pipeline.models.loading import check_trained_dtype, resolve_dtype
 from pipeline.models.lora import check_adapter
 from pipeline.models.paths import pinned
 from pipeline.training import checkpoints
+from pipeline.training.finish import read_result
+from pipeline.training.held_out import SPLITS, entry_of, is_missing, needs_model
 from pipeline.training.identity import identity_of
 from pipeline.training.inputs import RunInputs, save_inputs
 
@@ -63,29 +64,82 @@ class PreparedRun:
     inputs: RunInputs
     num_ranks: int
 
+    def missing(self) -> list[str]:
+        """The held-out texts of which a finished run has no scores, or the agreement with another teacher."""
+        result, keys = read_result(self.paths), self.inputs.keys
+        files = {name: self.paths.predictions(name) for name in keys}
+        return [name for name, key in keys.items() if is_missing(entry_of(result, name), key, files[name])]
+
+    def is_complete(self) -> bool:
+        """Whether the run is finished and scored on each of its held-out texts."""
+        return self.paths.result.exists() and not self.missing()
+
     def write(self) -> None:
         """Leave in the run folder what its ranks need."""
+        config, inputs = self.config, self.inputs
+        if self.paths.result.exists():  # what it was trained with stays
+            config = with_texts_of(config, load_config(self.paths.config, TrainConfig))
+            missing = {name: inputs.held_out[name] for name in self.missing()}
+            inputs = dataclasses.replace(inputs, gold=[], held_out=missing)
         write_json(self.paths.identity, self.identity)
-        save_config(self.config, self.paths.config)
-        save_inputs(self.paths, self.inputs)
+        write_json(self.paths.environment, environment())
+        save_config(config, self.paths.config)
+        save_inputs(self.paths, inputs)
+
+
+def with_texts_of(config: TrainConfig, before: TrainConfig) -> TrainConfig:
+    """The options of a finished run, `before`, with the held-out texts that it is scored on now as well."""
+    kept = [name for name in before.out_of_domain if name not in config.more_tests]
+    return dataclasses.replace(
+        before,
+        student=config.student,  # the same, wherever it lies now
+        dev=config.dev or before.dev,
+        test=config.test or before.test,
+        more_tests=before.more_tests | config.more_tests,
+        out_of_domain=kept + config.out_of_domain,
+        scoring=config.scoring,
+    )
 
 
 def run(config: TrainConfig) -> float | None:
     """Bring one run to its result, from nothing or from where it stands; returns its score on dev (else test)."""
-    start_logging()
-    prepared = prepare(config)
+    start_logging(quiet=config.launcher.quiet)
+    return run_prepared(prepare(config))
+
+
+def run_prepared(prepared: PreparedRun) -> float | None:
+    """The same for a run whose inputs are checked already."""
     paths = prepared.paths
     if not paths.result.exists():
         # refuse an incomplete checkpoint before waiting for the lock
         checkpoints.needed(paths, prepared.config)
-        check_adapter(prepared.config.student)
+        if prepared.config.steps != 0:
+            check_adapter(prepared.config.student)
         check_writable(paths.folder, "runs_dir")
+    if not prepared.is_complete():
+        if not can_be_scored(prepared):
+            return sweep_objective(prepared)
         with run_lock(paths) as lock:
-            if not paths.result.exists():  # else another process finished it while this one waited
+            if not prepared.is_complete():  # else another process finished it while this one waited
                 run_to_result(prepared, lock)
-                return sweep_objective(paths)
+                return sweep_objective(prepared)
     log.info("%s is finished; nothing to do", paths.folder)
-    return sweep_objective(paths)
+    return sweep_objective(prepared)
+
+
+def can_be_scored(prepared: PreparedRun) -> bool:
+    """Whether a model is there, or still to be trained, for the scores that are missing; a warning if not."""
+    paths = prepared.paths
+    if prepared.config.steps == 0 or not paths.result.exists() or paths.model.exists():
+        return True
+    result, keys = read_result(paths), prepared.inputs.keys
+    unscored = [n for n, key in keys.items() if needs_model(entry_of(result, n), key, paths.predictions(n))]
+    if unscored:
+        log.warning(
+            "%s: expected the exported model, to score it on %s, found none; restore it, or delete %s to train again",
+            *(paths.model, ", ".join(unscored), paths.folder),
+        )
+    return not unscored
 
 
 def prepare(config: TrainConfig) -> PreparedRun:
@@ -94,9 +148,10 @@ def prepare(config: TrainConfig) -> PreparedRun:
     batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
     revision = config.student.revision
     config = dataclasses.replace(config, student=pinned(resolve_dtype(config.student)), global_batch=batch)
-    check_trained_dtype(config.student)
     num_ranks = num_processes(config)
-    fitting_micro_batch(config.global_batch, world_size=num_ranks, at_most=config.micro_batch)
+    if config.steps != 0:
+        check_trained_dtype(config.student)
+        fitting_micro_batch(config.global_batch, world_size=num_ranks, at_most=config.micro_batch)
     identity, inputs = identity_of(config)
     if is_hub_name(config.student.path):  # as it was given: the files' content is hashed, so a name needs no commit
         identity["options"]["student"]["revision"] = revision
@@ -105,21 +160,25 @@ def prepare(config: TrainConfig) -> PreparedRun:
 
 
 def run_to_result(prepared: PreparedRun, lock: int) -> None:
-    """Run the ranks until there is a result; Stopped if asked to stop, RunFailed if they end without one."""
+    """Run the ranks until all scores are there; Stopped if asked to stop, RunFailed if they end without."""
     paths = prepared.paths
     paths.stop.unlink(missing_ok=True)
     with forward_signals(paths):
         prepared.write()
-        convert_checkpoints(prepared.config, paths, prepared.num_ranks)
-        log.info("%s: %s", "resuming" if paths.published.exists() else "starting", paths.folder)
+        if paths.result.exists():
+            log.info("scoring on %s: %s", ", ".join(prepared.missing()), paths.folder)
+        else:
+            convert_checkpoints(prepared.config, paths, prepared.num_ranks)
+            log.info("%s: %s", "resuming" if paths.published.exists() else "starting", paths.folder)
         exit_code = run_ranks(prepared.config, paths, prepared.num_ranks, lock)
+    is_complete = prepared.is_complete()
     # a rank may have stopped because of a signal of its own, or because of the time limit
-    is_stopped = paths.stop.exists() or (exit_code == 0 and not paths.result.exists())
+    is_stopped = paths.stop.exists() or (exit_code == 0 and not is_complete)
     paths.stop.unlink(missing_ok=True)
-    if paths.result.exists():
+    if is_complete:
         log.info("finished: %s", paths.folder)
         if is_stopped:  # asked for after the last step: the run needs no more of it, but a sweep has to know
-            raise Stopped(f"finished: {paths.folder}", is_finished=True, score=sweep_objective(paths))
+            raise Stopped(f"finished: {paths.folder}", is_finished=True, score=sweep_objective(prepared))
     elif is_stopped and exit_code == 0:
         log.info("stopped: %s; the same command continues from its checkpoint", paths.folder)
         raise Stopped(f"stopped: {paths.folder}; the same command continues from its checkpoint", is_finished=False)
@@ -141,26 +200,33 @@ def convert_checkpoints(config: TrainConfig, paths: RunPaths, ranks: int) -> Non
 
 
 def num_processes(config: TrainConfig) -> int:
-    """Ranks on this machine: as configured, else one per GPU, else one."""
+    """Ranks on this machine: as configured, else one per GPU, else one; one where nothing is trained."""
+    if config.steps == 0:
+        return 1
     if config.launcher.num_processes is not None:
         return config.launcher.num_processes
     return max(torch.cuda.device_count(), 1)
 
 
 def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> int:
-    """Start the ranks under torchrun and wait for them; returns the exit code."""
+    """Start the ranks under torchrun, or the one that only scores; wait for them; returns the exit code."""
+    only_scores = config.steps == 0 or paths.result.exists()
+    ranks = 1 if only_scores else ranks
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1))}
     defaults = threads if torch.cuda.is_available() else threads | ALLOCATOR_SETTINGS
-    environment = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
+    variables = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
     if config.launcher.time_limit is not None:
         stop_at = STARTED + 60.0 * config.launcher.time_limit - config.launcher.leave_seconds
-        environment["PIPELINE_STOP_AT"] = str(stop_at)
-    rank = module_command("pipeline.training.worker", str(paths.folder))
-    launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python")
+        variables["PIPELINE_STOP_AT"] = str(stop_at)
+    if only_scores:
+        command = module_command("pipeline.training.scorer", str(paths.folder))
+    else:
+        rank = module_command("pipeline.training.worker", str(paths.folder))
+        launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python")
+        command = module_command(*launcher, *rank)
     # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; they inherit the
     # lock, so that it is held until the last rank has ended even if this process is killed
-    command = module_command(*launcher, *rank)
-    return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=(lock,)).wait()
+    return subprocess.Popen(command, env=variables, start_new_session=True, pass_fds=(lock,)).wait()
 
 
 @contextlib.contextmanager
@@ -210,8 +276,12 @@ def _write_lock(file: TextIO, state: str) -> None:
     file.flush()
 
 
-def sweep_objective(paths: RunPaths) -> float | None:
-    """What a sweep maximises: the main score on dev, else on test, else nothing."""
-    result = json.loads(paths.result.read_text())
-    split = result.get("dev") or result.get("test")
-    return main_score(Scores(**split)) if split else None
+def sweep_objective(prepared: PreparedRun) -> float | None:
+    """What a sweep maximises: the main score on dev, else on test; None without such a text, or scores on it."""
+    result, keys = read_result(prepared.paths), prepared.inputs.keys
+    for name in (split for split in SPLITS if split in keys):
+        entry = entry_of(result, name)
+        if entry is None or needs_model(entry, keys[name], prepared.paths.predictions(name)):
+            return None
+        return main_score(scores_from(entry))
+    return None

@@ -10,22 +10,17 @@ from typing import Any
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import check_k
-from pipeline.config.options import identity_options
-from pipeline.config.schema import HardLabels, Optimizer, OptimizerConfig, Shape, Source, TrainConfig
-from pipeline.core.files import content_hash, is_hub_name
+from pipeline.config.schema import HardLabels, Source, TrainConfig
 from pipeline.core.object_store import one_location
 from pipeline.core.progress import log
 from pipeline.core.topk import temperature_index
 from pipeline.core.types import InputError, Record, TokenSequence
-from pipeline.data.records import MalformedRecords, parse_records
+from pipeline.data.records import MalformedRecords, find_shape, parse_records
 from pipeline.data.text_files import all_records, open_text
 from pipeline.data.tokenize import load_labeled_sequences, text_hash
-from pipeline.evaluation.predictions import teacher_choices, teacher_score
-from pipeline.evaluation.requests import (
-    EvaluationSet,
-    check_generation_requests,
-    read_evaluation_set,
-)
+from pipeline.evaluation.few_shot import Examples, open_examples
+from pipeline.evaluation.predictions import teacher_score
+from pipeline.evaluation.requests import EvaluationSet, check_generation_requests, read_evaluation_set
 from pipeline.models.compatibility import check_window
 from pipeline.models.model_files import code_hash, weights_hash
 from pipeline.models.preflight import check_model
@@ -39,18 +34,30 @@ from pipeline.models.tokenizer import (
 )
 from pipeline.objective.divergences import NEEDS_EXACT_TAIL
 from pipeline.training.builders import class_ids
+from pipeline.training.dev_evaluation import evaluates_on_dev, teacher_choices_on_dev
+from pipeline.training.held_out import held_out_texts, score_keys
 from pipeline.training.inputs import RunInputs
+from pipeline.training.options_read import (
+    adapts_weight,
+    caches_read,
+    decides_on_dev,
+    options_read,
+    reads_corpus,
+    reads_gold_text,
+)
 
 
 def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
-    """All that decides the result of a run: its options, and its inputs by content; and those inputs as tokens.
+    """All that decides what a run trains: its options, and its inputs by content; and those inputs as tokens.
 
+    Held-out texts are no part of it, except where dev decides: scores belong to a model and a text (`ScoreKey`).
     Reads and checks every input on the way, so that a bad one is refused here, before any model loads.
     """
     folder, tokenizer = open_tokenizer(config.student)
     check_model(config.student, tokenizer)
-    check_window(folder, config.window)
-    class_ids(config.loss.confidence.choices, tokenizer)
+    if config.steps != 0:
+        check_window(folder, config.window)
+        class_ids(config.loss.confidence.choices, tokenizer)
     identity: dict[str, Any] = {
         "options": options_read(config),
         "student": [weights_hash(folder), tokenizer_hash(tokenizer), chat_template_and_end_token(tokenizer)],
@@ -60,45 +67,49 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     identity |= _cache_identity(config, folder, tokenizer)
     gold: list[TokenSequence] = []
     records: dict[str, Iterable[Record]] = {}
-    if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
+    if reads_gold_text(config):
+        assert config.gold is not None
         text = open_text(config.gold, "gold")
         if config.gold.window_begin_token is None:
             text = dataclasses.replace(text, begins_windows=needs_begin_token(folder))
         gold = load_labeled_sequences(text, tokenizer, window=config.window)
-        raw = all_records(text.files, text.columns)
+        text = find_shape(text)
+        raw = all_records(text.files, text.read_columns, take=text.take)
         records["gold"] = parse_records(raw, text, tokenizer, MalformedRecords(skip=True))  # counted above
         identity["gold"] = text_hash(text)
-    held_out = {}
-    for name, text_config in (("dev", config.dev), ("test", config.test)):
-        if text_config is not None:
-            max_new_tokens = config.scoring.max_new_tokens
-            held_out[name] = read_evaluation_set(
-                text_config, name, tokenizer, folder=folder, max_new_tokens=max_new_tokens
-            )
-            identity[name] = text_hash(open_text(text_config, name))
-            records[name] = held_out[name].records
-    warn_of_shared_records(records)
-    identity |= _teacher_identity(config, held_out)
+    examples = open_examples(config.scoring, config.gold, tokenizer)
+    if examples is not None:
+        records["few_shot"] = examples.records
+        identity["few_shot"] = examples.sha256
+    held_out = _read_held_out(config, folder, tokenizer, examples)
+    if evaluates_on_dev(config):
+        teacher_choices_on_dev(config, held_out["dev"])
+    warn_of_shared_records(records | {name: found.records for name, found in held_out.items()})
+    if decides_on_dev(config):
+        assert config.dev is not None
+        identity["dev"] = text_hash(open_text(config.dev, "dev"))
+    if adapts_weight(config) and (goal := config.loss.kd.adaptive_weight.teacher_predictions) is not None:
+        identity["dev_goal"] = teacher_score(held_out["dev"], goal)
+    return identity, RunInputs(gold=gold, held_out=held_out, keys=score_keys(config, held_out))
+
+
+def _read_held_out(
+    config: TrainConfig, folder: Path, tokenizer: Any, examples: Examples | None
+) -> dict[str, EvaluationSet]:
+    """The held-out texts as requests to the student in a folder."""
+    max_new_tokens = config.scoring.max_new_tokens
+    held_out = {
+        name: read_evaluation_set(
+            text, name, tokenizer, folder=folder, max_new_tokens=max_new_tokens, examples=examples
+        )
+        for name, text in held_out_texts(config).items()
+    }
     check_generation_requests(list(held_out.values()))
-    return identity, RunInputs(gold=gold, held_out=held_out)
-
-
-def options_read(config: TrainConfig) -> dict[str, Any]:
-    """The options that decide the result. Those that nothing reads in this run are as by default: no other run."""
-    options = identity_options(config)
-    if not is_hub_name(config.student.path):
-        options["student"]["revision"] = None
-    if all(manifests.load_manifest(one_location(address, what)).k == config.k for what, address in caches_read(config)):
-        options["k"] = None  # all kept entries, as by default; or there is no cache
-    unread = [] if config.optimizer.name is Optimizer.muon else ["muon_learning_rate", "muon_momentum"]
-    unread += [] if config.optimizer.schedule is Shape.wsd else ["decay_fraction"]
-    defaults = identity_options(OptimizerConfig())
-    options["optimizer"] |= {name: defaults[name] for name in unread}
-    return options
+    return held_out
 
 
 def warn_of_shared_records(records: dict[str, Iterable[Record]]) -> None:
-    """Warn of records that a later text shares with an earlier one: gold, dev, test. Their scores measure memory."""
+    """Warn of records that a later text shares with an earlier one, gold first: scores on them measure memory."""
     keys = {name: [_content(record) for record in found] for name, found in records.items()}
     for earlier, later in itertools.combinations(keys, 2):
         known = set(keys[earlier])
@@ -113,42 +124,15 @@ def _content(record: Record) -> tuple[str, str]:
     return record.prompt or "", record.completion or right or ""
 
 
-def caches_read(config: TrainConfig) -> list[tuple[str, str]]:
-    """The caches that a run reads: the option that names each, and its address."""
-    caches = []
-    if config.cache is not None and config.gold_fraction < 1:
-        caches += [("cache", config.cache), *(("more_caches", address) for address in config.more_caches)]
-    if config.gold_cache is not None and config.gold_fraction > 0:
-        caches.append(("gold_cache", config.gold_cache))
-    return caches
-
-
 def _cache_identity(config: TrainConfig, folder: Path, tokenizer: Any) -> dict[str, Any]:
     """The fingerprints of the caches that a run reads."""
-    identity: dict[str, Any] = {}
-    read_together = [] if config.gold_cache is None else [config.gold_cache]
-    if config.cache is not None and config.gold_fraction < 1:
-        identity["cache"] = check_cache(config, config.cache, "cache", folder, tokenizer)
-        more = [check_cache(config, address, "more_caches", folder, tokenizer) for address in config.more_caches]
-        if more:
-            identity["more_caches"] = more
-        check_same_temperatures([config.cache, *config.more_caches, *read_together])
-    if config.gold_cache is not None and config.gold_fraction > 0:
-        identity["gold_cache"] = check_cache(config, config.gold_cache, "gold_cache", folder, tokenizer)
-    return identity
-
-
-def _teacher_identity(config: TrainConfig, held_out: dict[str, EvaluationSet]) -> dict[str, Any]:
-    """What a run takes from the teacher's predictions: its score on dev, its choices on test."""
-    identity: dict[str, Any] = {}
-    adaptive, choices = config.loss.kd.adaptive_weight, config.scoring.teacher_predictions
-    if "dev" in held_out and adaptive.every_steps > 0 and adaptive.teacher_predictions is not None:
-        identity["dev_goal"] = teacher_score(held_out["dev"], adaptive.teacher_predictions)
-    if "test" in held_out and choices is not None:
-        found = teacher_choices(held_out["test"], choices)
-        identity["teacher_predictions"] = content_hash(
-            [best if len(best) > 1 else next(iter(best), None) for best in found]
-        )
+    read = caches_read(config)
+    found = [(what, check_cache(config, address, what, folder, tokenizer)) for what, address in read]
+    if reads_corpus(config):
+        check_same_temperatures([address for _, address in read])
+    identity: dict[str, Any] = {what: fingerprint for what, fingerprint in found if what != "more_caches"}
+    if more := [fingerprint for what, fingerprint in found if what == "more_caches"]:
+        identity["more_caches"] = more
     return identity
 
 

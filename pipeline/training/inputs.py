@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cache.sequence_files import open_sequence_file, write_sequence_file
-from pipeline.core.files import RunPaths
+from pipeline.core.files import RunPaths, write_json
 from pipeline.core.types import TokenSequence
 from pipeline.evaluation.requests import EvaluationSet, load_evaluation_set, save_evaluation_set
+from pipeline.training.held_out import ScoreKey
+
+KEYS = ".keys.json"  # a name that no text can have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -17,7 +22,9 @@ class RunInputs:
 
     gold: list[TokenSequence]
     held_out: dict[str, EvaluationSet]
-    """By name: dev, test."""
+    """By name: dev, test, and those of more_tests."""
+    keys: dict[str, ScoreKey]
+    """What the scores on each of them belong to."""
 
 
 def save_inputs(paths: RunPaths, inputs: RunInputs) -> None:
@@ -27,6 +34,12 @@ def save_inputs(paths: RunPaths, inputs: RunInputs) -> None:
         write_sequence_file(paths.inputs / "gold.parquet", inputs.gold)
     for name, held_out in inputs.held_out.items():
         save_evaluation_set(held_out, paths.inputs / f"{name}.json")
+    write_json(paths.inputs / KEYS, {name: dataclasses.asdict(key) for name, key in inputs.keys.items()})
+
+
+def load_keys(paths: RunPaths) -> dict[str, ScoreKey]:
+    """What the scores on each held-out text belong to."""
+    return {name: ScoreKey(**key) for name, key in json.loads((paths.inputs / KEYS).read_text()).items()}
 
 
 def load_gold(paths: RunPaths) -> list[TokenSequence]:
@@ -35,5 +48,5 @@ def load_gold(paths: RunPaths) -> list[TokenSequence]:
 
 
 def load_held_out(paths: RunPaths, name: str, tokenizer: Any) -> EvaluationSet:
-    """dev or test."""
+    """A held-out text as requests."""
     return load_evaluation_set(paths.inputs / f"{name}.json", tokenizer)

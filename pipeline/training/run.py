@@ -21,6 +21,8 @@ class DevSet:
     held_out: EvaluationSet
     teacher_score: float | None
     """The teacher's score on it, where the KD weight adapts to it."""
+    teacher_choices: tuple[tuple[int, ...], ...] | None
+    """The teacher's best choices on each record, where the student's are compared with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -26,8 +26,10 @@ from pipeline.monitoring.health import model_size
 from pipeline.training import checkpoints, dev_evaluation
 from pipeline.training import engine as engines
 from pipeline.training.builders import class_ids, open_gate, open_mixture, steps_of, term_options
-from pipeline.training.export import export, finish
+from pipeline.training.export import export
+from pipeline.training.finish import finish
 from pipeline.training.inputs import load_gold
+from pipeline.training.options_read import reads_gold_text
 from pipeline.training.run import Run, TrainState
 from pipeline.training.steps import take_steps
 
@@ -39,7 +41,8 @@ def run(folder: Path) -> None:
     stop = StopRequest(paths.stop)
     with ranks_from_environment() as ranks:
         is_first = ranks.rank == 0
-        start_logging(paths.log if is_first else None, level=logging.INFO if is_first else logging.ERROR)
+        level = logging.INFO if is_first else logging.ERROR
+        start_logging(paths.log if is_first else None, level=level, quiet=config.launcher.quiet)
         try:
             is_trained = paths.model.exists() or train(config, paths, ranks, stop)
         except Exception:
@@ -68,8 +71,7 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
 
 def open_run(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest, tokenizer: Any) -> Run:
     """From options to a value: data, student and engine of this rank."""
-    uses_gold = config.gold is not None and config.gold_cache is None and config.gold_fraction > 0
-    mixture = open_mixture(config, load_gold(paths) if uses_gold else [])
+    mixture = open_mixture(config, load_gold(paths) if reads_gold_text(config) else [])
     num_steps = steps_of(config, mixture)
     dev_evaluation.check(config, num_steps)
     micro_batch = fitting_micro_batch(config.global_batch, world_size=ranks.world_size, at_most=config.micro_batch)

@@ -14,8 +14,8 @@ from pipeline.analysis.values import Interval
 
 def ask(*values_RM: np.ndarray, weight_M: np.ndarray | None = None, is_fraction: bool = True) -> list[Rate]:
     weight_M = np.ones(values_RM[0].shape[1]) if weight_M is None else weight_M
-    names = [f"arm {i}" for i in range(len(values_RM))]
-    return rates([Ratio(names=names, values_RM=values_RM, weight_M=weight_M, is_fraction=is_fraction)])[0]
+    arm_labels = [f"arm {i}" for i in range(len(values_RM))]
+    return rates([Ratio(arm_labels=arm_labels, values_RM=values_RM, weight_M=weight_M, is_fraction=is_fraction)])[0]
 
 
 def ones(count: int, num_records: int) -> np.ndarray:

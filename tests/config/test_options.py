@@ -18,7 +18,7 @@ from pipeline.config.groups import CONF_DIR
 from pipeline.config.help import help_text
 from pipeline.config.options import identity_options, load_config, options, save_config
 from pipeline.config.overrides import check_override_names
-from pipeline.config.schema import TrainConfig
+from pipeline.config.schema import Control, Targets, TrainConfig
 from pipeline.config.study import ROOTS
 from pipeline.config.validate import check_capture
 from pipeline.config.validate_train import check_train
@@ -48,13 +48,20 @@ USES = [
 ]
 
 
-# What a root leaves to the user.
-SAID = {"import": ["name=theirs", "source=some/folder", "format=distillkit", "tokenizer=some/teacher"]}
+# What a root leaves to the user, beside a study.
+LEFT = {
+    "import": ["name=theirs", "source=some/folder", "format=distillkit", "tokenizer=some/teacher"],
+    "evaluate": ["model.path=some/folder"],
+}
+
+
+def of_demo(root: str, *overrides: str) -> Any:
+    return composed(root, "study=demo", *LEFT.get(root, []), *overrides)
 
 
 @pytest.mark.parametrize("root", sorted(ROOTS))
 def test_roots_compose(root: str) -> None:
-    assert isinstance(composed(root, *SAID.get(root, [])), ROOTS[root])
+    assert isinstance(of_demo(root), ROOTS[root])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +70,7 @@ def test_roots_compose(root: str) -> None:
 )
 def test_every_yaml_composes_and_holds_together(root: str, key: str, group: str, choice: str) -> None:
     own_path = [f"{key.split('@')[-1]}.{OWN[group]}"] if choice == "own" else []
-    config = composed(root, f"{key}={choice}", *own_path)
+    config = of_demo(root, f"{key}={choice}", *own_path)
     if root == "capture":
         check_capture(config)
     if root == "train" and key != "loss":
@@ -72,34 +79,38 @@ def test_every_yaml_composes_and_holds_together(root: str, key: str, group: str,
 
 def test_no_yaml_is_left_out() -> None:
     used = {group for _, _, group in USES}
-    assert {path.name for path in CONF_DIR.iterdir() if path.is_dir()} == used
+    assert {path.name for path in CONF_DIR.iterdir() if path.is_dir()} == used | {"study"}  # tests/config/test_study.py
     assert {path.stem for path in CONF_DIR.glob("*.yaml")} == set(ROOTS) | {"hydra_defaults"}
 
 
 def test_experiments_are_named_as_their_files() -> None:
     for name in yaml_choices("experiment"):
-        assert composed("train", f"experiment={name}").name == name
+        assert of_demo("train", f"experiment={name}").name == name.removesuffix("_as_is")
 
 
 @pytest.mark.parametrize("choice", yaml_choices("loss"))
 def test_a_loss_on_the_command_line_replaces_the_one_of_every_experiment(choice: str) -> None:
     """No experiment sets single weights, which would stay."""
-    expected = composed("train", "experiment=gold_only", f"loss={choice}").loss
+    expected = of_demo("train", "experiment=gold_only", f"loss={choice}").loss
     for name in yaml_choices("experiment"):
-        assert composed("train", f"experiment={name}", f"loss={choice}").loss == expected
+        loss = of_demo("train", f"experiment={name}", f"loss={choice}").loss
+        if name in ("shuffled", "smoothed"):
+            assert loss.kd.control.name == name
+            loss.kd.control = Control.none
+        assert loss == expected
 
 
 def test_the_weights_of_the_demo() -> None:
     for overrides in (["experiment=combined"], []):
-        loss = composed("train", *overrides).loss
+        loss = of_demo("train", *overrides).loss
         assert (loss.lm.weight, loss.kd.weight) == (0.3, 1.0)
-    weights = composed("train", "experiment=combined", "loss=weak").loss
+    weights = of_demo("train", "experiment=combined", "loss=weak").loss
     assert (weights.lm.weight, weights.kd.weight) == (0.0, 1.0)
 
 
 def test_every_option_has_a_sentence_and_help_shows_it() -> None:
     for root, schema in ROOTS.items():
-        shown = help_text(root, "A story.")
+        shown = help_text(root, "A story.", [])
         for name, _, sentence in options(schema):
             assert len(sentence) > 8
             assert f"  {name} = " in shown
@@ -107,20 +118,22 @@ def test_every_option_has_a_sentence_and_help_shows_it() -> None:
 
 
 def test_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
-    config = composed("train", "experiment=combined", "+deepspeed.overrides.wall_clock_breakdown=true")
+    more = ["+deepspeed.overrides.wall_clock_breakdown=true", "+more_tests={news: {files: [a.jsonl], targets: next}}"]
+    config = of_demo("train", "experiment=combined", *more)
+    assert config.more_tests["news"].targets is Targets.next
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml", TrainConfig) == config
 
 
 def test_result_options_leave_out_what_does_not_change_the_result() -> None:
-    base = identity_options(composed("train"))
+    base = identity_options(of_demo("train"))
     same = ["micro_batch=4", "runs_dir=elsewhere", "launcher.num_processes=2", "checkpoint.every_steps=7"]
     same += ["deepspeed.zero_stage=3", "student.path=/moved", "cache=/moved", "dev.files=[/moved]"]
     same += ["trackers=[tensorboard]", "health.max_skipped_steps=2"]
     for override in same:
-        assert identity_options(composed("train", override)) == base, override
+        assert identity_options(of_demo("train", override)) == base, override
     for override in ["seed=2", "loss.kd.weight=0.3", "global_batch=32", "student.dtype=float32", "name=other", "k=4"]:
-        assert identity_options(composed("train", override)) != base, override
+        assert identity_options(of_demo("train", override)) != base, override
 
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
@@ -136,7 +149,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_contradictions(name: str) -> None:
     changes, message = CONTRADICTIONS[name]
-    config = dataclasses.replace(composed("train", "experiment=combined"), **changes)
+    config = dataclasses.replace(of_demo("train", "experiment=combined"), **changes)
     with pytest.raises(InputError) as refused:
         check_train(config)
     assert message in str(refused.value)
@@ -152,7 +165,11 @@ def test_contradictions(name: str) -> None:
         (["loss.kd.temperature=0"], "kd_temperature: expected more than 0"),
         (["experiment=gold_only", "loss.lm.on=[corpus]"], "no term with a weight above 0 reads any text"),
         (["loss.kd.on=[gold,corpus]"], "loss.kd.on: expected [corpus], because gold carries no output"),
-        (["epochs=null", "steps=0"], "steps: expected at least 1, found 0"),
+        (["epochs=null", "steps=-1"], "steps: expected at least 0, found -1"),
+        (["experiment=zero_shot", "dev=null", "test=null"], "steps=0: expected dev, test or more_tests"),
+        (["+more_tests={test: {files: [x]}}"], "more_tests: expected names other than dev and test, found test"),
+        (["+more_tests={a/b: {files: [x]}}"], "more_tests: expected a name without /"),
+        (["out_of_domain=[news]"], "out_of_domain: expected names of more_tests [], found ['news']"),
         (["epochs=-1"], "epochs: expected more than 0, found -1"),
         (["launcher.num_processes=0"], "num_processes: expected at least 1, found 0"),
         (["optimizer.warmup_fraction=3"], "warmup_fraction: expected 0 to 1, found 3"),
@@ -162,7 +179,7 @@ def test_contradictions(name: str) -> None:
 )
 def test_contradictions_from_the_command_line(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError) as refused:
-        check_train(composed("train", *overrides))
+        check_train(of_demo("train", *overrides))
     assert message in str(refused.value)
 
 
@@ -173,7 +190,7 @@ def test_contradictions_from_the_command_line(overrides: list[str], message: str
         (["experiment=combind"], "combind"),
         (["text@dev=null"], "text@dev=null: expected one of ['demo_ceiling', "),
         (["global_batch=many"], "many"),
-        (["experiment=combined", "cache=nowhere/*"], "student.path: expected 'data/demo/smollm2-135m' to exist, found"),
+        (["study=demo", "cache=nowhere/*"], "student.path: expected 'data/demo/smollm2-135m' to exist, found"),
         (["gold_fraction=???"], "gold_fraction"),
     ],
 )
@@ -224,7 +241,7 @@ def test_an_old_name_in_a_yaml_of_the_users_own(tmp_path: Path) -> None:
 
 
 def test_the_options_of_an_older_run_are_still_read(tmp_path: Path) -> None:
-    config = composed("train", "experiment=combined", "trackers=[tensorboard]", "loss.hard.take=generated")
+    config = of_demo("train", "experiment=combined", "trackers=[tensorboard]", "loss.hard.take=generated")
     save_config(config, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
     for new, old in (("trackers:", "mirrors:"), ("adaptive_weight:", "overtaken:"), ("take: generated", "take: said")):
@@ -245,6 +262,19 @@ def test_a_script_of_another_checkout_is_refused(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: expected to run the code of {tmp_path / 'pipeline'}, found {ROOT}/pipeline")
 
 
+def test_the_command_names_another_checkout_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "pipeline" / "config").mkdir(parents=True)
+    (tmp_path / "pipeline" / "config" / "schema.py").touch()
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; sys.argv[1:] = ['report', '--help', 'zz']; "
+    code += "from pipeline.__main__ import main; main()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.startswith(
+        f"warning: this runs the code of {ROOT}/pipeline, and not that of the current folder; "
+    )
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr == ""
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -257,15 +287,15 @@ def test_a_script_of_another_checkout_is_refused(tmp_path: Path) -> None:
 )
 def test_names_seeds_and_layers_are_refused_by_the_driver(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        check_train(composed("train", *overrides))
+        check_train(of_demo("train", *overrides))
 
 
 def test_more_entries_than_a_shard_can_count_are_refused() -> None:
     with pytest.raises(InputError, match=re.escape("k and draws: expected a sum of at most 65535, found 65536")):
-        check_capture(composed("capture", "kind=hybrid", "k=65000", "draws=536"))
+        check_capture(of_demo("capture", "kind=hybrid", "k=65000", "draws=536"))
 
 
 def test_a_wrong_value_is_refused_with_its_cause(tmp_path: Path) -> None:
     done = script("train", "optimizer.name=sgd", cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "Invalid value 'sgd', expected one of [adamw, muon]" in done.stderr
+    assert "optimizer.name: expected one of adamw | muon, found 'sgd'" in done.stderr

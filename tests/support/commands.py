@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from pipeline.config.compose import chosen_groups, register, take_study
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import save_config, to_typed
+from pipeline.config.overrides import completed_overrides
 from pipeline.config.schema import (
     CaptureConfig,
     Dtype,
@@ -137,8 +140,22 @@ def steps_done(folder: Path) -> int:
 def composed(root: str, *overrides: str) -> Any:
     study, rest = take_study(list(overrides))
     register(study, chosen=chosen_groups(rest))
+    completed, _ = completed_overrides(root, rest)
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return to_typed(compose(root, overrides=rest), ROOTS[root])
+        return to_typed(compose(root, overrides=completed), ROOTS[root])
+
+
+@functools.cache
+def _experiment(name: str) -> TrainConfig:
+    return composed("train", f"experiment={name}")
+
+
+def merged(arguments: list[str]) -> TrainConfig:
+    """Options of a training run; as `composed`, but composed once for each experiment, which takes Hydra a second."""
+    experiment = next(one for one in arguments if one.startswith("experiment="))
+    chosen = OmegaConf.from_dotlist([one.removeprefix("+") for one in arguments if one != experiment])
+    config: Any = OmegaConf.structured(_experiment(experiment.removeprefix("experiment=")))
+    return to_typed(OmegaConf.merge(config, chosen), TrainConfig)
 
 
 BIT_BY_BIT = ("model.safetensors", "config.json")

@@ -9,6 +9,7 @@ import polars as pl
 import torch
 
 from pipeline.config.schema import Targets
+from pipeline.evaluation.few_shot import Examples
 from pipeline.evaluation.predictions import Scores
 from pipeline.evaluation.requests import EvaluationSet, open_evaluation_set
 from pipeline.evaluation.scoring import score
@@ -25,9 +26,10 @@ def scored(
     teacher: str | None = None,
     max_new_tokens: int = 0,
     batch_tokens: int = 300,
+    examples: Examples | None = None,
     **settings: Any,
 ) -> tuple[Scores, pl.DataFrame]:
-    exam = exam_of(folder, path, max_new_tokens=max_new_tokens, **settings)
+    exam = exam_of(folder, path, max_new_tokens=max_new_tokens, examples=examples, **settings)
     model = load_model(folder, dtype="float32", device=torch.device("cpu"))
     return score(
         model,
@@ -38,7 +40,9 @@ def scored(
     )
 
 
-def exam_of(folder: Path, path: Path, *, max_new_tokens: int = 0, **settings: Any) -> EvaluationSet:
+def exam_of(
+    folder: Path, path: Path, *, max_new_tokens: int = 0, examples: Examples | None = None, **settings: Any
+) -> EvaluationSet:
     text = text_of(path, "test", **{"targets": Targets.completion, **settings})
     tokenizer = load_tokenizer(folder)
     return open_evaluation_set(
@@ -47,4 +51,5 @@ def exam_of(folder: Path, path: Path, *, max_new_tokens: int = 0, **settings: An
         longest=max_positions(folder),
         max_new_tokens=max_new_tokens,
         end_ids=end_token_ids(folder, tokenizer),
+        examples=examples,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -27,6 +28,7 @@ from pipeline.core.files import RunPaths
 from pipeline.core.stopping import Stopped
 from pipeline.core.types import InputError
 from pipeline.training import driver
+from pipeline.training.inputs import load_keys
 from support.commands import (
     ROOT,
     composed,
@@ -85,7 +87,8 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
     card = ModelCard.load(run / "model" / "README.md")
     assert card.data.tags == ["weak-to-strong", "distillation"]
     identity = json.loads((run / "identity.json").read_text())
-    for told in (identity["cache"], identity["gold"], identity["student"][0], f"{result['test']['nll']:.4f}", "| kd ("):
+    hashes = (identity["cache"], identity["gold"], identity["student"][0], result["test"]["text"])
+    for told in (*hashes, f"{result['test']['nll']:.4f}", "| kd ("):
         assert told in card.text
     assert str(tmp_path) not in card.content
     assert str(student.parent) not in card.content
@@ -287,7 +290,9 @@ def test_a_request_to_stop_and_what_the_run_has_left_to_do(
         os.kill(os.getpid(), signal.SIGINT)
         assert paths.stop.exists()
         if finishes:
-            paths.result.write_text(json.dumps({"test": SCORES}))
+            (key,) = load_keys(paths).values()
+            paths.predictions("test").touch()
+            paths.result.write_text(json.dumps({"test": SCORES | dataclasses.asdict(key)}))
         return 0
 
     monkeypatch.setattr(driver, "run_ranks", ranks)

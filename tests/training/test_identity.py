@@ -12,11 +12,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from pipeline.config.options import identity_options
-from pipeline.core.files import content_hash
 from pipeline.core.types import InputError
 from pipeline.training.driver import prepare
-from pipeline.training.identity import identity_of, options_read
+from pipeline.training.identity import identity_of
+from pipeline.training.options_read import options_read
 from support.commands import capture_arguments, composed, script, train_arguments
 from support.tiny import prompts, write_lines
 
@@ -28,7 +27,7 @@ def identity_with(student: Path, data: Path, cache: Path, **changes: Any) -> dic
 def test_code_is_part_of_the_identity_where_it_is_run(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(student, tmp_path / "student"))
     plain = identity_with(folder, data, cache)
-    assert plain.keys() == {"options", "student", "cache", "gold", "dev", "test"}  # runs of before keep their names
+    assert plain.keys() == {"options", "student", "cache", "gold"}
     (folder / "code.py").write_text("a = 1")
     assert identity_with(folder, data, cache) == plain
     one = identity_with(folder, data, cache, student__trust_remote_code=True)
@@ -87,29 +86,25 @@ def test_an_option_that_nothing_reads_makes_no_other_run(student: Path, data: Pa
         return options_read(composed("train", *train_arguments(student, data, str(cache), **changes)))
 
     base = options()
-    assert base == identity_options(composed("train", *train_arguments(student, data, str(cache))))
-    unread: list[dict[str, Any]] = [
-        {"student__revision": "main"},  # the student is a folder
-        {"k": 8},  # all that were captured
-        {"optimizer__muon_momentum": 0.5, "optimizer__muon_learning_rate": 1},
-        {"optimizer__decay_fraction": 0.5},
-    ]
-    for changes in unread:
-        assert options(**changes) == base, changes
-    read: list[dict[str, Any]] = [
-        {"k": 3},
-        {"student__path": "owner/name", "student__revision": "main"},
-        {"optimizer__schedule": "wsd", "optimizer__decay_fraction": 0.5},
-        {"optimizer__schedule": "wsd"},
-        {"seed": 2},
-    ]
-    found = [options(**changes) for changes in read]
-    assert len({content_hash(one) for one in [base, *found]}) == len(read) + 1
-    gold_only: dict[str, Any] = {"gold_fraction": 1}
-    assert options(**gold_only, k=3) == options(**gold_only)
-    assert options(**gold_only, k=3)["k"] is None
+    assert options(k=8) == base  # all that were captured
+    assert options(k=3) != base
     assert options(more_caches=f"[{wider}]", k=8)["k"] == 8  # of the other cache it is a half
     assert options(more_caches=f"[{wider}]", gold_fraction=1, k=8)["k"] is None
+
+
+def test_held_out_texts_are_no_part_of_it_where_they_decide_nothing(student: Path, data: Path, cache: Path) -> None:
+    """Where dev chooses the exported step, it is, and nothing else of what is scored."""
+    other: dict[str, Any] = {"dev__files": f"[{data}/test.jsonl]", "test__files": f"[{data}/dev.jsonl]"}
+    other |= {"test__targets": "choices", "scoring__max_new_tokens": 0}
+    base = identity_with(student, data, cache)
+    assert identity_with(student, data, cache, **other) == base
+    assert identity_with(student, data, cache, dev="null", test="null") == base
+    decided = {"evaluate_every_steps": 2, "export__what": "best"}
+    best = identity_with(student, data, cache, **decided)
+    assert best.keys() == base.keys() | {"dev"}
+    assert identity_with(student, data, cache, **decided, test="null") == best
+    assert identity_with(student, data, cache, **decided, **other)["dev"] != best["dev"]
+    assert identity_with(student, data, cache, evaluate_every_steps=2).keys() == base.keys()  # only logged
 
 
 def test_more_entries_than_were_captured_are_refused(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""The one command that a verdict prints: the study's own command with other options.
+
+Most of them are a `grid=`, because it changes the combined students alone: those that they are compared with stay as
+they are, and nothing that has been trained is trained again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.analysis.curve_ends import num_steps
+from pipeline.analysis.findings import Findings
+
+ENOUGH_SEEDS = 5
+"""More seeds narrow an interval little: the test records then decide its width."""
+FEW_SEEDS = 3
+"""The fewest seeds from which the noise between seeds is estimated with some confidence."""
+
+
+def more_seeds(found: Findings) -> str:
+    """Three seeds, then five; beyond that whatever is not yet known about the teacher."""
+    seeds = _seeds(found)
+    wanted = FEW_SEEDS if len(seeds) < FEW_SEEDS else ENOUGH_SEEDS
+    if len(seeds) >= wanted:
+        return _next_check(found)
+    return _command(found, {"seeds": ",".join(map(str, _up_to(seeds, wanted)))})
+
+
+def check_gain(found: Findings) -> str:
+    """Of a good result: is it so with three seeds, is it the teacher's knowledge, is there a better weight."""
+    return more_seeds(found) if len(_seeds(found)) < FEW_SEEDS else _next_check(found)
+
+
+def _next_check(found: Findings) -> str:
+    return shuffled_control(found) if found.over_shuffled is None else _both_sides(found)
+
+
+def shuffled_control(found: Findings) -> str:
+    """Does a teacher without knowledge do as well?"""
+    return _command(found, {"controls": "[shuffled]"})
+
+
+def lower_kd_weight(found: Findings) -> str:
+    """A third, and down to a thirtieth of the KD weight or a third of the LM weight, whichever is less.
+
+    With one term for the label and one for a teacher that is wrong, both of them nats a position, the larger weight
+    decides in the end: only below the LM weight can the labels win.
+    """
+    if (weight := _kd_weight(found)) == 0:
+        return _command(found, {"grid": "loss.hard.weight:0.1,0.3"})
+    lm_weight = found.combined.arm.lm_weight if found.combined else 0.0
+    least = min(weight / 30, lm_weight / 3) if lm_weight > 0 else weight / 30
+    highest = weight / 3
+    return _grid(found, "kd_weight", least, (least * highest) ** 0.5, highest)
+
+
+def higher_kd_weight(found: Findings) -> str:
+    """From the weight that was found better, or else from three times the present one, upward."""
+    known = found.higher is not None and found.higher_over is not None and (found.higher_over.low or 0.0) > 0
+    weight = found.higher.arm.kd_weight if known and found.higher else 3 * _kd_weight(found)
+    return _grid(found, "kd_weight", weight, 3 * weight) if weight > 0 else _grid(found, "kd_weight", 0.3, 1.0)
+
+
+def _both_sides(found: Findings) -> str:
+    weight = _kd_weight(found)
+    return _grid(found, "kd_weight", weight / 3, weight, 3 * weight) if weight > 0 else higher_kd_weight(found)
+
+
+def confident_positions(found: Findings) -> str:
+    """Leave out the positions at which the teacher is least sure."""
+    return _command(found, {"grid": "loss.kd.gate.keep_fraction:0.5,0.8"})
+
+
+def check_teacher(found: Findings) -> str:
+    """The control, if it was not run; else whether the surest part of the teacher is worth anything."""
+    if found.over_shuffled is None:
+        return shuffled_control(found)
+    return _command(found, {"grid": "loss.kd.gate.keep_fraction:0.1,0.3"})
+
+
+def less_gold(found: Findings) -> str:
+    """Fewer passes over gold: half and a quarter of its share of a batch."""
+    fraction = found.combined.arm.gold_fraction if found.combined else 0.0
+    return _grid(found, "gold_fraction", fraction / 4, fraction / 2)
+
+
+def train_longer(found: Findings) -> str:
+    """Twice and four times as long."""
+    epochs = found.study.counts.get("epochs")
+    if epochs:
+        return _command(found, {"grid": f"epochs:{2 * epochs:g},{4 * epochs:g}"})
+    steps = num_steps(found.study, found.combined) if found.combined else None
+    assert steps is not None, "a loss that still falls was read off a curve"
+    return _command(found, {"experiments": "[combined]", "epochs": "null", "steps": str(2 * steps)})
+
+
+def missing_runs(found: Findings) -> str:
+    """The study as it is declared trains what is missing."""
+    return _command(found, {})
+
+
+# --------------------------------------------------------------------------------------- the command
+
+
+def _kd_weight(found: Findings) -> float:
+    return found.combined.arm.kd_weight if found.combined else 0.0
+
+
+def _seeds(found: Findings) -> tuple[int, ...]:
+    return found.combined.arm.seeds if found.combined else ()
+
+
+def _up_to(seeds: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """These seeds and the smallest others, `number` in all."""
+    others = [seed for seed in range(1, number + len(seeds) + 1) if seed not in seeds]
+    return (*seeds, *others[: max(number - len(seeds), 0)])
+
+
+def _grid(found: Findings, name: str, *values: float) -> str:
+    """Values rounded to one digit."""
+    return _command(found, {"grid": f"{name}:{','.join(format(float(format(value, '.1g')), 'g') for value in values)}"})
+
+
+def _command(found: Findings, options: Mapping[str, str]) -> str:
+    """The study's command with these options in place of its own, and with the seeds that the study has.
+
+    Options of the training stay: other students of the study have them too, and a grid replaces them for its own.
+    """
+    own, seeds = found.study.command.split(" "), _seeds(found)
+    if seeds not in ((), (1,)) and not any(_name(part) == "seeds" for part in own):
+        options = {"seeds": ",".join(map(str, seeds)), **options}
+    kept = [part for part in own if _name(part) not in options]
+    given = [f"{name}={value}" for name, value in options.items()]
+    return " ".join([*kept, *(f"'{option}'" if "[" in option else option for option in given)])
+
+
+def _name(part: str) -> str:
+    """The name of the option in a word of a command line: seeds of 'seeds=[1,2]'."""
+    return part.strip("'\"").partition("=")[0] if "=" in part else ""

@@ -1,0 +1,1 @@
+"""report.html: what a study found, as one self-contained page with its charts."""

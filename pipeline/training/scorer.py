@@ -1,0 +1,30 @@
+"""Scores without training, of a run that has no steps or is finished: `python -m pipeline.training.scorer RUN_FOLDER`.
+
+A process of its own, as the ranks are: a sweep's driver loads no model. It loads no engine either.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pipeline.config.options import load_config
+from pipeline.config.schema import TrainConfig
+from pipeline.core.files import RunPaths
+from pipeline.core.progress import log, start_logging
+from pipeline.training.finish import finish
+
+
+def run(folder: Path) -> None:
+    """Make the scores that a run folder lacks and write the result."""
+    paths = RunPaths(folder=folder)
+    start_logging(paths.log)
+    try:
+        finish(load_config(paths.config, TrainConfig), paths)
+    except Exception:
+        log.exception("scoring failed")
+        raise
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
