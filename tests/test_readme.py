@@ -163,15 +163,16 @@ def test_every_command_composes(arguments: list[str]) -> None:
 
 
 def test_the_study_in_one_file_composes(tmp_path: Path) -> None:
-    """experiment/topics.yaml of docs/options.md, added to each ready experiment from a folder of one's own."""
+    """The study of docs/options.md, from a folder of one's own, with each ready experiment."""
     (content,) = code_blocks(OPTIONS, "yaml")
-    file = tmp_path / "experiment" / "topics.yaml"
-    file.parent.mkdir()
+    file = tmp_path / "topics.yaml"
     file.write_text(content)
-    for experiment in ("gold_only", "weak_only", "combined"):
-        config = composed("train", f"hydra.searchpath=[file://{tmp_path}]", f"experiment=[{experiment},topics]")
-        assert (config.name, config.student.path, config.runs_dir) == (experiment, "models/strong", "runs/topics")
-        assert config.gold.files == ["data/topics/gold.jsonl"]
+    for experiment in ("teacher", "zero_shot", "gold_only", "weak_only", "combined", "ceiling"):
+        config = composed("train", f"study={file}", f"experiment={experiment}")
+        model = "models/weak" if experiment == "teacher" else "models/strong"
+        assert (config.name, config.student.path, config.runs_dir) == (experiment, model, "runs/topics")
+    assert config.gold.files == ["data/topics/corpus-labeled.jsonl"]
+    assert config.more_tests["news"].files == ["data/topics/news.jsonl"]
 
 
 def option_names(document: Path) -> list[str]:
@@ -203,23 +204,23 @@ def test_the_search_for_options_finds_them() -> None:
     assert {"loss.kd.gate.keep_fraction", "gold_fraction_of", "checkpoint.keep"} <= set(option_names(OPTIONS))
 
 
+@pytest.mark.slow(minutes=1)
 def test_your_own_data_and_models(student: Path, teacher: Path, tmp_path: Path) -> None:
-    """The two commands for one's own data, with our tiny models in the place of STRONG and WEAK."""
+    """The three commands for one's own data, with our tiny models in the place of STRONG and WEAK."""
     (block,) = (b for b in code_blocks(README, "bash") if "STRONG" in b)
-    write_lines(
-        tmp_path / "corpus" / "a.jsonl", [{"text": f"the weak model supervises the strong one {i}"} for i in range(40)]
-    )
-    for split in ("gold", "dev", "test"):
-        rows = [{"prompt": f"{split} {i}:", "completion": f" the strong one {i}"} for i in range(8)]
+    corpus = [{"prompt": f"the weak model supervises {i}:"} for i in range(60)]
+    write_lines(tmp_path / "corpus.jsonl", corpus)
+    for split, count in (("gold", 12), ("test", 20)):
+        rows = [{"prompt": f"{split} {i}:", "completion": [" one", " two"][i % 2]} for i in range(count)]
         write_lines(tmp_path / f"{split}.jsonl", rows)
-    capture, train = commands(block)
-    for arguments, extra in ((capture, []), (train, ["steps=2", "epochs=null", "student.dtype=float32"])):
-        _, path, *given = arguments
-        given = [word.replace("WEAK", str(teacher)).replace("STRONG", str(student)) for word in given]
-        given = [word.replace("window=512", "window=64") for word in given]
-        script(Path(path).stem, *given, *extra, cwd=tmp_path)
-    (result,) = tmp_path.glob("runs/mine-*/result.json")
-    assert result.exists()
+    for _, path, *given in commands(block):
+        words = [word.replace("WEAK", str(teacher)).replace("STRONG", str(student)) for word in given]
+        place = [] if "init" in words else ["--config-dir", "."]
+        done = script(Path(path).stem, *words, *place, cwd=tmp_path)
+    assert "combined" in done.stdout
+    assert (tmp_path / "study" / "mine.yaml").exists()
+    assert len(list(tmp_path.glob("runs/mine/*/result.json"))) == 5  # teacher, zero_shot and three that are trained
+    assert (tmp_path / "runs" / "mine" / "report" / "report.html").exists()
 
 
 def test_a_tokens_top_entries_as_text(cache: Path, teacher: Path, tmp_path: Path) -> None:
