@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import subprocess
@@ -12,11 +11,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from pipeline.config.compose import study_arguments
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import options
 from pipeline.config.overrides import check_override_names
-from pipeline.config.study import ROOTS, InitConfig
+from pipeline.config.study import ROOTS
 from support.commands import ROOT, composed, script
 from support.tiny import write_lines
 
@@ -116,8 +114,7 @@ def test_every_file_that_is_named_exists(document: Path) -> None:
     """Relative to the repository, or to `pipeline/` as in CONTRIBUTING.md."""
     not_there = {
         "conf/quiet.yaml",  # the old name, in the decision that renamed it
-        "conf/study/NAME.yaml",  # what the reader is to write
-        "conf/study/mine.yaml",  # what the reader's `scripts/study.py init` writes
+        "conf/experiment/topics.yaml",  # what the reader is to write
     }
     for name in files_named(document):
         found = [*ROOT.glob(name), *(ROOT / "pipeline").glob(name)]
@@ -151,13 +148,6 @@ def test_every_command_composes(arguments: list[str]) -> None:
     if root == "audit":
         root = "capture" if arguments[2] == "plan" else "audit"
     overrides = [word for word in arguments[2:] if "=" in word and not word.startswith("-")]
-    if arguments[2] == "init":
-        assert {word.partition("=")[0] for word in overrides} <= {item.name for item in dataclasses.fields(InitConfig)}
-        return
-    overrides = [word.replace("study=mine", "study=demo") for word in overrides]  # the reader's own
-    if root == "study":
-        composed(root, *study_arguments(overrides))
-        return
     check_override_names(root, overrides)
     fixed, sweeps = [], []
     for text, override in zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True):
@@ -172,16 +162,17 @@ def test_every_command_composes(arguments: list[str]) -> None:
             composed(root, *fixed, value)
 
 
-def test_the_study_of_the_guide_composes(tmp_path: Path) -> None:
-    """The study of docs/options.md, for each command and for each experiment whose text it has."""
+def test_the_study_in_one_file_composes(tmp_path: Path) -> None:
+    """The study of docs/options.md, from a folder of one's own, with each ready experiment."""
     (content,) = code_blocks(OPTIONS, "yaml")
     file = tmp_path / "topics.yaml"
     file.write_text(content)
     for experiment in ("teacher", "zero_shot", "gold_only", "weak_only", "combined", "ceiling"):
         config = composed("train", f"study={file}", f"experiment={experiment}")
-        assert (config.name, config.runs_dir, config.study) == (experiment, "runs/topics", "topics")
-    assert composed("train", f"study={file}", "experiment=combined").gold.files == ["data/topics/gold.jsonl"]
-    assert composed("capture", f"study={file}").corpus.files == ["data/topics/corpus.jsonl"]
+        model = "models/weak" if experiment == "teacher" else "models/strong"
+        assert (config.name, config.student.path, config.runs_dir) == (experiment, model, "runs/topics")
+    assert config.gold.files == ["data/topics/corpus-labeled.jsonl"]
+    assert config.more_tests["news"].files == ["data/topics/news.jsonl"]
 
 
 def option_names(document: Path) -> list[str]:
@@ -200,9 +191,9 @@ def test_every_option_that_is_named_exists(document: Path) -> None:
     names = {name for root in ROOTS.values() for name, _, _ in options(root)}
     sections = {name[:dot] for name in names for dot, letter in enumerate(name) if letter == "."}
     groups = {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()}
-    files = {"result.json", "identity.json", "log.txt"}
+    files = {"metrics.jsonl", "report.csv", "report.parquet", "result.json", "config.yaml", "identity.json", "log.txt"}
     for name in option_names(document):
-        is_file = name in files or name.endswith((".md", ".py", ".jsonl", ".yaml", ".parquet", ".html"))
+        is_file = name in files or name.endswith((".md", ".py", ".jsonl", ".yaml"))
         is_free = name.startswith(("deepspeed.overrides.", "hydra."))
         # a text's options are named by the last parts: targets, end_token
         is_part = any(option.endswith(f".{name}") for option in names)
@@ -213,23 +204,23 @@ def test_the_search_for_options_finds_them() -> None:
     assert {"loss.kd.gate.keep_fraction", "gold_fraction_of", "checkpoint.keep"} <= set(option_names(OPTIONS))
 
 
+@pytest.mark.slow(minutes=1)
 def test_your_own_data_and_models(student: Path, teacher: Path, tmp_path: Path) -> None:
-    """The two commands for one's own data, with our tiny models in the place of STRONG and WEAK."""
+    """The three commands for one's own data, with our tiny models in the place of STRONG and WEAK."""
     (block,) = (b for b in code_blocks(README, "bash") if "STRONG" in b)
-    write_lines(
-        tmp_path / "corpus" / "a.jsonl", [{"text": f"the weak model supervises the strong one {i}"} for i in range(40)]
-    )
-    for split in ("gold", "dev", "test"):
-        rows = [{"prompt": f"{split} {i}:", "completion": f" the strong one {i}"} for i in range(8)]
+    corpus = [{"prompt": f"the weak model supervises {i}:"} for i in range(60)]
+    write_lines(tmp_path / "corpus.jsonl", corpus)
+    for split, count in (("gold", 12), ("test", 20)):
+        rows = [{"prompt": f"{split} {i}:", "completion": [" one", " two"][i % 2]} for i in range(count)]
         write_lines(tmp_path / f"{split}.jsonl", rows)
-    capture, train = commands(block)
-    for arguments, extra in ((capture, []), (train, ["steps=2", "epochs=null", "student.dtype=float32"])):
-        _, path, *given = arguments
-        given = [word.replace("WEAK", str(teacher)).replace("STRONG", str(student)) for word in given]
-        given = [word.replace("window=512", "window=64") for word in given]
-        script(Path(path).stem, *given, *extra, cwd=tmp_path)
-    (result,) = tmp_path.glob("runs/mine-*/result.json")
-    assert result.exists()
+    for _, path, *given in commands(block):
+        words = [word.replace("WEAK", str(teacher)).replace("STRONG", str(student)) for word in given]
+        place = [] if "init" in words else ["--config-dir", "."]
+        done = script(Path(path).stem, *words, *place, cwd=tmp_path)
+    assert "combined" in done.stdout
+    assert (tmp_path / "study" / "mine.yaml").exists()
+    assert len(list(tmp_path.glob("runs/mine/*/result.json"))) == 5  # teacher, zero_shot and three that are trained
+    assert (tmp_path / "runs" / "mine" / "report" / "report.html").exists()
 
 
 def test_a_tokens_top_entries_as_text(cache: Path, teacher: Path, tmp_path: Path) -> None:

@@ -143,9 +143,7 @@ def open_evaluation_set(
         generations += to_generate
     malformed.log_count(text.what)
     if not likelihoods:
-        raise InputError(
-            f"{text.what}: expected records with targets or choices, found none; there is nothing to score"
-        )
+        raise InputError(f"{text.what}: expected records with targets or choices to score, found none; check the text")
     return EvaluationSet(
         records=tuple(records),
         likelihoods=tuple(likelihoods),

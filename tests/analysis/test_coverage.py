@@ -35,9 +35,9 @@ def simulated_rates(study: TrueStudy, first_seed: int) -> Iterator[dict[str, Rat
         copied = [cells(arms[role], teacher_MC, teacher_M) for role in ("gold_only", "combined")]
         wanted.append(ratios([f"{seed} gold_only", f"{seed} combined"], copied, teacher_M)[0])
         score_RM += [arms[role].credit_RM for role in ROLES]
-    labels = [f"{seed} {role}" for seed in range(first_seed, first_seed + BATCH) for role in ROLES]
+    arm_labels = [f"{seed} {role}" for seed in range(first_seed, first_seed + BATCH) for role in ROLES]
     scores, *copied_rates = rates(
-        [Ratio(labels=labels, values_RM=score_RM, weight_M=np.ones(study.num_records)), *wanted]
+        [Ratio(arm_labels=arm_labels, values_RM=score_RM, weight_M=np.ones(study.num_records)), *wanted]
     )
     for i, (gold_only, combined) in enumerate(copied_rates):
         own = scores[i * len(ROLES) : (i + 1) * len(ROLES)]
