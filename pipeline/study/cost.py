@@ -83,7 +83,7 @@ def seconds_per_token(model: ModelConfig, *, window: int, sequences: int, limit_
     keep_allocator_memory()
     device, (_, tokenizer) = compute_device(), open_tokenizer(model)
     student = open_model(resolve_dtype(model), device).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-9, fused=True)  # the fast one, as DeepSpeed's
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-9, fused=True)  # about as fast as DeepSpeed's
     input_ids_BS = torch.randint(0, vocabulary_size(tokenizer), (sequences, window), device=device)
     position_ids_BS = torch.arange(window, device=device).expand(sequences, window)
 
