@@ -1,1 +1,1 @@
-"""What was found in finished runs: intervals, paired differences, calibration, imitation, and the verdict. Pure functions."""
+"""What finished runs found: intervals, paired differences, calibration, imitation, the verdict; pure functions."""
