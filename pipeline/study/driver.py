@@ -16,8 +16,8 @@ from pipeline.cache.manifest import load_manifest
 from pipeline.capture import driver as capture
 from pipeline.config.compose import open_study, quoted
 from pipeline.config.groups import PACKAGE
-from pipeline.config.overrides import compose_job
 from pipeline.config.options import load_config
+from pipeline.config.overrides import compose_job
 from pipeline.config.schema import Role, TrainConfig
 from pipeline.config.study import Study, StudyConfig, more_tests_of
 from pipeline.config.validate import check_files
