@@ -143,7 +143,7 @@ def open_evaluation_set(
         generations += to_generate
     malformed.log_count(text.what)
     if not likelihoods:
-        raise InputError(f"{text.what}: expected records with targets or choices to score, found none; check the text")
+        raise InputError(f"{text.what}: expected records with targets or choices, found none; give some to score")
     return EvaluationSet(
         records=tuple(records),
         likelihoods=tuple(likelihoods),
