@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import subprocess
 import sys
@@ -11,16 +12,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.manifest import load_manifest
 from pipeline.capture import driver as capture
 from pipeline.config.compose import open_study, quoted
 from pipeline.config.groups import PACKAGE
+from pipeline.config.options import load_config
 from pipeline.config.overrides import compose_job
-from pipeline.config.schema import TrainConfig
+from pipeline.config.schema import Role, TrainConfig
 from pipeline.config.study import Study, StudyConfig, more_tests_of
 from pipeline.config.validate import check_files
 from pipeline.config.validate_train import check_train
-from pipeline.core.progress import readable, start_logging
-from pipeline.core.types import RunFailed
+from pipeline.core.object_store import one_location
+from pipeline.core.progress import log, readable, start_logging
+from pipeline.core.types import InputError, RunFailed
 from pipeline.declare.leaks import check_texts
 from pipeline.declare.shown import show_texts
 from pipeline.report import commands as report
@@ -58,13 +62,34 @@ def run(config: StudyConfig) -> None:
         print(f"\n==> capture: the teacher reads the corpus  ({command('capture', study, teacher_options(teacher))})")
         cache = str(capture.run(compose_job("capture", teacher_options(teacher))))
     students = [with_inputs(job, teacher, cache) for job in jobs]
-    if config.hydra_launcher is None:
-        run_students(study, students)
-    else:
-        launch(config.hydra_launcher, study, students)
+    failed = run_students(students) if config.hydra_launcher is None else launch(config.hydra_launcher, study, students)
     print(f"\n==> report  ({command('report', study, [])})")
     again = " ".join([config.command, *map(shlex.quote, config.overrides)])
-    report.run(dataclasses.replace(compose_job("report", []), command=again))
+    runs = [str(folder) for folder in folders_of(study, teacher, cache)]
+    report.run(dataclasses.replace(compose_job("report", []), command=again, runs=runs))
+    if failed:
+        raise RunFailed(f"{len(failed)} of {len(students)} failed: {'; '.join(failed)}; the same command repeats these")
+
+
+def folders_of(study: Study, teacher: Teacher, cache: str | None) -> list[Path]:
+    """The runs that belong together: this teacher, students of this cache, and those that read none.
+
+    A study whose teacher or capture was changed has runs of both in its folder.
+    """
+    fingerprint = None if cache is None else load_manifest(one_location(cache, "cache")).fingerprint
+    kept, num_others = [], 0
+    for result in sorted(Path(study.file.runs_dir).glob("*/result.json")):
+        folder = result.parent
+        identity = json.loads((folder / "identity.json").read_text())
+        is_teacher = load_config(folder / "config.yaml", TrainConfig).role is Role.teacher
+        reads_other = identity.get("cache", fingerprint) != fingerprint and fingerprint is not None
+        if reads_other or (is_teacher and folder != teacher.folder):
+            num_others += 1
+        else:
+            kept.append(folder)
+    if num_others:
+        log.warning("%d runs of another teacher or cache in %s are left out", num_others, study.file.runs_dir)
+    return kept
 
 
 def texts_of(study: Study) -> dict[str, Any]:
@@ -184,36 +209,38 @@ def with_inputs(job: Job, teacher: Teacher, cache: str | None) -> Job:
     return dataclasses.replace(job, overrides=(*overrides, *job.overrides))
 
 
-def run_students(study: Study, jobs: Sequence[Job]) -> None:
-    """One run after the other, in this process."""
-    started = time.monotonic()
+def run_students(jobs: Sequence[Job]) -> list[str]:
+    """One run after the other, in this process; what failed, after the others have run."""
+    started, failed = time.monotonic(), []
     for number, job in enumerate(jobs, 1):
-        prepared = training.prepare(quiet(compose_job("train", job.arguments)))
-        is_finished = prepared.paths.result.exists()
-        print(
-            f"\n==> [{number}/{len(jobs)}] {job.label}: {'finished before' if is_finished else prepared.paths.folder}"
-        )
-        score = training.run_prepared(prepared)
-        passed = time.monotonic() - started
+        head = f"\n==> [{number}/{len(jobs)}] {job.label}"
+        try:
+            prepared = training.prepare(quiet(compose_job("train", job.arguments)))
+            print(f"{head}: {'finished before' if prepared.is_complete() else prepared.paths.folder}", flush=True)
+            score = training.run_prepared(prepared)
+        except (InputError, RunFailed) as error:
+            print(f"{head} failed: {error}", flush=True)
+            failed.append(job.label)
+            continue
         if score is not None:
-            print(f"    score {score:.4f}; {duration(passed)} so far")
+            print(f"    score {score:.4f}; {duration(time.monotonic() - started)} so far", flush=True)
+    return failed
 
 
-def launch(launcher: str, study: Study, jobs: Sequence[Job]) -> None:
-    """All runs through a launcher of Hydra: for each setting a sweep over the seeds, all at once."""
+def launch(launcher: str, study: Study, jobs: Sequence[Job]) -> list[str]:
+    """All runs through a launcher of Hydra: for each setting a sweep over the seeds, all at once; what failed."""
     seeds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for job in jobs:
         seeds.setdefault((job.experiment, job.overrides), []).append(str(job.seed))
     place = [] if study.config_dir is None else ["--config-dir", study.config_dir]
-    sweeps = []
+    sweeps = {}
     for (experiment, overrides), of_job in seeds.items():
         arguments = [f"study={study.given}", f"hydra/launcher={launcher}", f"experiment={experiment}", *overrides]
-        print(f"==> {launcher}: {experiment}, seeds {', '.join(of_job)}")
+        label = f"{experiment}, seeds {', '.join(of_job)}"
+        print(f"==> {launcher}: {label}", flush=True)
         train = [sys.executable, str(PACKAGE / "scripts" / "train.py"), "-m", *place, *arguments]
-        sweeps.append(subprocess.Popen([*train, f"seed={','.join(of_job)}"]))
-    num_failed = sum(sweep.wait() != 0 for sweep in sweeps)
-    if num_failed:
-        raise RunFailed(f"{num_failed} of {len(sweeps)} sweeps failed; their output is above")
+        sweeps[f"{label} ({len(sweeps) + 1})"] = subprocess.Popen([*train, f"seed={','.join(of_job)}"])
+    return [label for label, sweep in sweeps.items() if sweep.wait() != 0]
 
 
 def quiet(config: TrainConfig) -> TrainConfig:

@@ -19,6 +19,8 @@ SHORT_NAMES = {
     "learning_rate": "optimizer.learning_rate",
 }
 """Names for the options that are compared most; a grid takes the full name of any other."""
+UNSHOWN = ("gold.", "cache", "scoring.teacher_")
+"""Inputs, which a label does not name."""
 READS_CACHE = ("weak_only", "combined", "shuffled", "smoothed")
 
 
@@ -40,8 +42,9 @@ class Job:
     def label(self) -> str:
         """Short, for progress lines: `combined kd_weight=0.3 seed 2`."""
         short = {name: short for short, name in SHORT_NAMES.items()}
-        shown = [override.partition("=") for override in self.overrides if not override.startswith(("gold.", "text@"))]
-        options = " ".join(f"{short.get(name, name)}={value}" for name, _, value in shown)
+        named = [override.partition("=") for override in self.overrides]
+        shown = [(name, value) for name, _, value in named if name == "gold.take" or not name.startswith(UNSHOWN)]
+        options = " ".join(f"{short.get(name, name)}={value}" for name, value in shown)
         return " ".join(part for part in (self.experiment, options, f"seed {self.seed}") if part)
 
 

@@ -39,7 +39,12 @@ def test_grid_controls_few_shot_and_label_curve() -> None:
     )
     assert found[0] == "few_shot scoring.few_shot=4 seed 1"
     grid = [f"combined epochs=4 kd_weight={kd} temperature={t} seed 1" for kd in ("0", "0.3") for t in ("1", "2")]
-    assert found[1:] == ["combined epochs=4 seed 1", *grid, "shuffled epochs=4 seed 1", "gold_only epochs=4 seed 1"]
+    assert found[1:] == [
+        "combined epochs=4 seed 1",
+        *grid,
+        "shuffled epochs=4 seed 1",
+        "gold_only epochs=4 gold.take=20 seed 1",
+    ]
     (curve,) = [
         job
         for job in student_jobs(StudyConfig(study="demo", label_curve=[20]), DEMO)
