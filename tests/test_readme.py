@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from pipeline.config.compose import study_arguments
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import options
 from pipeline.config.overrides import check_override_names
-from pipeline.config.study import ROOTS
+from pipeline.config.study import ROOTS, InitConfig
 from support.commands import ROOT, composed, script
 from support.tiny import write_lines
 
@@ -114,7 +116,8 @@ def test_every_file_that_is_named_exists(document: Path) -> None:
     """Relative to the repository, or to `pipeline/` as in CONTRIBUTING.md."""
     not_there = {
         "conf/quiet.yaml",  # the old name, in the decision that renamed it
-        "conf/experiment/topics.yaml",  # what the reader is to write
+        "conf/study/NAME.yaml",  # what the reader is to write
+        "conf/study/mine.yaml",  # what the reader's `scripts/study.py init` writes
     }
     for name in files_named(document):
         found = [*ROOT.glob(name), *(ROOT / "pipeline").glob(name)]
@@ -148,6 +151,13 @@ def test_every_command_composes(arguments: list[str]) -> None:
     if root == "audit":
         root = "capture" if arguments[2] == "plan" else "audit"
     overrides = [word for word in arguments[2:] if "=" in word and not word.startswith("-")]
+    if arguments[2] == "init":
+        assert {word.partition("=")[0] for word in overrides} <= {item.name for item in dataclasses.fields(InitConfig)}
+        return
+    overrides = [word.replace("study=mine", "study=demo") for word in overrides]  # the reader's own
+    if root == "study":
+        composed(root, *study_arguments(overrides))
+        return
     check_override_names(root, overrides)
     fixed, sweeps = [], []
     for text, override in zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True):
@@ -191,9 +201,8 @@ def test_every_option_that_is_named_exists(document: Path) -> None:
     names = {name for root in ROOTS.values() for name, _, _ in options(root)}
     sections = {name[:dot] for name in names for dot, letter in enumerate(name) if letter == "."}
     groups = {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()}
-    files = {"metrics.jsonl", "report.csv", "report.parquet", "result.json", "config.yaml", "identity.json", "log.txt"}
     for name in option_names(document):
-        is_file = name in files or name.endswith((".md", ".py", ".jsonl", ".yaml"))
+        is_file = name == "log.txt" or name.endswith((".md", ".py", ".jsonl", ".json", ".yaml", ".parquet", ".html"))
         is_free = name.startswith(("deepspeed.overrides.", "hydra."))
         # a text's options are named by the last parts: targets, end_token
         is_part = any(option.endswith(f".{name}") for option in names)

@@ -108,10 +108,12 @@ def _value(values: DictConfig | None, name: str, default: Any) -> str:
     """The value of an option as it is written on the command line."""
     node: Any = values
     *parents, last = name.split(".")
-    for part in parents:
+    for depth, part in enumerate(parents, start=1):
         node = None if node is None or OmegaConf.is_missing(node, part) else node[part]
+        if node is None and default is MISSING and values is not None:
+            return f"{MUST} where {'.'.join(parents[:depth])} is used"
     if node is None:  # below a section that is null: what it would be there
-        return MUST + f" where {parents[0]} is used" if default is MISSING and values is not None else _written(default)
+        return _written(default)
     return MUST if OmegaConf.is_missing(node, last) else _written(node[last])
 
 
