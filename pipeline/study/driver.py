@@ -233,7 +233,7 @@ def launch(launcher: str, study: Study, jobs: Sequence[Job]) -> list[str]:
     for job in jobs:
         seeds.setdefault((job.experiment, job.overrides), []).append(str(job.seed))
     place = [] if study.config_dir is None else ["--config-dir", study.config_dir]
-    sweeps = {}
+    sweeps: dict[str, subprocess.Popen[bytes]] = {}
     for (experiment, overrides), of_job in seeds.items():
         arguments = [f"study={study.given}", f"hydra/launcher={launcher}", f"experiment={experiment}", *overrides]
         label = f"{experiment}, seeds {', '.join(of_job)}"
