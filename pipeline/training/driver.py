@@ -81,8 +81,9 @@ class PreparedRun:
             config = with_texts_of(config, load_config(self.paths.config, TrainConfig))
             missing = {name: inputs.held_out[name] for name in self.missing()}
             inputs = dataclasses.replace(inputs, gold=[], held_out=missing)
+        else:
+            write_json(self.paths.environment, environment())
         write_json(self.paths.identity, self.identity)
-        write_json(self.paths.environment, environment())
         save_config(config, self.paths.config)
         save_inputs(self.paths, inputs)
 

@@ -147,13 +147,14 @@ def composed(root: str, *overrides: str) -> Any:
 
 @functools.cache
 def _experiment(name: str) -> TrainConfig:
-    return composed("train", f"experiment={name}")
+    return composed("train", f"experiment={name}", "student.path=x")
 
 
 def merged(arguments: list[str]) -> TrainConfig:
     """Options of a training run; as `composed`, but composed once for each experiment, which takes Hydra a second."""
     experiment = next(one for one in arguments if one.startswith("experiment="))
-    chosen = OmegaConf.from_dotlist([one.removeprefix("+") for one in arguments if one != experiment])
+    groups = (experiment, "text@")  # a text that is null becomes one by its options
+    chosen = OmegaConf.from_dotlist([one.removeprefix("+") for one in arguments if not one.startswith(groups)])
     config: Any = OmegaConf.structured(_experiment(experiment.removeprefix("experiment=")))
     return to_typed(OmegaConf.merge(config, chosen), TrainConfig)
 

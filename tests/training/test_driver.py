@@ -62,7 +62,7 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
     script("train", *arguments, cwd=tmp_path)
     (run,) = (tmp_path / "runs").iterdir()
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "identity.json", "lock", "log.txt", "metrics.jsonl", "model"),
+        *("config.yaml", "environment.json", "identity.json", "lock", "log.txt", "metrics.jsonl", "model"),
         *("predictions-dev.parquet", "predictions-test.parquet", "result.json"),
     }
     assert other_modes(tmp_path / "runs") == {}

@@ -19,7 +19,7 @@ from pipeline.evaluation.scoring import score
 from pipeline.models.loading import load_model
 from pipeline.training import driver, scorer
 from pipeline.training.driver import prepare
-from support.commands import ROOT, composed, only, script
+from support.commands import ROOT, composed, labeled, only, script
 from support.scoring import exam_of, scored
 
 
@@ -30,8 +30,8 @@ def arguments_of(student: Path, data: Path, **changes: Any) -> list[str]:
         "student.dtype": "float32",
         "student.attention": "sdpa",
         "runs_dir": "runs",
-        "dev.files": f"[{data}/dev.jsonl]",
-        "test.files": f"[{data}/test.jsonl]",
+        **labeled("dev", data),
+        **labeled("test", data),
         **{name.replace("__", "."): value for name, value in changes.items()},
     }
     return [f"{name}={value}" for name, value in chosen.items()]
@@ -51,7 +51,7 @@ def test_a_process_without_an_engine_scores_the_student(student: Path, data: Pat
     script("train", *arguments_of(student, data), cwd=tmp_path, env=environment)
     run = only(tmp_path / "runs")
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "identity.json", "lock", "log.txt"),
+        *("config.yaml", "environment.json", "identity.json", "lock", "log.txt"),
         *("predictions-dev.parquet", "predictions-test.parquet", "result.json"),
     }
     expected, _ = scored(student, data / "test.jsonl", end_token=False)
@@ -97,6 +97,6 @@ def test_a_teacher_that_is_ready_made(student: Path, data: Path) -> None:
     config = composed("train", *arguments_of(student, data, experiment="teacher_as_is"))
     check_train(config)
     assert config.role is not None
-    assert (config.name, config.role.name, config.steps) == ("teacher_as_is", "teacher", 0)
+    assert (config.name, config.role.name, config.steps) == ("teacher", "teacher", 0)
     with pytest.raises(InputError, match="expected dev, test or more_tests, because the student is scored as it is"):
-        check_train(composed("train", "experiment=teacher_as_is", "dev=null", "test=null"))
+        check_train(composed("train", "experiment=teacher_as_is", "student.path=x"))
