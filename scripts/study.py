@@ -4,7 +4,7 @@
     python scripts/study.py init                                    write a study's file, from a few answers
     python scripts/study.py study=demo seeds=1,2,3                  run what is missing, end with the report
     python scripts/study.py study=demo grid=kd_weight:0,0.3,1,3     compare settings of combined
-    python scripts/study.py study=demo controls=[shuffled]          is it the teacher's knowledge that helps?
+    python scripts/study.py study=demo controls=shuffled            is it the teacher's knowledge that helps?
     python scripts/study.py study=demo dry_run=true                 the plan and its cost alone
 
 Options of scripts/train.py, such as loss.kd.weight=0.3, apply to every student. The same command again does only what

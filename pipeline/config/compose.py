@@ -95,6 +95,10 @@ def study_arguments(arguments: list[str]) -> list[str]:
     of_students: list[str] = []
     for argument in arguments:
         name, is_option, value = argument.partition("=")
+        if name == "hydra/launcher":
+            raise InputError(
+                f"{argument}: expected hydra_launcher={value}, which scripts/study.py gives to its students"
+            )
         if not is_option or argument.startswith("-") or name.startswith("hydra") or name == "study":
             kept.append(argument)
         elif name not in hints:

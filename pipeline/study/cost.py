@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-import torch
-
-from pipeline.config.schema import CaptureConfig, ModelConfig, TextConfig, TrainConfig
-from pipeline.core.runtime import compute_device, keep_allocator_memory
+from pipeline.config.options import save_config
+from pipeline.config.schema import CaptureConfig, ModelConfig, StudentConfig, TextConfig, TrainConfig
+from pipeline.core.progress import log
+from pipeline.core.runtime import module_command
 from pipeline.data.record_counts import count_records
 from pipeline.data.records import MalformedRecords
 from pipeline.data.text_files import all_records, open_text
 from pipeline.data.tokenize import read_sequences
-from pipeline.models.forward import hidden_states
-from pipeline.models.loading import open_model, resolve_dtype
 from pipeline.models.model_files import weight_files
 from pipeline.models.paths import model_folder
-from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
+from pipeline.models.tokenizer import open_tokenizer
+from pipeline.training.driver import ALLOCATOR_SETTINGS
 
 SAMPLED_SEQUENCES = 200  # of a text, to estimate how many it has
 START_SECONDS = 12.0  # of a run beside its steps: imports, loading, scoring, writing
@@ -54,7 +56,7 @@ def num_sequences(text: TextConfig, what: str, model: ModelConfig, window: int) 
 
 def run_cost(config: TrainConfig, sequences: float, seconds_per_token: float | None) -> Cost:
     """Of a run that reads `sequences` windows an epoch."""
-    steps = config.steps if config.steps is not None else math.ceil((config.epochs or 0) * sequences / batch(config))
+    steps = num_steps(config, sequences)
     tokens = steps * batch(config) * config.window
     size = 0 if steps == 0 else exported_bytes(config.student)
     seconds = None if seconds_per_token is None else START_SECONDS + tokens * seconds_per_token
@@ -62,10 +64,15 @@ def run_cost(config: TrainConfig, sequences: float, seconds_per_token: float | N
 
 
 def capture_cost(config: CaptureConfig, sequences: float, seconds_per_token: float | None) -> Cost:
-    """Of a capture; a kept entry takes about 2.6 bytes on disk (measured on real logits, compressed)."""
+    """Of a capture, which is forwards alone; `scripts/audit.py plan` estimates its bytes."""
     tokens = round(sequences * config.window)
-    seconds = None if seconds_per_token is None else START_SECONDS + tokens * seconds_per_token / 3  # no backward
+    seconds = None if seconds_per_token is None else START_SECONDS + tokens * seconds_per_token
     return Cost(steps=0, tokens=tokens, bytes=0, seconds=seconds)
+
+
+def num_steps(config: TrainConfig, sequences: float) -> int:
+    """Optimizer steps of a run that reads `sequences` windows an epoch."""
+    return config.steps if config.steps is not None else math.ceil((config.epochs or 0) * sequences / batch(config))
 
 
 def batch(config: TrainConfig) -> int:
@@ -78,34 +85,22 @@ def exported_bytes(model: ModelConfig) -> int:
     return sum(file.stat().st_size for file in weight_files(model_folder(model.path, revision=model.revision)))
 
 
-def seconds_per_token(model: ModelConfig, *, window: int, sequences: int, limit_seconds: float) -> float:
-    """Time of forward, backward and AdamW for one token on this machine, measured for at most `limit_seconds`."""
-    keep_allocator_memory()
-    device, (_, tokenizer) = compute_device(), open_tokenizer(model)
-    student = open_model(resolve_dtype(model), device).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-9, fused=True)  # about as fast as DeepSpeed's
-    input_ids_BS = torch.randint(0, vocabulary_size(tokenizer), (sequences, window), device=device)
-    position_ids_BS = torch.arange(window, device=device).expand(sequences, window)
-
-    def step() -> None:
-        hidden_states(student, input_ids_BS, position_ids_BS).float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return _median_seconds(step, limit_seconds) / (sequences * window)
-
-
-def _median_seconds(step: Callable[[], None], limit_seconds: float) -> float:
-    """Median time of a step after the first one, which is slower."""
-    started = time.monotonic()
-    times: list[float] = []
-    while len(times) < 2 or (time.monotonic() - started < limit_seconds and len(times) < 6):
-        before = time.monotonic()
-        step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.monotonic() - before)
-    return sorted(times[1:])[(len(times) - 1) // 2]
+def seconds_per_token(
+    model: ModelConfig, *, window: int, sequences: int, limit_seconds: float, trains: bool
+) -> float | None:
+    """What `probe` measures here; None where the model does not run alone, as one that needs several GPUs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.yaml"
+        save_config(StudentConfig(**{item.name: getattr(model, item.name) for item in fields(ModelConfig)}), path)
+        figures = (str(window), str(sequences), str(limit_seconds), str(trains).lower())
+        command = module_command("pipeline.study.probe", str(path), *figures)
+        environment = ALLOCATOR_SETTINGS | os.environ
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        log.warning("no estimate of the time: %s does not run alone on this machine: %s", model.path, reason)
+        return None
+    return float(done.stdout.split()[-1])
 
 
 def total(costs: Sequence[Cost]) -> Cost:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,12 @@ SHORT_NAMES = {
     "learning_rate": "optimizer.learning_rate",
 }
 """Names for the options that are compared most; a grid takes the full name of any other."""
-UNSHOWN = ("gold.", "cache", "scoring.teacher_")
+UNSHOWN = ("gold.", "cache", "scoring.teacher_", "loss.kd.adaptive_weight.teacher_")
 """Inputs, which a label does not name."""
-READS_CACHE = ("weak_only", "combined", "shuffled", "smoothed")
+OF_THE_STUDY = ("seed", "runs_dir", "experiment", "name", "role", "study", "cache", "dev", "test", "more_tests")
+"""Options that a student may not be given beside the study: its runs would not belong to it."""
+UNTRAINED = ("student", "scoring", "trackers", "launcher")
+"""Of the options of all students, those that one without training has, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,22 +59,42 @@ def teacher_job(study: Study) -> Job:
 def student_jobs(config: StudyConfig, study: Study) -> list[Job]:
     """All runs of the student, those that differ in the seed alone beside each other.
 
-    A ready-made student, and what does not depend on a seed, is scored once.
+    A ready-made student, and what does not depend on a seed, is scored once. InputError for options that contradict the
+    study.
     """
+    check_plan(config)
     own = tuple(config.overrides)
+    untrained = tuple(one for one in own if name_of(one).split(".")[0] in UNTRAINED)
     names = experiments(config, study)
-    jobs = [Job(experiment=name, seed=config.seeds[0], overrides=()) for name in names if name == "zero_shot"]
+    jobs = [Job(experiment=name, seed=config.seeds[0], overrides=untrained) for name in names if name == "zero_shot"]
     if config.few_shot > 0:
-        jobs.append(
-            Job(experiment="few_shot", seed=config.seeds[0], overrides=(f"scoring.few_shot={config.few_shot}",))
-        )
+        few_shot = (*untrained, f"scoring.few_shot={config.few_shot}")
+        jobs.append(Job(experiment="few_shot", seed=config.seeds[0], overrides=few_shot))
     settings = [(name, own) for name in names if name != "zero_shot"]
-    settings += [("combined", own + chosen) for chosen in grid_settings(config.grid) if "combined" in names]
+    if config.grid and "combined" not in names:
+        raise InputError(f"grid: expected combined among the experiments, whose settings it compares, found {names}")
+    settings += [("combined", own + chosen) for chosen in grid_settings(config.grid)]
     settings += [(control.name, own) for control in config.controls if control is not Control.none]
     settings += [("gold_only", own + chosen) for chosen in label_curve(config, study)]
     unique = list(dict.fromkeys(settings))
     jobs += [Job(experiment=name, seed=seed, overrides=chosen) for name, chosen in unique for seed in config.seeds]
     return jobs
+
+
+def check_plan(config: StudyConfig) -> None:
+    """Refuse no seed at all, and options of students that belong to the study's file."""
+    if not config.seeds:
+        raise InputError("seeds: expected one or more, found none; give them as seeds=1,2,3")
+    for one in config.overrides:
+        if name_of(one).split(".")[0].split("@")[-1] in OF_THE_STUDY:
+            raise InputError(
+                f"{one}: expected an option of training; {name_of(one)} belongs to the study's file (seed: use seeds=)"
+            )
+
+
+def name_of(override: str) -> str:
+    """The option of NAME=VALUE."""
+    return override.lstrip("+~").partition("=")[0]
 
 
 def experiments(config: StudyConfig, study: Study) -> list[str]:
@@ -82,7 +105,7 @@ def experiments(config: StudyConfig, study: Study) -> list[str]:
     return names + ["ceiling"] * (study.file.ceiling is not None)
 
 
-def grid_settings(grid: list[str]) -> Iterator[tuple[str, ...]]:
+def grid_settings(grid: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Every combination of the values: ["kd_weight:0,1", "temperature:1,2"] has four."""
     axes = []
     for axis in grid:

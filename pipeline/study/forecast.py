@@ -1,0 +1,158 @@
+"""What a study is going to do, before it does: its jobs with all their options, checked, and the printed plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.config.overrides import compose_job
+from pipeline.config.schema import CaptureConfig, ModelConfig, TextConfig, TrainConfig
+from pipeline.config.study import Study, StudyConfig, more_tests_of
+from pipeline.config.validate import check_capture, check_files
+from pipeline.config.validate_train import check_train
+from pipeline.core.progress import readable
+from pipeline.declare.shown import show_texts
+from pipeline.models.tokenizer import check_tokenizers, open_tokenizer
+from pipeline.study import cost
+from pipeline.study.plan import Job, teacher_job
+
+ADAPTIVE = "loss.kd.adaptive_weight.teacher_predictions"
+LATER = ("cache", "scoring.teacher_predictions", "scoring.teacher_dev_predictions", ADAPTIVE)
+"""Inputs that the study makes itself: not there yet while it is planned."""
+
+
+class Composer:
+    """The options of jobs; those that differ in the seed alone are composed once, which takes Hydra a moment."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self._compose = functools.lru_cache(maxsize=None)(self._composed)
+
+    def train(self, job: Job) -> TrainConfig:
+        """Of a run, before its teacher and cache are known."""
+        return dataclasses.replace(self._compose(job.experiment, job.overrides), seed=job.seed)
+
+    def capture(self, *overrides: str) -> CaptureConfig:
+        """Of the capture; the teacher's folder is one of its overrides."""
+        config = compose_job("capture", overrides, study=self.study)
+        assert isinstance(config, CaptureConfig)
+        return config
+
+    def reads_cache(self, job: Job) -> bool:
+        """Whether a run trains on the captured corpus."""
+        config = self.train(job)
+        return config.steps != 0 and config.gold_fraction < 1
+
+    def _composed(self, experiment: str, overrides: tuple[str, ...]) -> TrainConfig:
+        later = [f"{name}=null" for name in LATER]
+        config = compose_job("train", [f"experiment={experiment}", *overrides, *later], study=self.study)
+        assert isinstance(config, TrainConfig)
+        return config
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def texts_of(study: Study) -> dict[str, TextConfig]:
+    """The texts that a study has, by name."""
+    names = ("teacher_labels", "corpus", "gold", "dev", "test", "ceiling")
+    texts: dict[str, Any] = {name: getattr(study.file, name) for name in names}
+    return {name: text for name, text in texts.items() if text is not None} | more_tests_of(study)
+
+
+def check_jobs(composer: Composer, jobs: Sequence[Job]) -> None:
+    """Refuse contradictory options of any run, and of the capture, before the first one starts."""
+    file = composer.study.file
+    capture = composer.capture("teacher.path=.")
+    check_capture(capture)
+    check_files(dataclasses.replace(capture, teacher=file.teacher))
+    teacher, student = (open_tokenizer(model)[1] for model in (file.teacher, file.student))
+    check_tokenizers(teacher, student, names=(file.teacher.path, file.student.path))
+    for job in dict.fromkeys(dataclasses.replace(job, seed=1) for job in [teacher_job(composer.study), *jobs]):
+        config = composer.train(job)
+        check_files(config)
+        adaptive = config.loss.kd.adaptive_weight
+        kd = dataclasses.replace(config.loss.kd, adaptive_weight=dataclasses.replace(adaptive, teacher_predictions="."))
+        loss = dataclasses.replace(config.loss, kd=kd)
+        check_train(dataclasses.replace(config, loss=loss, cache="." if composer.reads_cache(job) else None))
+
+
+def with_curve_length(composer: Composer, job: Job) -> Job:
+    """A gold_only run of the label curve with as many passes as the ceiling, and no fewer steps than gold_only.
+
+    With the steps of the small gold set a large one would not be read once.
+    """
+    if not any(override.startswith("gold.take=") for override in job.overrides):
+        return job
+    config, ceiling = composer.train(job), composer.train(Job(experiment="ceiling", seed=1, overrides=()))
+    sequences = sequences_of(config, math.nan)
+    own, passes = cost.num_steps(config, sequences), ceiling.epochs or 1
+    steps = max(own, math.ceil(passes * sequences / cost.batch(config)))
+    return dataclasses.replace(job, overrides=(*job.overrides, "epochs=null", f"steps={steps}"))
+
+
+# --------------------------------------------------------------------------------------------- plan
+
+
+def print_plan(config: StudyConfig, composer: Composer, jobs: Sequence[Job]) -> None:
+    """The runs, what the models read, and what all of it costs."""
+    study = composer.study
+    print(f"Study {study.name} ({study.path})\n")
+    shown = {name: text for name, text in texts_of(study).items() if name in ("corpus", "gold")}
+    for line in show_texts(shown, study):
+        print(line)
+    costs = list(all_costs(config, composer, jobs))
+    print(f"{'run':<36} {'runs':>4} {'steps':>7} {'tokens':>12} {'time':>8}")
+    for label, group in costs:
+        whole = cost.total(group)
+        time = "" if whole.seconds is None else duration(whole.seconds)
+        print(f"{label:<36} {len(group):>4} {group[0].steps or '':>7} {whole.tokens:>12,} {time:>8}")
+    whole = cost.total([one for _, group in costs for one in group])
+    hours = "" if whole.seconds is None else f", about {duration(whole.seconds)} on this machine"
+    print(f"\nIn all about {whole.steps:,} steps, {whole.tokens:,} tokens, {readable(whole.bytes)} of weights{hours};")
+    print("what exists already is not made again.")
+
+
+def all_costs(config: StudyConfig, composer: Composer, jobs: Sequence[Job]) -> Iterator[tuple[str, list[cost.Cost]]]:
+    """Of the teacher, of the capture, and of each setting of the student with all its seeds."""
+    study, file = composer.study, composer.study.file
+    teacher = composer.train(teacher_job(study))
+    speed = {
+        "teacher": _speed(config, file.teacher, teacher, trains=study.trains_teacher),
+        "student": _speed(config, file.student, teacher, trains=True),
+    }
+    corpus = cost.num_sequences(file.corpus, "corpus", file.student, file.window)
+    yield "teacher", [cost.run_cost(teacher, sequences_of(teacher, corpus), speed["teacher"])]
+    if any(map(composer.reads_cache, jobs)):
+        yield "capture", [cost.capture_cost(composer.capture("teacher.path=."), corpus, speed["teacher"])]
+    groups: dict[str, list[cost.Cost]] = {}
+    for job in jobs:
+        one = composer.train(job)
+        label = job.label.removesuffix(f" seed {job.seed}")
+        groups.setdefault(label, []).append(cost.run_cost(one, sequences_of(one, corpus), speed["student"]))
+    yield from groups.items()
+
+
+def _speed(config: StudyConfig, model: ModelConfig, run: TrainConfig, *, trains: bool) -> float | None:
+    limit = config.probe_seconds / 2
+    if limit == 0:
+        return None
+    sequences = min(run.micro_batch, cost.batch(run))
+    return cost.seconds_per_token(model, window=run.window, sequences=sequences, limit_seconds=limit, trains=trains)
+
+
+def sequences_of(config: TrainConfig, corpus: float) -> float:
+    """Windows of an epoch: of gold where that is all it reads, else of the corpus and the gold mixed in."""
+    if config.gold_fraction < 1 or config.gold is None:
+        return corpus / (1 - config.gold_fraction) if config.gold_fraction < 1 else 0.0
+    return cost.num_sequences(config.gold, "gold", config.student, config.window)
+
+
+def duration(seconds: float) -> str:
+    """Seconds below 2 minutes, minutes below 2 hours, else hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
