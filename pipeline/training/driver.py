@@ -82,7 +82,6 @@ class PreparedRun:
             missing = {name: inputs.held_out[name] for name in self.missing()}
             inputs = dataclasses.replace(inputs, gold=[], held_out=missing)
         else:
-            if not self.paths.result.exists():  # else it is only scored again
             write_json(self.paths.environment, environment())
         write_json(self.paths.identity, self.identity)
         save_config(config, self.paths.config)
