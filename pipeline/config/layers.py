@@ -53,7 +53,8 @@ def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
     if study is None:
         return {name: {} for name in EXPERIMENTS}
     content, runs_dir, cache = study.content, study.file.runs_dir, f"{study.file.caches_dir}/{study.name}-*"
-    teacher = _complete(ModelConfig, content["teacher"])
+    # `student` is the model that a run trains or scores: without this the teacher would take the student's adapter
+    teacher = _complete(ModelConfig, content["teacher"]) | {"adapter": None}
     reads: dict[str, dict[str, Any]] = {
         "teacher": {"student": teacher, "gold": content.get("teacher_labels")},
         "teacher_as_is": {"student": teacher},

@@ -10,7 +10,7 @@ from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from pipeline.config.compose import SECTION, config_dir
+from pipeline.config.compose import SECTION, chosen_groups, config_dir, register
 from pipeline.config.groups import groups, places
 from pipeline.config.options import (
     RENAMED_FILES,
@@ -21,7 +21,7 @@ from pipeline.config.options import (
     sections,
     to_typed,
 )
-from pipeline.config.study import ROOTS
+from pipeline.config.study import ROOTS, Study
 from pipeline.config.synonyms import SYNONYMS, nearest_options
 from pipeline.config.values import check_values
 from pipeline.core.types import InputError
@@ -56,10 +56,20 @@ def completed_overrides(root: str, arguments: Sequence[str]) -> tuple[list[str],
     return completed, notes
 
 
-def compose_job(root: str, overrides: Iterable[str]) -> Any:
-    """The typed options of another command, from within a command that Hydra runs."""
+def compose_job(root: str, overrides: Iterable[str], study: Study | None = None) -> Any:
+    """The typed options of another command, from within a command that Hydra runs.
+
+    A group chosen among the overrides, as in loss=fading, replaces what `study` holds of it; None: the layers of options
+    that Hydra knows are taken as they are.
+    """
     completed, _ = completed_overrides(root, [*overrides])
-    return to_typed(compose(root, overrides=completed), ROOTS[root])
+    if study is None:
+        return to_typed(compose(root, overrides=completed), ROOTS[root])
+    register(study, chosen=chosen_groups(completed), roots=[root])
+    try:
+        return to_typed(compose(root, overrides=completed), ROOTS[root])
+    finally:
+        register(study, roots=[root])
 
 
 def _check_not_null(section: str, argument: str, overrides: Iterable[Override]) -> None:

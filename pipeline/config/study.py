@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,15 @@ TEXTS = ("teacher_labels", "corpus", "gold", "dev", "test", "ceiling")
 STUDENTS = ("zero_shot", "few_shot", "gold_only", "weak_only", "combined", "shuffled", "smoothed", "ceiling")
 """Experiments that train or score the strong model."""
 EXPERIMENTS = ("teacher", "teacher_as_is", *STUDENTS)
+SET_ELSEWHERE = {
+    "gold_fraction": "each experiment has its own; write it in experiments.combined",
+    "name": "each experiment has its own; leave it out",
+    "role": "each experiment has its own; leave it out",
+    "seed": "a study has several; use seeds= of scripts/study.py",
+}
+"""Options that every run sets after `train` of a study's file: there they would have no effect."""
+SECTIONS = ("teacher", "student", "text", *TEXTS, "more_tests", "capture", "train", "experiments")
+"""The options of a study's file that hold further options."""
 
 
 @dataclass
@@ -116,13 +126,20 @@ class Study:
     @property
     def command(self) -> str:
         """How it is run: the beginning of each command that a report recommends."""
-        place = "" if self.config_dir is None else f" --config-dir {shlex.quote(self.config_dir)}"
-        return f"python scripts/study.py study={shlex.quote(self.given)}{place}"
+        return script_command("study", study=self.given, config_dir=self.config_dir)
 
     @property
     def report_dir(self) -> str:
         """Where its report is written."""
         return self.file.report_dir or f"{self.file.runs_dir}/report"
+
+
+def script_command(script: str, *, study: str, config_dir: str | None) -> str:
+    """How a script is run with a study, for a shell in this folder: the script beside the one that runs now."""
+    called = Path(sys.argv[0])
+    folder = called.parent if called.absolute().parent.name == "scripts" else Path("scripts")
+    place = "" if config_dir is None else f" --config-dir {shlex.quote(config_dir)}"
+    return f"python {shlex.quote(str(folder / f'{script}.py'))} study={shlex.quote(study)}{place}"
 
 
 def read_study(path: Path, *, given: str | None = None, config_dir: str | None = None) -> Study:
@@ -133,14 +150,15 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
         raise InputError(f"{path}: expected YAML, found {error}; correct the file") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected options as name: value, found {type(content).__name__}")
+    content = _without_empty(path, content)
     _check_free_options(path, content)
     base = content.get("text", {})
-    texts = {name: {**base, **content[name]} for name in TEXTS if content.get(name) is not None}
+    texts = {name: {**base, **content[name]} for name in TEXTS if name in content}
     texts |= {"more_tests": {name: {**base, **text} for name, text in content.get("more_tests", {}).items()}}
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyFile), content, texts))
-        for text in texts["more_tests"].values():
-            OmegaConf.merge(OmegaConf.structured(TextConfig), text)
+        declared = {"more_tests": dict.fromkeys(texts["more_tests"], TextConfig)}
+        OmegaConf.to_object(OmegaConf.merge(declared, {"more_tests": texts["more_tests"]}))
     except MissingMandatoryValue as error:
         raise InputError(f"{path}: expected a value for {error.full_key}, found none; add it") from error
     except OmegaConfBaseException as error:
@@ -158,10 +176,38 @@ def read_study(path: Path, *, given: str | None = None, config_dir: str | None =
     )
 
 
+def _without_empty(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The file without options that have no value, as `train:`; InputError where options are no dictionary."""
+    kept = {name: value for name, value in content.items() if value is not None}
+    for name in SECTIONS:
+        if name in kept:
+            _check_is_section(path, name, kept[name])
+    for name in ("more_tests", "experiments"):
+        if name in kept:
+            kept[name] = {inner: {} if value is None else value for inner, value in kept[name].items()}
+            for inner, value in kept[name].items():
+                _check_is_section(path, f"{name}.{inner}", value)
+    return kept
+
+
+def _check_is_section(path: Path, name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{path}: {name}: expected options as name: value, found {value!r}; write them so")
+
+
 def _check_free_options(path: Path, content: Mapping[str, Any]) -> None:
+    for name in flat(content.get("train", {})):
+        if name in SET_ELSEWHERE:
+            raise InputError(f"{path}: train: expected options of every run, found {name}: {SET_ELSEWHERE[name]}")
+    for name in content.get("more_tests", {}):
+        if not isinstance(name, str) or "." in name or name in TEXTS:
+            raise InputError(
+                f"{path}: more_tests: expected names as text, without '.' and other than {', '.join(TEXTS)}, found "
+                f"{name!r}; choose another"
+            )
     for name in content.get("experiments", {}):
         if name not in EXPERIMENTS:
-            near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+            near = difflib.get_close_matches(str(name), EXPERIMENTS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}"
             raise InputError(f"{path}: experiments: expected the name of an experiment, found {name!r}; {hint}")
     for where, found, root in _free_options(content):
@@ -190,7 +236,7 @@ def flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in given.items():
         is_nested = isinstance(value, Mapping) and value
-        found |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
+        found |= flat(value, f"{prefix}{name}.") if is_nested else {f"{prefix}{name}": value}
     return found
 
 

@@ -94,7 +94,7 @@ def _typed(name: str, value: str, hint: Any) -> Any:
 
 
 def _check_together(given: Mapping[str, Any]) -> None:
-    plain_name(name=given["name"])
+    _check_name(given["name"])
     beside = [name for name in ("gold", "dev", "test") if name in given]
     if "labeled" in given and beside:
         raise InputError(
@@ -164,12 +164,19 @@ def _ask(name: str, answers: dict[str, Any], read_line: Callable[[str], str], *,
 def check_answer(name: str, answer: str) -> None:
     """InputError where a name, a model or the files of a text cannot be used."""
     if name == "name":
-        plain_name(name=answer)
+        _check_name(answer)
     elif name in ("teacher", "student"):
         if not is_hub_name(answer):
             one_path(answer, name)
     elif name in TEXTS:
         open_text(TextConfig(files=files_of(answer)), name)
+
+
+def _check_name(name: str) -> None:
+    """InputError where study=NAME would not find the study, or means something else."""
+    plain_name(name=name)
+    if "," in name or name.endswith((".yaml", ".yml")):
+        raise InputError(f"name: expected a name without commas and without the ending of a file, found {name!r}")
 
 
 def files_of(answer: str) -> list[str]:

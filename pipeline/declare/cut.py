@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,18 +91,31 @@ def _unwritable(value: Any) -> str:
     raise InputError(f"expected values that JSON can hold, found {type(value).__name__}; leave that column out")
 
 
-def write_cut(cut: Cut) -> None:
-    """Write the new texts; a file that is there already must be the same one."""
-    cut.folder.mkdir(parents=True, exist_ok=True)
-    for name, file in cut.files().items():
-        path, content = Path(file), "".join(f"{line}\n" for line in cut.lines[name])
+@contextlib.contextmanager
+def written_cut(cut: Cut) -> Iterator[None]:
+    """The new texts as files, within the block and after it; where the block fails, what was written is removed.
+
+    A file that is there already must be the same one, and stays. InputError where it is another, before any is written.
+    """
+    contents = {Path(file): "".join(f"{line}\n" for line in cut.lines[name]) for name, file in cut.files().items()}
+    for path, content in contents.items():
         if path.exists() and path.read_text() != content:
             raise InputError(
                 f"{path}: expected no such file, or the one that this cut makes, found another; move it away, or give "
                 "gold, dev and test"
             )
-        if not path.exists():
-            write_atomically(path, content)
+    is_new_folder, new = not cut.folder.exists(), [path for path in contents if not path.exists()]
+    try:
+        cut.folder.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            write_atomically(path, contents[path])
+        yield
+    except BaseException:  # a KeyboardInterrupt, too
+        for path in new:
+            path.unlink(missing_ok=True)
+        if is_new_folder and cut.folder.is_dir():
+            cut.folder.rmdir()
+        raise
 
 
 def cut_sentence(cut: Cut) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 import textwrap
@@ -10,14 +11,14 @@ from pathlib import Path
 
 from pipeline.config.cli import exit_with_error
 from pipeline.config.schema import ModelConfig, StudentConfig, TextConfig
-from pipeline.config.study import InitConfig, Study, read_study
+from pipeline.config.study import InitConfig, Study, read_study, script_command
 from pipeline.core.files import check_writable, write_atomically
 from pipeline.core.progress import log, start_logging
 from pipeline.core.types import InputError
 from pipeline.data.shown import visible
 from pipeline.data.text_files import open_text
 from pipeline.declare.answers import confirm, files_of, given_texts, help_lines, read_answers, study_folder
-from pipeline.declare.cut import cut_labeled, cut_sentence, write_cut
+from pipeline.declare.cut import Cut, cut_labeled, cut_sentence, written_cut
 from pipeline.declare.draft import LABELED, Draft, Files, make_draft
 from pipeline.declare.leaks import check_texts
 from pipeline.declare.models import Models, open_models
@@ -47,18 +48,20 @@ def run(arguments: list[str]) -> Path:
     student = StudentConfig(path=config.student)
     files: Files = {name: files_of(answer) for name, answer in given_texts(config).items()}
     columns = _columns(config, files)
-    if "labeled" in files:
-        files = _cut(config, files, columns)
-    task = find_task({name: files[name] for name in LABELED if name in files}, columns)
     print("checking the models ...", flush=True)
     models = open_models(teacher, student)
-    draft = make_draft(config, task, models, files)
-    content = study_yaml(draft)
-    study = _read(content, config.name)
-    _check_leaks(study)
-    story = list(_story(draft, study, models))
-    check_writable(path.parent, "folder")
-    write_atomically(path, content)
+    cut: Cut | None = None
+    if "labeled" in files:
+        files, cut = _cut(config, files, columns)
+    with contextlib.nullcontext() if cut is None else written_cut(cut):
+        task = find_task({name: files[name] for name in LABELED if name in files}, columns)
+        draft = make_draft(config, task, models, files)
+        content = study_yaml(draft)
+        study = _read(content, config.name)
+        _check_leaks(study)
+        story = list(_story(draft, study, models))
+        check_writable(path.parent, "folder")
+        write_atomically(path, content)
     print("\n".join(story))
     print(f"\nWritten: {path}. Read it, change what you like, and run next:\n")
     print(f"    {next_command('study', path)}     shows its cost first; run again, it resumes")
@@ -67,12 +70,9 @@ def run(arguments: list[str]) -> Path:
 
 
 def next_command(script: str, path: Path) -> str:
-    """What to type next: the script beside the one that runs now, with the study of a file."""
-    called = Path(sys.argv[0])
-    folder = called.parent if called.name == "study.py" else Path("scripts")
-    command = f"python {folder / script}.py study={path.stem}"
+    """What to type next: a script with the study of a file."""
     is_found = path.parent.resolve() == Path("conf/study").resolve()
-    return command if is_found else f"{command} --config-dir {path.parent.parent}"
+    return script_command(script, study=path.stem, config_dir=None if is_found else str(path.parent.parent))
 
 
 # ------------------------------------------------------------------------------------------- the texts
@@ -85,8 +85,8 @@ def _columns(config: InitConfig, files: Mapping[str, Sequence[str]]) -> dict[str
     return find_columns(text, prompt=config.prompt_column, completion=config.completion_column)
 
 
-def _cut(config: InitConfig, files: Files, columns: Mapping[str, str]) -> Files:
-    """Gold, dev and test from the labeled text, written beside it; refused where the corpus has records of it."""
+def _cut(config: InitConfig, files: Files, columns: Mapping[str, str]) -> tuple[Files, Cut]:
+    """Gold, dev and test from the labeled text, beside it; refused where the corpus has records of it."""
     options = column_options(columns)
     others = {name: text_config(own, options) for name, own in files.items()}
     check_texts(others, allowed=config.allow_shared_records)
@@ -97,9 +97,8 @@ def _cut(config: InitConfig, files: Files, columns: Mapping[str, str]) -> Files:
     print(f"labeled, cut by a hash of the prompts with seed {config.seed}: {cut_sentence(cut)}")
     if not confirm("Write these files?"):
         raise InputError("labeled: expected a cut into gold, dev and test, found no consent; give gold and test")
-    write_cut(cut)
     made = {name: [file] for name, file in cut.files().items()}
-    return {name: own for name, own in files.items() if name != "labeled"} | made
+    return {name: own for name, own in files.items() if name != "labeled"} | made, cut
 
 
 def _check_leaks(study: Study) -> None:

@@ -24,7 +24,7 @@ LARGE_CORPUS = 50_000  # sequences from which one pass is enough
 SMALL_CORPUS = 400  # sequences below which a batch is halved, for more updates
 MICRO_BATCH_TOKENS = 2048  # of a forward with its gradients: a few GB for the smallest models
 SHORT_WINDOW = 256  # up to which eager attention has the faster backward on a CPU
-DEV_LOOKS = 4  # evaluations on dev during a combined run
+DEV_LOOKS = 4  # evaluations on dev during a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,8 @@ class Settings:
     teacher_epochs: int | None
     evaluate_every_steps: int | None
     """None: no dev."""
+    gold_only_evaluate_every_steps: int | None
+    """The same for gold_only, which makes fewer updates."""
     attention: str | None
 
 
@@ -80,6 +82,7 @@ def choose_settings(sizes: Sizes) -> Settings:
     teacher_epochs = None
     if sizes.teacher_labels is not None:
         teacher_epochs = epochs_for(sizes.teacher_labels, global_batch, 3 * MIN_STEPS, least=3)
+    gold_only_steps = max(MIN_GOLD_STEPS, round(passes * sizes.gold / global_batch))
     return Settings(
         global_batch=global_batch,
         micro_batch=min(global_batch, 2 ** int(math.log2(max(1, MICRO_BATCH_TOKENS // sizes.window)))),
@@ -88,12 +91,17 @@ def choose_settings(sizes: Sizes) -> Settings:
         gold_fraction=fraction,
         gold_passes=passes,
         steps=_steps(sizes, global_batch, epochs, teacher_epochs)
-        | {"combined": steps, "gold_only": max(MIN_GOLD_STEPS, round(passes * sizes.gold / global_batch))},
+        | {"combined": steps, "gold_only": gold_only_steps},
         teacher_learning_rate=learning_rate(sizes.teacher_parameters),
         teacher_epochs=teacher_epochs,
-        evaluate_every_steps=max(5, steps // DEV_LOOKS) if sizes.has_dev else None,
+        evaluate_every_steps=_steps_between_looks(steps) if sizes.has_dev else None,
+        gold_only_evaluate_every_steps=_steps_between_looks(gold_only_steps) if sizes.has_dev else None,
         attention="eager" if sizes.on_cpu and sizes.window <= SHORT_WINDOW else None,
     )
+
+
+def _steps_between_looks(steps: int) -> int:
+    return max(5, steps // DEV_LOOKS)
 
 
 def _steps(sizes: Sizes, global_batch: int, epochs: int, teacher_epochs: int | None) -> dict[str, int]:

@@ -104,6 +104,8 @@ def _experiment_lines(draft: Draft) -> Iterator[str]:
         teacher = {"epochs": settings.teacher_epochs, "optimizer.learning_rate": settings.teacher_learning_rate}
         yield from _entry("teacher", teacher, "passes over teacher_labels, and its rate", indent="  ")
     gold_only = {"steps": settings.steps["gold_only"]}
+    if settings.gold_only_evaluate_every_steps is not None:
+        gold_only["evaluate_every_steps"] = settings.gold_only_evaluate_every_steps
     yield from _entry("gold_only", gold_only, "the floor: updates on gold alone", indent="  ")
     yield from _entry("weak_only", {"epochs": settings.epochs}, "passes over the corpus, without gold", indent="  ")
     yield "  combined:  # both: the purpose of a study"
