@@ -174,11 +174,7 @@ def not_measured(study: StudyFigures) -> Html | None:
         ("grad_cosine" in keys, "gradient cosine", "loss.diagnostics_every_steps=10"),
         (any(key.startswith("dev_") for key in keys), "scores on dev over time", "evaluate_every_steps=50"),
         ("dev_imitation" in keys, "imitation over time", "a teacher's predictions on dev"),
-        (
-            arm is not None and arm.imitation is not None,
-            "imitation",
-            "a text with choices and the teacher's predictions",
-        ),
+        (arm is not None and arm.imitation is not None, "imitation", "choices and the teacher's predictions on them"),
         (any(f.calibration for f in text.arms), "calibration", "a test text with choices"),
         (arm is not None and bool(arm.slices), "parts of the records", "a test text with choices"),
         (bool(study.cache.get("histogram")), "retained mass", "the teacher's cache where it was captured"),

@@ -132,8 +132,10 @@ def test_nlls_of_different_targets_are_not_compared(tmp_path: Path) -> None:
 def test_a_text_without_any_metric_is_refused(copied: StudyFolder) -> None:
     for path in copied.folder.glob("runs/*/predictions-test.parquet"):
         table = pl.read_parquet(path)
-        empty = [pl.lit(None, dtype=table[name].dtype).alias(name) for name in ("correct", "exact") if name in table]
-        table.with_columns(num_targets=pl.lit(0), *empty).write_parquet(path)
+        empty = [
+            pl.lit(None, dtype=table[name].dtype).alias(name) for name in ("correct", "exact") if name in table.columns
+        ]
+        table.with_columns(*empty, num_targets=pl.lit(0)).write_parquet(path)
     with pytest.raises(InputError, match="test: expected predictions with an answer or targets, found none"):
         read_predictions(arms_of(copied))
 
