@@ -1,6 +1,7 @@
 """The conditions of the verdict's rules, and their thresholds, each with its reason.
 
-A difference is significantly above 0 where its 95 % interval lies above 0. What was not measured fulfils no condition.
+A difference is significantly above 0 where its 95 % interval lies above 0. What was not measured fulfils no condition,
+except where the rule names that case.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def no_better(value: Interval | None, margin: float) -> bool:
 
 def teacher_guesses(found: Findings) -> bool:
     """The teacher is at chance, and nothing was gained."""
-    return no_better(found.teacher_over_guess, GUESS_MARGIN) and not above(found.over_gold)
+    gains_nothing = found.over_gold is not None and not above(found.over_gold)
+    return no_better(found.teacher_over_guess, GUESS_MARGIN) and gains_nothing
 
 
 def copies_a_class(found: Findings) -> bool:
@@ -91,7 +93,7 @@ def is_healthy(found: Findings) -> bool:
 
 
 def is_undertrained(found: Findings) -> bool:
-    """The errors are not the teacher's, and a loss has not reached its end."""
+    """The errors are not the teacher's, where that was measured, and a loss has not reached its end."""
     own_errors = found.teacher_share_of_errors is None or found.teacher_share_of_errors < MOSTLY
     falls = bool(found.gold_loss_falls) or bool(found.divergence_falls)
     high = found.study.main.metric != "-nll" and (found.gold_loss_left or 0.0) > GOLD_LEFT

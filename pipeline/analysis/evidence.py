@@ -29,6 +29,7 @@ def lines(found: Findings) -> Mapping[str, tuple[str, ...]]:
     return {
         **{name: (f"{name}: {difference(value, metric)}",) for name, value in differences.items()},
         **{name: (f"{name} (teacher wrong, student equal): {rate(value)}",) for name, value in rates.items()},
+        "judged": _judged(found),
         "seeds": (_seeds(found),),
         "share of errors": (f"errors of combined that are the teacher's: {_percent(found.teacher_share_of_errors)}",),
         "classes": _classes(found),
@@ -87,6 +88,11 @@ def _seeds(found: Findings) -> str:
     return f"{found.study.main.num_records:,} records of {found.study.main.name}; seeds: {counts or 'none'}{noise}"
 
 
+def _judged(found: Findings) -> tuple[str, ...]:
+    """Where it is not the main arm of combined, on which the rest of the report rests."""
+    return () if found.combined is None or found.combined.arm.is_main else (f"judged: {found.combined.arm.label}",)
+
+
 def _classes(found: Findings) -> tuple[str, ...]:
     return tuple(
         f"class {part.value}: teacher {100 * part.teacher:.0f} % right, gold_only {100 * part.gold_only:.0f} %, "
@@ -96,7 +102,9 @@ def _classes(found: Findings) -> tuple[str, ...]:
 
 
 def _examples(found: Findings) -> tuple[str, ...]:
-    """Copied errors, those of damaged classes first."""
+    """Copied errors, those of damaged classes first; none where another arm is judged than they are of."""
+    if _judged(found):
+        return ()
     damaged = {part.value.strip() for part in found.damaged}
     copied = [example for example in found.study.examples if example.kind == "copied"]
     copied.sort(key=lambda example: example.truth.strip() not in damaged)

@@ -112,10 +112,10 @@ def _of_combined(found: Findings, combined: ArmFigures) -> Findings:
         over_gold=_difference(combined, found.gold_only),
         over_teacher=_difference(combined, found.teacher),
         over_weak=_difference(combined, found.weak_only),
-        over_lower=_lower_kd(combined),
-        over_shuffled=_difference(combined, _shuffled(study)),
+        over_lower=_lower_kd(combined, _next_lower(study, combined)),
+        over_shuffled=_difference(combined, _shuffled(study, combined)),
         higher=higher,
-        higher_over=None if higher is None else _lower_kd(higher),
+        higher_over=None if higher is None else _lower_kd(higher, combined),
         excess=None if imitation is None else _widened(imitation.excess, combined, found.gold_only),
         imitation=None if imitation is None else imitation.imitation,
         teacher_share_of_errors=_teacher_share_of_errors(study, combined),
@@ -146,17 +146,34 @@ def _main(study: StudyFigures, role: str) -> ArmFigures | None:
     return next((arm for arm in study.main.arms if arm.arm.role == role and arm.arm.is_main), None)
 
 
-def _shuffled(study: StudyFigures) -> ArmFigures | None:
-    """The one that differs least from combined is the main arm of the controls."""
-    found = [arm for arm in study.main.arms if arm.arm.role == "control" and arm.arm.control == "shuffled"]
+def _shuffled(study: StudyFigures, combined: ArmFigures) -> ArmFigures | None:
+    """The shuffled control with the weights and the gold fraction of the judged arm; of several the main one.
+
+    With other weights a difference would not show what the teacher's knowledge is worth.
+    """
+    controls = [arm for arm in study.main.arms if arm.arm.role == "control" and arm.arm.control == "shuffled"]
+    found = [arm for arm in controls if _weights(arm) == _weights(combined)]
     return max(found, key=lambda arm: arm.arm.is_main, default=None)
+
+
+def _weights(figures: ArmFigures) -> tuple[float, ...]:
+    return (figures.arm.kd_weight, figures.arm.lm_weight, figures.arm.gold_fraction)
 
 
 def _next_higher(study: StudyFigures, combined: ArmFigures) -> ArmFigures | None:
     """The combined arm that differs in a higher KD weight alone: the one whose `lower kd` is the judged arm."""
-    same = [arm for arm in study.main.arms if arm.arm.role == "combined" and _rest(arm) == _rest(combined)]
-    higher = [arm for arm in same if arm.arm.kd_weight > combined.arm.kd_weight]
+    higher = [arm for arm in _alike(study, combined) if arm.arm.kd_weight > combined.arm.kd_weight]
     return min(higher, key=lambda arm: arm.arm.kd_weight, default=None)
+
+
+def _next_lower(study: StudyFigures, combined: ArmFigures) -> ArmFigures | None:
+    """The combined arm that differs in a lower KD weight alone: what `lower kd` of the judged arm refers to."""
+    lower = [arm for arm in _alike(study, combined) if arm.arm.kd_weight < combined.arm.kd_weight]
+    return max(lower, key=lambda arm: arm.arm.kd_weight, default=None)
+
+
+def _alike(study: StudyFigures, combined: ArmFigures) -> list[ArmFigures]:
+    return [arm for arm in study.main.arms if arm.arm.role == "combined" and _rest(arm) == _rest(combined)]
 
 
 def _rest(figures: ArmFigures) -> tuple[object, ...]:
@@ -191,9 +208,10 @@ def _independent(first: Interval, second: Interval) -> Interval:
     return Interval(value=value, low=value - below, high=value + above)
 
 
-def _lower_kd(arm: ArmFigures) -> Interval | None:
+def _lower_kd(arm: ArmFigures, lower: ArmFigures | None) -> Interval | None:
+    """Score of `arm` minus that of the next lower KD weight, which is `lower`."""
     found = next((c.difference for c in arm.comparisons if c.against == "lower kd"), None)
-    return _widened(found, arm, arm)
+    return _widened(found, arm, lower)
 
 
 def _widened(interval: Interval | None, *arms: ArmFigures | None) -> Interval | None:

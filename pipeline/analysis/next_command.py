@@ -1,12 +1,15 @@
 """The one command that a verdict prints: the study's own command with other options.
 
 Most of them are a `grid=`, because it changes the combined students alone: those that they are compared with stay as
-they are, and nothing that has been trained is trained again.
+they are, and nothing that has been trained is trained again. What a grid set for the judged arm is set again, because
+the study's own command knows nothing of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pipeline.analysis.curve_ends import num_steps
 from pipeline.analysis.findings import Findings
@@ -15,6 +18,14 @@ ENOUGH_SEEDS = 5
 """More seeds narrow an interval little: the test records then decide its width."""
 FEW_SEEDS = 3
 """The fewest seeds from which the noise between seeds is estimated with some confidence."""
+INPUTS = ("gold", "gold_cache", "cache", "more_caches", "student", "dev", "dev_goal", "test", "few_shot")
+"""What an arm was made of: the study's file gives it, no grid does."""
+SHORT_NAMES = {"kd_weight": "loss.kd.weight"}
+"""Of the options of a grid here."""
+LENGTH = {"epochs", "steps"}
+"""One of them decides how long a training is; the other has to be null."""
+ALONE = {"experiments": "[combined]"}
+"""Options for every student then reach the judged one and its controls alone."""
 
 
 def more_seeds(found: Findings) -> str:
@@ -91,12 +102,12 @@ def train_longer(found: Findings) -> str:
         return _command(found, {"grid": f"epochs:{2 * epochs:g},{4 * epochs:g}"})
     steps = num_steps(found.study, found.combined) if found.combined else None
     assert steps is not None, "a loss that still falls was read off a curve"
-    return _command(found, {"experiments": "[combined]", "epochs": "null", "steps": str(2 * steps)})
+    return _command(found, {**ALONE, "epochs": "null", "steps": str(2 * steps)})
 
 
 def missing_runs(found: Findings) -> str:
     """The study as it is declared trains what is missing."""
-    return _command(found, {})
+    return _written(found, {})
 
 
 # --------------------------------------------------------------------------------------- the command
@@ -122,18 +133,51 @@ def _grid(found: Findings, name: str, *values: float) -> str:
 
 
 def _command(found: Findings, options: Mapping[str, str]) -> str:
+    """The study's command with these options, for the settings of the judged arm.
+
+    Where combined is repeated, by a grid or with more seeds, its settings are further axes of the grid, so that other
+    students stay as they are; else they are options of combined and its controls, which are then trained alone.
+    """
+    chosen = dict(_settings(found, options))
+    if not chosen:
+        return _written(found, options)
+    if "grid" in options or "seeds" in options:
+        axes = [options["grid"]] if "grid" in options else []
+        return _written(found, {**options, "grid": ";".join([*axes, *(f"{n}:{value}" for n, value in chosen.items())])})
+    return _written(found, {**ALONE, **options, **chosen}, without=("grid",))
+
+
+def _settings(found: Findings, options: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What tells the judged arm from others of combined, as options; without those that `options` set.
+
+    Without inputs, too, and without lists and absent values, which a grid cannot set.
+    """
+    axis = options.get("grid", "").partition(":")[0]
+    given = {SHORT_NAMES.get(axis, axis), *options}
+    if given & LENGTH:
+        given |= LENGTH
+    for name, value in found.combined.arm.differing.items() if found.combined else ():
+        is_plain = isinstance(value, (int, float, str)) or (value is None and name in LENGTH)
+        if is_plain and name not in given and name.partition(".")[0] not in INPUTS:
+            yield name, _text(value)
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _written(found: Findings, options: Mapping[str, str], without: tuple[str, ...] = ()) -> str:
     """The study's command with these options in place of its own, and with the seeds that the study has.
 
     Options of the training stay: other students of the study have them too, and a grid replaces them for its own.
     """
-    own, seeds = found.study.command.split(" "), _seeds(found)
+    own, seeds = shlex.split(found.study.command), _seeds(found)
     if seeds not in ((), (1,)) and not any(_name(part) == "seeds" for part in own):
         options = {"seeds": ",".join(map(str, seeds)), **options}
-    kept = [part for part in own if _name(part) not in options]
-    given = [f"{name}={value}" for name, value in options.items()]
-    return " ".join([*kept, *(f"'{option}'" if "[" in option else option for option in given)])
+    kept = [part for part in own if _name(part) not in (*options, *without)]
+    return shlex.join([*kept, *(f"{name}={value}" for name, value in options.items())])
 
 
 def _name(part: str) -> str:
-    """The name of the option in a word of a command line: seeds of 'seeds=[1,2]'."""
-    return part.strip("'\"").partition("=")[0] if "=" in part else ""
+    """The name of the option in a word of a command line."""
+    return part.partition("=")[0] if "=" in part else ""

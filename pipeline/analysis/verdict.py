@@ -139,8 +139,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         code="HEALTHY",
         name="better than labels and teacher",
-        when="combined is significantly above gold_only and above the teacher, and not significantly below "
-        f"weak_only; neither a shuffled teacher (within {SMALL}) nor chance explains it",
+        when="combined is significantly above gold_only and above the teacher, and, as far as measured, not "
+        f"significantly below weak_only; neither a shuffled teacher (within {SMALL}) nor chance explains it",
         applies=conditions.is_healthy,
         headline="The weak teacher helped: combined is above gold only, and above its teacher.",
         cause="Labels and distributions complement each other: the student takes over what the teacher knows and "
@@ -158,12 +158,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         code="UNDERTRAINED",
         name="training ended early",
-        when=f"less than {100 * MOSTLY:g} % of the errors are the teacher's, and the gold loss or the KL to the "
-        f"teacher still falls over the last fifth of training, or more than {100 * GOLD_LEFT:g} % of the first gold "
-        "loss is left",
+        when=f"less than {100 * MOSTLY:g} % of the errors are the teacher's (or this was not measured), and the gold "
+        "loss or the KL to the teacher still falls over the last fifth of training, or more than "
+        f"{100 * GOLD_LEFT:g} % of the first gold loss is left",
         applies=conditions.is_undertrained,
         headline="Training ended before the student had learnt from labels and teacher.",
-        cause="The errors are the student's own, and a loss has not reached its end.",
+        cause="As far as measured, the errors are the student's own, and a loss has not reached its end.",
         action="Train longer, or with a higher learning rate, and look at the curves again.",
         shows=("share of errors", "gold loss", "divergence", "combined - gold_only", "combined - teacher"),
         command=next_command.train_longer,
@@ -257,7 +257,7 @@ def verdict(figures: StudyFigures) -> Verdict:
         "classes": ", ".join(part.value.strip() for part in found.damaged),
         "missing": ", ".join(missing),
     }
-    shown = [line for name in (*rule.shows, "seeds") for line in lines[name]]
+    shown = [line for name in (*rule.shows, "judged", "seeds") for line in lines[name]]
     return Verdict(
         code=rule.code,
         headline=rule.headline.format_map(words),

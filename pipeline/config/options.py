@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.core.types import InputError
 
@@ -49,7 +50,10 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def load_config(path: Path, schema: type[T]) -> T:
-    """Read what `save_config` wrote; names of an older version are read as what they are called now."""
+    """Read what `save_config` wrote; names of an older version are read as what they are called now.
+
+    InputError where it has options that this version does not know.
+    """
     loaded: Any = OmegaConf.load(path)
     for old, new in RENAMED_OPTIONS.items():
         if (value := OmegaConf.select(loaded, old)) is not None:
@@ -60,7 +64,14 @@ def load_config(path: Path, schema: type[T]) -> T:
     for option_name, values in RENAMED_VALUES.items():
         if (value := OmegaConf.select(loaded, option_name)) in values:
             OmegaConf.update(loaded, option_name, values[value])
-    return to_typed(OmegaConf.merge(OmegaConf.structured(schema), loaded), schema)
+    try:
+        return to_typed(OmegaConf.merge(OmegaConf.structured(schema), loaded), schema)
+    except OmegaConfBaseException as error:
+        problem = str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: expected the options of this version, found others ({problem}); read it with the version that "
+            "wrote it"
+        ) from error
 
 
 def identity_options(config: Any) -> dict[str, Any]:

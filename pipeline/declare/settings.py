@@ -90,8 +90,7 @@ def choose_settings(sizes: Sizes) -> Settings:
         epochs=epochs,
         gold_fraction=fraction,
         gold_passes=passes,
-        steps=_steps(sizes, global_batch, epochs, teacher_epochs)
-        | {"combined": steps, "gold_only": gold_only_steps},
+        steps=_steps(sizes, global_batch, epochs, teacher_epochs) | {"combined": steps, "gold_only": gold_only_steps},
         teacher_learning_rate=learning_rate(sizes.teacher_parameters),
         teacher_epochs=teacher_epochs,
         evaluate_every_steps=_steps_between_looks(steps) if sizes.has_dev else None,

@@ -12,6 +12,7 @@ import altair as alt
 import vl_convert
 
 from pipeline.core.chart_style import CONFIG, LIGHT
+from pipeline.page.html import for_xml
 
 Row = Mapping[str, Any]
 
@@ -93,8 +94,12 @@ def labels_at_end(rows: Sequence[Row], *, x: float, scale: Sequence[float], heig
 
 
 def data(rows: Sequence[Row]) -> Any:
-    """A chart over rows, without marks yet; they are one string, which altair need not copy with each layer."""
-    return alt.Chart(alt.Data(values=json.dumps(rows), format=alt.DataFormat(type="json")))
+    """A chart over rows, without marks yet; they are one string, which altair need not copy with each layer.
+
+    Text of the rows is made fit for XML here, because the renderer ends the process where it is not.
+    """
+    fit = [{key: for_xml(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
+    return alt.Chart(alt.Data(values=json.dumps(fit), format=alt.DataFormat(type="json")))
 
 
 def to_svg(chart: Any, *, name: str) -> str:

@@ -48,10 +48,7 @@ CURVES = {
     "dev_exact_match": Curve(title="Exact match on dev", caption="Over the steps", format=".0%"),
     "dev_nll": Curve(title="Nll on dev", caption="Nats a target"),
     "dev_imitation": Curve(title="Imitation on dev", caption="Of the teacher's errors, those repeated", format=".0%"),
-    "dev_correction": Curve(
-        title="Correction on dev", caption="Of the teacher's errors, those put right", format=".0%"
-    ),
-    "dev_damage": Curve(title="Damage on dev", caption="Of the teacher's right answers, those lost", format=".0%"),
+    "dev_agreement": Curve(title="Agreement on dev", caption="Student's choice is the teacher's", format=".0%"),
 }
 """By key, in the order of the page; other keys are in curves.parquet alone."""
 

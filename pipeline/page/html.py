@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 VOID = ("input", "meta", "link", "br")
 """Elements without content."""
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML 1.0 allows in no place, not even escaped (section 2.2); one such character makes an SVG unreadable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +24,14 @@ Child = Html | str | None
 Attribute = str | int | float | bool | None
 
 
+def for_xml(text: str) -> str:
+    """The text with a replacement character (U+FFFD) for each that XML does not allow."""
+    return NOT_XML.sub("\ufffd", text)
+
+
 def escape(text: str) -> str:
-    """The text with the characters replaced that have a meaning in HTML and in its quoted attributes."""
-    return html.escape(text, quote=True)
+    """The text with the characters replaced that have a meaning in HTML or its attributes, or no place in XML."""
+    return html.escape(for_xml(text), quote=True)
 
 
 def tag(name: str, /, *children: Child, **attributes: Attribute) -> Html:

@@ -90,7 +90,7 @@ def label_saving(study: StudyFigures, drawing: Drawing | None) -> Section:
     if saving is None or drawing is None:
         return Section(id="labels", title="Label saving", body=None)
     if saving.equivalent is None:
-        lead = f"No gold-only run up to {max(saving.sizes):,} records reaches the combined score."
+        lead = f"{saving.note[:1].upper()}{saving.note[1:]}."
     else:
         value = numbers.score(saving.equivalent.value, numbers.COUNT)
         shown = f"{value} {numbers.bounds(saving.equivalent, numbers.COUNT)}".strip()
@@ -174,12 +174,12 @@ def not_measured(study: StudyFigures) -> Html | None:
         ("grad_cosine" in keys, "gradient cosine", "loss.diagnostics_every_steps=10"),
         (any(key.startswith("dev_") for key in keys), "scores on dev over time", "evaluate_every_steps=50"),
         ("dev_imitation" in keys, "imitation over time", "a teacher's predictions on dev"),
-        (arm is not None and arm.imitation is not None, "imitation", "the teacher's predictions on this text"),
+        (arm is not None and arm.imitation is not None, "imitation", "choices and the teacher's predictions on them"),
         (any(f.calibration for f in text.arms), "calibration", "a test text with choices"),
         (arm is not None and bool(arm.slices), "parts of the records", "a test text with choices"),
         (bool(study.cache.get("histogram")), "retained mass", "the teacher's cache where it was captured"),
         (bool(study.more), "further texts", "`more_tests` in the study's file"),
-        (study.label_saving is not None, "label saving", "label_curve=100,200,400"),
+        (study.label_saving is not None, "label saving", "label_curve=100,200,400, with `ceiling` in the study's file"),
         (bool(study.examples), "examples", "the test text where the runs have read it"),
     )
     missing = [f"{what} ({how})" for is_there, what, how in checks if not is_there]

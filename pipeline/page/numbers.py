@@ -70,10 +70,13 @@ def score(value: float, scale: Scale = PERCENT) -> str:
 
 
 def bounds(interval: Interval, scale: Scale = PERCENT, *, signed: bool = False) -> str:
-    """`[85.8, 88.4]`; empty where no interval was computed."""
-    if interval.low is None or interval.high is None:
+    """`[85.8, 88.4]`, a bound that is not known as a "?"; empty where no interval was computed."""
+    if interval.low is None and interval.high is None:
         return ""
-    ends = (decimal(end * scale.factor, scale.digits, signed=signed) for end in (interval.low, interval.high))
+    ends = (
+        "?" if end is None else decimal(end * scale.factor, scale.digits, signed=signed)
+        for end in (interval.low, interval.high)
+    )
     return f"[{', '.join(ends)}]"
 
 

@@ -104,7 +104,7 @@ def _sections(study: StudyFigures, groups: dict[str, list[Drawing]]) -> list[Sec
             body=sections.figures_grid(groups["calibration"]),
         ),
         more_sections.cache(study, groups["cache"]),
-        sections.slices(arm, groups["parts"]),
+        sections.slices(text, arm, groups["parts"]),
         Section(
             id="table",
             title="All arms",

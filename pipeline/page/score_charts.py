@@ -12,6 +12,7 @@ from pipeline.analysis.values import ArmFigures, Comparison, Interval, LabelSavi
 from pipeline.core.chart_style import LIGHT
 from pipeline.page import numbers
 from pipeline.page.chart_parts import COLORS, LABEL_SIZE, Drawing, Plot, Row, data, domain, labels_at_end, to_svg
+from pipeline.page.html import for_xml
 
 LINES = {"ceiling": "ceiling", "teacher": "teacher", "gold_only": "gold only", "zero_shot": "zero-shot"}
 """Roles that are drawn as horizontal lines, since they have no KD weight: ceiling, weak score, floor, untrained."""
@@ -187,6 +188,8 @@ def _difference_chart(figures: ArmFigures, metric: str, plot: Plot) -> Any:
     for row in rows:
         row["is_outside"] = not limits[0] <= row["value"] <= limits[1]
         row["edge"], row["at_end"] = limits[1] if row["value"] > 0 else limits[0], limits[1]
+        row["shape"] = "triangle-right" if row["value"] > 0 else "triangle-left"
+        row["low"], row["high"] = (min(max(row[end], limits[0]), limits[1]) for end in ("low", "high"))
         row["shown"] = row["value_text"] if plot.width < WIDE else f"{row['value_text']}  {row['bounds']}"
     unit = "nats" if metric == "-nll" else "points"
     axis = alt.Axis(tickCount=6 if plot.width >= WIDE else 3, labelExpr=SIGNED, title=unit)
@@ -197,20 +200,20 @@ def _difference_chart(figures: ArmFigures, metric: str, plot: Plot) -> Any:
     color = COLORS[figures.arm.role]
     bars = inside.mark_rule(strokeWidth=2.5, color=color, aria=False).encode(x="low:Q", x2="high:Q", y=y)
     points = inside.mark_point(filled=True, size=70, color=color, opacity=1).encode(x=x, y=y, description="text:N")
-    far = outside.mark_point(shape="triangle-right", filled=True, size=70, color=color, opacity=1)
+    far = outside.mark_point(filled=True, size=70, color=color, opacity=1)
     zero = data([{"zero": 0}]).mark_rule(color=LIGHT["muted"], strokeWidth=1.2, aria=False).encode(x="zero:Q")
     values = data(rows).mark_text(align="left", dx=14, fontSize=12, aria=False)
     values = values.encode(x="at_end:Q", y=y, text="shown:N", color=alt.Color("color:N", scale=None))
     layers = [zero, bars, points, values]
     if any(row["is_outside"] for row in rows):
-        layers.append(far.encode(x="edge:Q", y=y, description="text:N"))
+        layers.append(far.encode(x="edge:Q", y=y, shape=alt.Shape("shape:N", scale=None), description="text:N"))
     return alt.layer(*layers, width=plot.width, height=alt.Step(30))
 
 
 def _difference_row(comparison: Comparison, scale: numbers.Scale) -> dict[str, Any]:
     low, high = _ends(comparison.difference)
     name = numbers.ROLES.get(comparison.against, comparison.against)  # a control has its label
-    label = f"{numbers.MINUS} {name.removeprefix('the next ')}"
+    label = f"{numbers.MINUS} {for_xml(name).removeprefix('the next ')}"
     value, shown = comparison.difference.value, numbers.bounds(comparison.difference, scale, signed=True)
     value_text = numbers.difference(value, scale)
     return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.analysis.values import ArmFigures, Interval, StudyFigures, TextFigures, Verdict
 from pipeline.page import diagram, numbers
-from pipeline.page.chart_parts import COLORS, Drawing
+from pipeline.page.chart_parts import Drawing
 from pipeline.page.html import Child, Html, escape, join, tag
 from pipeline.page.main_arms import main_arms, studied_arm
 
@@ -181,11 +181,18 @@ def _dot(role: str) -> Html:
     return tag("span", class_=f"dot role-{role}", aria_hidden="true")
 
 
-def slices(arm: ArmFigures | None, drawings: Sequence[Drawing]) -> Section:
+def slices(text: TextFigures, arm: ArmFigures | None, drawings: Sequence[Drawing]) -> Section:
     """Scores on parts of the records."""
     if arm is None:
         return Section(id="parts", title="Parts of the records", body=None)
-    roles = [role for role in ("combined", "teacher", "gold_only") if role in COLORS]
+    gold = main_arms(text).get("gold_only")
+    shown = {(part.by, part.value) for part in arm.slices}
+    is_drawn = {
+        arm.arm.role: True,
+        "teacher": any(part.teacher_score is not None for part in arm.slices),
+        "gold_only": gold is not None and any((part.by, part.value) in shown for part in gold.slices),
+    }
+    roles = [role for role, is_there in is_drawn.items() if is_there]
     names = join((tag("span", _dot(role), numbers.ROLES[role], class_=f"key key-{role}") for role in roles), " ")
     return Section(
         id="parts",

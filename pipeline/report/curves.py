@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,10 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def mean_curves(rows: Sequence[Row]) -> tuple[tuple[int, ...], dict[str, tuple[float | None, ...]]]:
-    """The last step of each part of the run, and by key the mean over all seeds' rows in it; None without any."""
+    """The last step of each part of the run, and by key the mean over all seeds' rows in it; None without any.
+
+    A value that is not finite, as the nll of a text of which a target has probability 0, counts as none.
+    """
     last = max(row["step"] for row in rows)
     width = max(last / MAX_POINTS, 1.0)
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -60,7 +64,8 @@ def mean_curves(rows: Sequence[Row]) -> tuple[tuple[int, ...], dict[str, tuple[f
         part = int((row["step"] - 1) // width)
         ends[part] = max(ends.get(part, 0), row["step"])
         for name, value in row.items():
-            if name not in NOT_CURVES and not name.endswith("_count") and isinstance(value, (int, float)):
+            is_curve = name not in NOT_CURVES and not name.endswith("_count")
+            if is_curve and isinstance(value, (int, float)) and math.isfinite(value):
                 values[name][part].append(value)
     parts = sorted(ends)
     curves = {

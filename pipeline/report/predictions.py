@@ -45,7 +45,13 @@ def read_predictions(arms: Sequence[ArmRuns], name: str = "test") -> TextPredict
     """
     scored = [of_arm for of_arm in arms if all(scores_on(run, name) is not None for run in of_arm.runs)]
     tables = {run.folder: _read(run.paths.predictions(name)) for of_arm in scored for run in of_arm.runs}
-    metric = next(metric for metric, column in MEASURED.items() if any(_has(t, column) for t in tables.values()))
+    measured = (metric for metric, column in MEASURED.items() if any(_has(t, column) for t in tables.values()))
+    metric = next(measured, None)
+    if metric is None:
+        raise InputError(
+            f"{name}: expected predictions with an answer or targets, found none in {len(tables)} runs that are scored "
+            "on it with all seeds; score them on labeled text with scripts/evaluate.py"
+        )
     with_metric = [a for a in scored if all(_has(tables[run.folder], MEASURED[metric]) for run in a.runs)]
     for of_arm in arms:
         if of_arm not in with_metric:
@@ -53,6 +59,8 @@ def read_predictions(arms: Sequence[ArmRuns], name: str = "test") -> TextPredict
     tables = _aligned(
         {run.folder: tables[run.folder] for of_arm in with_metric for run in of_arm.runs}, name, MEASURED[metric]
     )
+    if metric == "-nll":
+        check_same_targets(tables, name)
     first = next(iter(tables.values()))
     scores = [scores_on(run, name) or {} for of_arm in with_metric for run in of_arm.runs]
     return TextPredictions(
@@ -103,6 +111,20 @@ def _aligned(tables: Mapping[Path, pl.DataFrame], name: str, column: str) -> dic
             "%s: %d of %d records count: the others lack a prediction or the metric", name, len(common), num_records
         )
     return aligned
+
+
+def check_same_targets(tables: Mapping[Path, pl.DataFrame], name: str) -> None:
+    """InputError where a record has more targets in some runs than in others, as after another tokenizer or window.
+
+    The nll of a target is then no measure by which they can be compared.
+    """
+    (first, of_first), *others = ((folder, table["num_targets"]) for folder, table in tables.items())
+    differing = [folder for folder, of_other in others if not of_other.equals(of_first)]
+    if differing:
+        raise InputError(
+            f"{name}: expected the same number of targets a record in all runs, found others than in {first} in "
+            f"{', '.join(map(str, differing))}; report them apart, with runs="
+        )
 
 
 def arm_predictions(of_arm: ArmRuns, tables: Mapping[Path, pl.DataFrame], metric: str) -> ArmPredictions:

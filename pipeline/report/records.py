@@ -93,8 +93,8 @@ def gold_sizes(runs: Sequence[StudyRun]) -> dict[str, int]:
 
 
 def _gold_size(run: StudyRun) -> int | None:
-    gold = load_config(run.paths.config, TrainConfig).gold
     try:
+        gold = load_config(run.paths.config, TrainConfig).gold
         if gold is None or text_hash(text := open_text(gold, "gold")) != run.identity["gold"]:
             return None
         is_exact, count = count_records(text)

@@ -102,7 +102,7 @@ def read_runs(patterns: Sequence[str]) -> list[StudyRun]:
 
 def read_run(paths: RunPaths) -> StudyRun:
     """One finished run from its folder."""
-    config = yaml.load(paths.config.read_text(), Loader=YAML_LOADER)
+    config = read_config(paths.config)
     result = json.loads(paths.result.read_text())
     identity = json.loads(paths.identity.read_text())
     role = role_of(config)
@@ -122,6 +122,11 @@ def read_run(paths: RunPaths) -> StudyRun:
         inputs=inputs,
         settings=content_hash([role, name if role == OTHER else None, options, inputs]),
     )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options of a run as plain data: those of any version, known today or not."""
+    return dict(yaml.load(path.read_text(), Loader=YAML_LOADER))
 
 
 def role_of(config: Mapping[str, Any]) -> str:
@@ -209,6 +214,7 @@ def effective_options(options: Mapping[str, Any], inputs: Mapping[str, str]) -> 
         unread += [] if "corpus" in options["loss.lm.on"] else ["loss.lm"]
     if not options["loss.kd.weight"]:
         unread += [f"loss.kd.{name}" for name in KD_ALONE]
+        unread += [] if options["loss.confidence.weight"] else ["loss.kd.gate"]
     for term in ("hard", "confidence"):
         parts = [name for name in options if name.startswith(f"loss.{term}.") and not name.endswith(".weight")]
         unread += [] if options[f"loss.{term}.weight"] else parts
@@ -221,7 +227,8 @@ def effective_options(options: Mapping[str, Any], inputs: Mapping[str, str]) -> 
 
 
 KEPT = ("name", "seed", "steps")
-KD_ALONE = ("ramp", "divergence", "beta", "temperature_squared", "adaptive_weight")  # gate, T and control: others too
+KD_ALONE = ("ramp", "on", "temperature", "temperature_squared", "divergence", "beta", "adaptive_weight")
+"""Of loss.kd, read by its own term alone; confidence has its gate too, and control changes what all terms read."""
 
 
 def dev_decides(options: Mapping[str, Any]) -> bool:

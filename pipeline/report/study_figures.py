@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pipeline.analysis.figures import text_figures
 from pipeline.analysis.label_saving import label_saving
 from pipeline.analysis.values import HeldOut, LabelSaving, StudyFigures, TextFigures
 from pipeline.core.progress import log
+from pipeline.core.types import InputError
 from pipeline.report.arms import ArmRuns, best_on_dev, group_arms
 from pipeline.report.curves import training_of
 from pipeline.report.examples import find_examples
@@ -33,10 +35,12 @@ class Study:
 def read_study(patterns: Sequence[str], *, command: str, name: str | None = None) -> Study:
     """Read run folders, or globs of them, and compute all figures.
 
-    `command`: how the study is run. `name`: of the study; None: as the runs have it, else their folder's. InputError
-    where there is no finished run, or where runs cannot be compared.
+    `command`: how the study is run; where it names no study, the one of the runs is added. `name`: of the study; None:
+    as the runs have it, else their folder's. InputError where there is no finished run, or where runs cannot be
+    compared.
     """
     runs = read_runs(patterns)
+    command = of_study(command, runs[0].config.get("study"))
     arms = group_arms(runs, gold_sizes(runs))
     further = further_texts(runs)
     texts = [read_predictions(arms), *(read_predictions(arms, text) for text in further)]
@@ -58,6 +62,17 @@ def read_study(patterns: Sequence[str], *, command: str, name: str | None = None
         command=command,
     )
     return Study(figures=figures, arms=tuple(arms), texts=tuple(texts))
+
+
+def of_study(command: str, name: str | None) -> str:
+    """The command with its `study=`, so that it can be run as it stands; InputError where a shell could not read it."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"command: expected a command line, found {command!r} ({error}); close its quotes") from error
+    if name is None or any(word.startswith("study=") for word in words):
+        return command
+    return f"{command} study={shlex.quote(name)}"
 
 
 def further_texts(runs: Sequence[StudyRun]) -> list[str]:

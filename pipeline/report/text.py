@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from pipeline.analysis.values import StudyFigures, TextFigures, Verdict
+from pipeline.data.shown import visible
 from pipeline.report.cells import MAIN, Column, Paired, columns, conclusions, duration, paired_differences, row_names
 
 WIDTH = 80
@@ -90,7 +91,7 @@ def effort(study: StudyFigures) -> str:
 def wrapped(line: str, *, indent: int = 4) -> list[str]:
     """A sentence in lines of at most 80 characters; double spaces between its parts stay."""
     return textwrap.wrap(
-        line,
+        one_line(line),
         WIDTH,
         subsequent_indent=" " * indent,
         break_long_words=False,
@@ -104,7 +105,8 @@ def wrapped(line: str, *, indent: int = 4) -> list[str]:
 
 def table_lines(found: Sequence[Column]) -> Iterator[str]:
     """The table, in several blocks where it is wider than 80 characters; each begins with the names of the rows."""
-    names, *others = [Column(head=c.head, cells=tuple(map(_cut, c.cells)), is_text=c.is_text) for c in found]
+    cut = (tuple(_cut(one_line(cell)) for cell in column.cells) for column in found)
+    names, *others = [Column(head=c.head, cells=cells, is_text=c.is_text) for c, cells in zip(found, cut, strict=True)]
     if _width([names, *others]) > WIDTH:  # rows are numbered, because names alone may be equal
         width = len(str(len(names.cells)))
         numbers = tuple(f"{number:>{width}} {name}" for number, name in enumerate(names.cells, 1))
@@ -117,6 +119,11 @@ def table_lines(found: Sequence[Column]) -> Iterator[str]:
             block = [names]
         block.append(column)
     yield from _block_lines(block)
+
+
+def one_line(text: str) -> str:
+    """Text that moves no cursor and hides nothing: white space as spaces, other control characters escaped."""
+    return visible(re.sub(r"\s", " ", text))
 
 
 def _cut(cell: str) -> str:
@@ -196,4 +203,4 @@ def _provenance_lines(study: StudyFigures) -> Iterator[str]:
 
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, in one line and in a cell of a table; letters_and_digits need no escape."""
-    return re.sub(r"([\\`*|<>]|(?<!\w)_|_(?!\w)|\](?=[(\[:]))", r"\\\1", text.replace("\n", " "))
+    return re.sub(r"([\\`*|<>]|(?<!\w)_|_(?!\w)|\](?=[(\[:]))", r"\\\1", one_line(text))

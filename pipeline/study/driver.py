@@ -11,8 +11,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from pipeline.cache.manifest import load_manifest
 from pipeline.capture import driver as capture
 from pipeline.config.compose import open_study, quoted
@@ -26,6 +24,7 @@ from pipeline.core.stopping import Stopped
 from pipeline.core.types import InputError, RunFailed
 from pipeline.declare.leaks import check_texts
 from pipeline.report import commands as report
+from pipeline.report.runs import read_config
 from pipeline.study.forecast import (
     ADAPTIVE,
     Composer,
@@ -96,7 +95,7 @@ def folders_of(study: Study, made: Sequence[Path], cache: str | None) -> list[Pa
     A study whose teacher, capture or ceiling was changed has runs of both in its folder.
     """
     fingerprint = None if cache is None else load_manifest(one_location(cache, "cache")).fingerprint
-    roles = {folder: _role(folder) for folder in map(Path, _finished(study))}
+    roles = {folder: read_config(folder / "config.yaml").get("role") for folder in _finished(study)}
     once = {Role.teacher.name, Role.ceiling.name} & {roles.get(folder) for folder in made}
     kept, num_others = [], 0
     for folder, role in roles.items():
@@ -113,13 +112,6 @@ def folders_of(study: Study, made: Sequence[Path], cache: str | None) -> list[Pa
 
 def _finished(study: Study) -> list[Path]:
     return [result.parent for result in sorted(Path(study.file.runs_dir).glob("*/result.json"))]
-
-
-def _role(folder: Path) -> str | None:
-    """Read plainly: a folder of an earlier version may have options that no longer exist."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    role: str | None = yaml.load((folder / "config.yaml").read_text(), loader).get("role")
-    return role
 
 
 # ------------------------------------------------------------------------------------------- steps

@@ -36,6 +36,32 @@ def test_arms_that_were_not_compared_differ_as_if_independent() -> None:
     assert found.over_shuffled.low == pytest.approx(0.15 - 0.01 * math.sqrt(2))
 
 
+@pytest.mark.parametrize("other", [{"kd_weight": 0.3}, {"lm_weight": 0.5}, {"gold_fraction": 0.2}])
+def test_a_control_of_other_weights_is_none(other: dict[str, float]) -> None:
+    student = arm("combined", 0.85)
+    same = arm("control", 0.7, label="same", control="shuffled", is_main=False)
+    different = arm("control", 0.85, label="shuffled", control="shuffled", **other)
+    assert findings(study(student, different)).over_shuffled is None
+    found = findings(study(student, different, same))
+    assert found.over_shuffled is not None
+    assert found.over_shuffled.value == pytest.approx(0.15)
+
+
+def test_the_noise_of_the_lower_weight_is_its_own() -> None:
+    """One seed at weight 1 and three at its neighbours, so that each difference has the assumed noise once."""
+    differences = {"lower kd": interval(0.05, 0.03)}
+    seeds = {0.3: (1, 2, 3), 1.0: (1,), 3.0: (1, 2, 3)}
+    arms = [
+        arm("combined", 0.8, label=f"{kd}", kd_weight=kd, seeds=seeds[kd], is_main=kd == 1.0, against=differences)
+        for kd in seeds
+    ]
+    found = findings(study(*arms))
+    half = math.sqrt(0.03**2 + 0.0196**2)
+    for value in (found.over_lower, found.higher_over):
+        assert value is not None
+        assert (value.low, value.high) == pytest.approx((0.05 - half, 0.05 + half))
+
+
 def test_the_teachers_share_of_the_errors() -> None:
     """1,000 records: the teacher misses 200, of which the student repeats 100; the student misses 250 in all."""
     found = findings(study(arm("combined", 0.75, imitation=imitation(0.5, teacher=0.8))))

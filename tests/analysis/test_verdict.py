@@ -48,10 +48,11 @@ def copied_class(teacher: float = 0.02, copied: float = 0.9, score: float = 0.1,
     return study(TEACHER, arm("gold_only", 0.8, slices=(gold,)), student)
 
 
-def guessing(share: int = 200, over_gold: Interval = EVEN) -> StudyFigures:
+def guessing(share: int = 200, over_gold: Interval = EVEN, with_gold: bool = True) -> StudyFigures:
     """A teacher with 20 % right, where the most frequent answer is right for `share` of 1,000 records."""
     part = slice_of("Arts", 0.2, teacher=0.2, copied=0.1, records=share)
-    return study(arm("teacher", 0.2, seeds=(1,), slices=(part,)), GOLD_ONLY, combined(over_gold, interval(0.6)))
+    teacher, gold = arm("teacher", 0.2, seeds=(1,), slices=(part,)), [GOLD_ONLY] if with_gold else []
+    return study(teacher, *gold, combined(over_gold, interval(0.6)))
 
 
 def too_high(excess: Interval | None = UP, over_gold: Interval = LOW, lower: Interval = EVEN) -> StudyFigures:
@@ -159,6 +160,7 @@ def test_each_rule_is_reached_by_the_study_built_for_it(name: str) -> None:
     [
         (guessing(share=140), "a teacher at chance"),  # 20 % right is 6 points above, and significantly so
         (guessing(over_gold=UP), "a teacher at chance"),
+        (guessing(with_gold=False), "a teacher at chance"),
         (copied_class(teacher=0.6), "a copied class"),
         (copied_class(copied=0.4), "a copied class"),
         (copied_class(score=0.55), "a copied class"),  # 15 points below gold_only
@@ -216,7 +218,12 @@ def test_a_kd_weight_of_zero_is_not_judged_but_the_smallest_other_one() -> None:
     found = verdict(study(TEACHER, GOLD_ONLY, none, combined(UP, UP, **some)))
     assert found.code == "INCONCLUSIVE"  # above both, but dev prefers to go without it
     copies = combined(EVEN, UP, against=lower, imitation=imitation(0.5, excess=UP), **some)
-    assert "KD weight 0.3 is too high" in verdict(study(TEACHER, GOLD_ONLY, none, copies)).headline
+    of_main = Example(kind="copied", prompt="Tundra", truth="Geography", answers={"teacher": "Biology"})
+    found = verdict(study(TEACHER, GOLD_ONLY, none, copies, examples=(of_main,)))
+    assert "KD weight 0.3 is too high" in found.headline
+    assert "judged: kd 0.3" in found.evidence
+    assert not any("Tundra" in line for line in found.evidence)  # an answer of the other arm
+    assert not any(line.startswith("judged:") for line in verdict(too_high()).evidence)
 
 
 def test_evidence_names_the_class_and_shows_its_examples() -> None:
@@ -300,6 +307,97 @@ def test_seeds_are_added_until_there_are_five_and_then_a_control() -> None:
 def test_longer_training_counts_in_epochs_where_they_are_known() -> None:
     assert "grid=epochs:4,8" in verdict(dataclasses.replace(early(), counts={"epochs": 2})).command
     assert "'experiments=[combined]' epochs=null steps=102" in verdict(early()).command
+
+
+CHOSEN = {  # of an arm that a grid made, beside inputs and what no grid can set
+    "loss.kd.weight": 0.3,
+    "loss.kd.gate.drop_wrong": True,
+    "loss.kd.gate.max_entropy": None,
+    "loss.lm.on": ["gold"],
+    "gold": 500,
+    "cache": "0123abcd",
+}
+
+
+def chosen(figures: StudyFigures, **options: Any) -> dict[str, Any]:
+    """The options of the command that is printed where the judged arm is one of a grid."""
+    own = f"{OWN} grid='kd_weight:0.1,0.3,1'"
+    arms = tuple(
+        dataclasses.replace(
+            one, arm=dataclasses.replace(one.arm, **({"kd_weight": 0.3, "differing": CHOSEN} | options))
+        )
+        if one.arm.role == "combined"
+        else one
+        for one in figures.main.arms
+    )
+    main = dataclasses.replace(figures.main, arms=arms)
+    command = verdict(dataclasses.replace(figures, main=main, command=own)).command
+    values = words(command)
+    assert values["study"] == "mine"
+    return values
+
+
+def words(command: str) -> dict[str, Any]:
+    pairs = [word.partition("=") for word in shlex.split(command)[2:]]
+    assert len({name for name, _, _ in pairs}) == len(pairs)
+    return {name: value for name, _, value in pairs}
+
+
+SETTINGS = "loss.kd.weight:0.3;loss.kd.gate.drop_wrong:true"
+
+
+def test_a_grid_and_more_seeds_repeat_the_settings_of_the_judged_arm() -> None:
+    epochs = dataclasses.replace(early(), counts={"epochs": 2})
+    assert chosen(epochs)["grid"] == f"epochs:4,8;{SETTINGS}"
+    assert chosen(one_seed()) == {"study": "mine", "seeds": "1,2,3", "grid": SETTINGS}
+    assert chosen(plateau())["grid"] == f"loss.kd.gate.keep_fraction:0.5,0.8;{SETTINGS}"
+    lower = chosen(too_high())["grid"]
+    assert lower == "kd_weight:0.01,0.03,0.1;loss.kd.gate.drop_wrong:true"  # the weight is what the grid varies
+    assert (
+        "'grid=kd_weight:0.01,0.03,0.1;loss.kd.gate.drop_wrong:true'"
+        in verdict(dataclasses.replace(too_high_of_grid(), command=OWN)).command
+    )
+    (setting, *_) = grid_settings(study_grid(lower))
+    assert setting == ("loss.kd.weight=0.01", "loss.kd.gate.drop_wrong=true")
+
+
+def too_high_of_grid() -> StudyFigures:
+    student = combined(LOW, imitation=imitation(0.5, excess=UP), kd_weight=0.3, differing=CHOSEN)
+    return study(TEACHER, GOLD_ONLY, student)
+
+
+def study_grid(value: str) -> list[str]:
+    """The axes as the study reads them."""
+    (argument,) = study_arguments([f"grid={value}"])
+    return [str(axis) for axis in OverridesParser.create().parse_override(argument).value()]
+
+
+def test_a_control_and_more_steps_have_the_settings_of_the_judged_arm_too() -> None:
+    """As options of combined alone, because a grid does not reach controls; its own grid is not repeated for them."""
+    own = {"study": "mine", "experiments": "[combined]", "loss.kd.weight": "0.3", "loss.kd.gate.drop_wrong": "true"}
+    five = chosen(one_seed((1, 2, 3, 4, 5)))
+    assert five == own | {"controls": "[shuffled]", "seeds": "1,2,3,4,5"}
+    assert chosen(early()) == own | {"seeds": "1,2,3", "epochs": "null", "steps": "102"}
+    assert (
+        "'experiments=[combined]' 'controls=[shuffled]'"
+        in verdict(
+            dataclasses.replace(
+                study(TEACHER, GOLD_ONLY, combined(EVEN, seeds=(1, 2, 3, 4, 5), differing=CHOSEN)), command=OWN
+            )
+        ).command
+    )
+
+
+def test_a_length_in_steps_excludes_epochs() -> None:
+    """Of a grid of both, only one decides."""
+    grid = chosen(too_high(), differing={"steps": 100, "epochs": None})["grid"]
+    assert grid.endswith(";steps:100;epochs:null")
+    epochs = dataclasses.replace(early(), counts={"epochs": 2})
+    assert chosen(epochs, differing={"steps": 100, "epochs": None})["grid"] == "epochs:4,8"
+
+
+def test_missing_runs_are_made_by_the_study_as_it_is() -> None:
+    assert chosen(study(TEACHER, combined()))["grid"] == "kd_weight:0.1,0.3,1"
 
 
 def test_options_of_the_study_are_kept_and_replaced() -> None:

@@ -25,7 +25,9 @@ from pipeline.page.page import write_page
 from support import sample_figures
 from support.browser import emulate, open_browser, requested_addresses
 
-HOSTILE = "\"><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'&amp;" + "w" * 120
+MARKUP = "\"><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">'&amp;"
+HOSTILE, SHOWN = (f"{MARKUP}{control}{'w' * 120}" for control in ("\x1b\x0b\uffff", "\ufffd\ufffd\ufffd"))
+"""What no XML may contain is shown as a replacement character."""
 
 
 def hostile_study() -> StudyFigures:
@@ -342,14 +344,14 @@ def test_paper_is_light_and_as_wide_as_the_page(chrome: webdriver.Chrome, pages:
 @pytest.mark.slow
 def test_hostile_text_stays_text(chrome: webdriver.Chrome, pages: Pages) -> None:
     show(chrome, pages, "hostile")
-    assert chrome.title == f"{HOSTILE}: weak-to-strong study"
+    assert chrome.title == f"{SHOWN}: weak-to-strong study"
     assert len(chrome.find_elements(By.TAG_NAME, "script")) == 1
     assert not chrome.find_elements(By.TAG_NAME, "img")
-    assert chrome.find_element(By.TAG_NAME, "h1").text == HOSTILE
-    assert chrome.find_element(By.CSS_SELECTOR, "#verdict code").text == HOSTILE
-    assert chrome.find_element(By.CSS_SELECTOR, ".example .prompt").text == HOSTILE
+    assert chrome.find_element(By.TAG_NAME, "h1").text == SHOWN
+    assert chrome.find_element(By.CSS_SELECTOR, "#verdict code").text == SHOWN
+    assert chrome.find_element(By.CSS_SELECTOR, ".example .prompt").text == SHOWN
     labels = [row.get_attribute("data-value") for row in chrome.find_elements(By.CSS_SELECTOR, "#arms tbody th")]
-    assert f"combined kd 1 {HOSTILE}" in labels
+    assert f"combined kd 1 {SHOWN}" in labels
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -138,12 +138,20 @@ def test_a_control_is_the_shuffled_one_nearest_to_combined() -> None:
     assert {a.arm.control for a in group_arms(runs, GOLD_SIZES)} == {"none", "smoothed", "shuffled"}
 
 
-@pytest.mark.parametrize("role", ["teacher", "ceiling"])
-def test_several_settings_that_define_the_gap_are_refused(role: str) -> None:
-    runs = [make_run(role), make_run(role, rate=1e-5)]
-    with pytest.raises(InputError, match=f"expected one setting of {role} to measure the gap by, found 2"):
+def test_several_settings_that_define_the_gap_are_refused() -> None:
+    runs = [make_run("teacher"), make_run("teacher", rate=1e-5)]
+    with pytest.raises(InputError, match="expected one setting of teacher to measure the gap by, found 2"):
         group_arms(runs, GOLD_SIZES)
-    assert len(group_arms([make_run(role), make_run(role, seed=2, kd=0.3)], GOLD_SIZES)) == 1
+    assert len(group_arms([make_run("teacher"), make_run("teacher", seed=2, kd=0.3)], GOLD_SIZES)) == 1
+
+
+def test_of_two_ceilings_the_one_with_the_settings_of_combined_counts() -> None:
+    """Options of a study reach all its students: trained again with another rate, it has two of each."""
+    ceilings = [make_run("ceiling", rate=1e-4, dev=0.95), make_run("ceiling", rate=5e-5, dev=0.9)]
+    students = [make_run("combined", rate=1e-4, dev=0.8), make_run("combined", rate=5e-5, dev=0.85)]
+    assert main_label([*ceilings, *students], "ceiling") == "ceiling lr 5e-05"
+    assert main_label([*ceilings, students[0]], "ceiling") == "ceiling lr 0.0001"
+    assert main_label(ceilings, "ceiling") == "ceiling lr 0.0001"  # nothing to match: the best on dev
 
 
 def test_labels_name_what_differs_and_are_unique() -> None:

@@ -14,6 +14,7 @@ from pipeline.analysis.values import ArmFigures, StudyFigures
 from pipeline.config.schema import ReportConfig
 from pipeline.core.types import InputError
 from pipeline.report.commands import run
+from pipeline.report.study_figures import of_study
 from support.run_folders import StudyFolder, write_study
 from support.simulated_study import STUDENTS, TrueArm, simulate, study_of
 
@@ -68,6 +69,16 @@ def reported(study: StudyFolder, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def arm(figures: StudyFigures, label: str) -> ArmFigures:
     return next(one for one in figures.main.arms if one.arm.label == label)
+
+
+def test_the_command_names_the_study_of_the_runs() -> None:
+    """So that the printed one can be run; a study that the command names already stays."""
+    assert of_study("python scripts/study.py", "my study") == "python scripts/study.py study='my study'"
+    own = "python scripts/study.py 'study=mine.yaml' seeds=1,2"
+    assert of_study(own, "mine") == own
+    assert of_study("python scripts/study.py", None) == "python scripts/study.py"
+    with pytest.raises(InputError, match="command: expected a command line"):
+        of_study("python 'scripts", "mine")
 
 
 def test_every_part_of_a_study_is_reported(reported: tuple[StudyFigures, Path]) -> None:
@@ -148,7 +159,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_runs_are_read(tmp
 @pytest.mark.alone
 @pytest.mark.slow(minutes=3)
 def test_200_runs_are_reported_in_20_seconds(tmp_path: Path) -> None:
-    """Of 1,500 records and 200 steps each, with the page and all files."""
+    """Of 1,500 records and 200 steps each, with the page and all files; `run` alone, without the start of Python."""
     weights = [0.02 * 1.3**index for index in range(13)]
     grid = [
         TrueArm(

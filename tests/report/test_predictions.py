@@ -117,6 +117,38 @@ def test_missing_predictions_are_an_error(copied: StudyFolder) -> None:
         read_predictions(arms_of(copied))
 
 
+def test_nlls_of_different_targets_are_not_compared(tmp_path: Path) -> None:
+    """As of runs with other tokenizers: the nll of a target is then another measure."""
+    simulated, text = simulate(study_of(STUDENTS, num_records=20), seed=2)
+    for of_arm in simulated:
+        of_arm.credit_RM[:] = -4.0 + of_arm.credit_RM
+    folder = write_study(tmp_path, simulated, text, metric="-nll", steps=2)
+    assert read_predictions(arms_of(folder)).metric == "-nll"
+    rewrite(folder, "combined", lambda table: table.with_columns(pl.col("num_targets") + 1))
+    with pytest.raises(InputError, match=r"same number of targets a record in all runs.*/combined-.*with runs="):
+        read_predictions(arms_of(folder))
+
+
+def test_a_text_without_any_metric_is_refused(copied: StudyFolder) -> None:
+    for path in copied.folder.glob("runs/*/predictions-test.parquet"):
+        table = pl.read_parquet(path)
+        empty = [
+            pl.lit(None, dtype=table[name].dtype).alias(name) for name in ("correct", "exact") if name in table.columns
+        ]
+        table.with_columns(*empty, num_targets=pl.lit(0)).write_parquet(path)
+    with pytest.raises(InputError, match="test: expected predictions with an answer or targets, found none"):
+        read_predictions(arms_of(copied))
+
+
+def test_runs_with_options_of_another_version_are_reported_without_their_gold(copied: StudyFolder) -> None:
+    for path in copied.folder.glob("runs/*/config.yaml"):
+        path.write_text(f"{path.read_text()}an_option_of_yesterday: 3\n")
+    runs = read_runs(copied.runs)
+    assert gold_sizes(runs) == {}
+    found = read_predictions(group_arms(runs, {}))
+    assert held_out_records(runs, found.name, found.keys) == {}
+
+
 def test_probabilities_of_unequal_numbers_of_choices() -> None:
     found = probabilities(pl.Series([[0.0, np.log(3.0)], [-1000.0, -1000.0, -1000.0]]))
     np.testing.assert_allclose(found, [[0.25, 0.75, 0.0], [1 / 3, 1 / 3, 1 / 3]])
@@ -223,6 +255,12 @@ def test_long_prompts_lose_their_middle() -> None:
 
 
 # -------------------------------------------------------------------------------------------- curves
+
+
+def test_what_is_not_finite_is_no_point_of_a_curve() -> None:
+    rows = [{"step": 1, "dev_nll": 2.0}, {"step": 1, "dev_nll": float("inf")}, {"step": 2, "dev_nll": float("nan")}]
+    steps, curves = mean_curves(rows)
+    assert (steps, curves) == ((1, 2), {"dev_nll": (2.0, None)})
 
 
 def test_curves_are_means_over_seeds() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.config.options import identity_options, save_config
 from pipeline.config.schema import (
+    ConfidenceConfig,
     Control,
     ExportConfig,
     ExportedStep,
@@ -57,6 +58,12 @@ def kd(**options: Any) -> LossConfig:
     return LossConfig(kd=KdConfig(**options))
 
 
+def confident(least: float) -> LossConfig:
+    """A KD weight of 0; the gate is that of the confidence term."""
+    gated = KdConfig(weight=0.0, gate=GateConfig(min_confidence=least))
+    return LossConfig(kd=gated, confidence=ConfidenceConfig(weight=0.5))
+
+
 @pytest.mark.parametrize(
     ("settings", "role"),
     [
@@ -81,6 +88,14 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"inputs": BOTH, "loss": kd(weight=0.0)},
         {"inputs": BOTH, "loss": kd(weight=0.0, temperature_squared=False)},
     ),
+    "temperature at weight 0": (
+        {"inputs": BOTH, "loss": kd(weight=0.0)},
+        {"inputs": BOTH, "loss": kd(weight=0.0, temperature=2.0)},
+    ),
+    "gate that no term has": (
+        {"inputs": BOTH, "loss": kd(weight=0.0)},
+        {"inputs": BOTH, "loss": kd(weight=0.0, gate=GateConfig(min_confidence=0.5))},
+    ),
     "another test text option": ({"inputs": BOTH}, {"inputs": BOTH | {"teacher_predictions": "p"}}),
     "dev that decides nothing": ({"inputs": BOTH | {"dev": "d"}}, {"inputs": BOTH | {"dev": "e"}}),
     "an option that older versions lack": ({"inputs": BOTH}, {"inputs": BOTH, "options": {"gold_epochs": None}}),
@@ -89,6 +104,10 @@ BEST = ExportConfig(what=ExportedStep.best)
 DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "KD weight": ({"inputs": BOTH}, {"inputs": BOTH, "loss": kd(weight=0.3)}),
     "gate": ({"inputs": BOTH}, {"inputs": BOTH, "loss": kd(gate=GateConfig(min_confidence=0.5))}),
+    "gate of confidence": (
+        {"inputs": BOTH, "loss": confident(0.0)},
+        {"inputs": BOTH, "loss": confident(0.5)},
+    ),
     "gold set": ({"inputs": BOTH}, {"inputs": BOTH | {"gold": "h"}}),
     "cache": ({"inputs": BOTH}, {"inputs": BOTH | {"cache": "d"}}),
     "learning rate": ({"inputs": BOTH}, {"inputs": BOTH, "steps": 4}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import subprocess
 
@@ -10,7 +11,7 @@ import pytest
 
 from pipeline.analysis.values import Interval, LabelSaving, StudyFigures
 from pipeline.report.cells import columns, score_text
-from pipeline.report.text import WIDTH, command_lines, markdown, table_lines, terminal
+from pipeline.report.text import WIDTH, command_lines, markdown, table_lines, terminal, wrapped
 from support.sample_figures import full_study, healthy, large_study, minimal_study, plain_text_study, too_high
 
 STUDIES = {"full": full_study, "minimal": minimal_study, "plain text": plain_text_study, "large": large_study}
@@ -82,6 +83,19 @@ def test_a_wide_table_continues_below_with_the_rows_named_again() -> None:
         assert [int(row.split()[0]) for row in rows] == list(range(1, len(study.main.arms) + 1))
     cells = {cell for column in columns(study.main, is_wide=True)[1:] for cell in column.cells}
     assert all(cell in "\n".join(lines) for cell in cells)  # nothing is lost on the way
+
+
+def test_control_characters_of_records_are_shown_and_not_sent() -> None:
+    """A terminal would obey them; in Markdown a carriage return would begin a new line."""
+    hostile = "red\x1b[31m\rtop\x9b2J\u202eend"
+    study = full_study()
+    judged = dataclasses.replace(too_high(), evidence=(hostile,), headline=hostile)
+    text = "\n".join([*terminal(study, judged), *wrapped(hostile)])
+    example = dataclasses.replace(study.examples[0], prompt=hostile, truth=hostile)
+    page = markdown(dataclasses.replace(study, examples=(example,)), judged)
+    for shown in (text, page):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
+        assert "x1b[31m top" in shown.replace("\\[", "[")
 
 
 def test_markdown_holds_all_and_shows_hostile_text_as_it_is() -> None:
