@@ -59,8 +59,8 @@ def completed_overrides(root: str, arguments: Sequence[str]) -> tuple[list[str],
 def compose_job(root: str, overrides: Iterable[str], study: Study | None = None) -> Any:
     """The typed options of another command, from within a command that Hydra runs.
 
-    A group chosen among the overrides, as in loss=fading, replaces what `study` holds of it; None: the layers that Hydra
-    knows are taken as they are.
+    A group chosen among the overrides, as in loss=fading, replaces what `study` holds of it; None: the layers that
+    Hydra knows are taken as they are.
     """
     completed, _ = completed_overrides(root, [*overrides])
     if study is None:
