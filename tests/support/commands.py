@@ -90,7 +90,10 @@ def train_arguments(student: Path, data: Path, cache: str, **changes: Any) -> li
         "checkpoint.every_steps": 0,
         **{name.replace("__", "."): value for name, value in changes.items()},
     }
-    return [f"{name}={value}" for name, value in chosen.items()]
+    # a text that is null has no options
+    without = [name for name in ("gold", "dev", "test") if chosen.get(name) == "null"]
+    unused = tuple(f"{name}." for name in without) + tuple(f"text@{name}" for name in without)
+    return [f"{name}={value}" for name, value in chosen.items() if not name.startswith(unused)]
 
 
 def capture_arguments(teacher: Path, data: Path, **changes: Any) -> list[str]:

@@ -335,7 +335,7 @@ def test_refusals_before_any_rank_starts(student: Path, data: Path, cache: Path,
         ({"launcher__num_processes": 3}, "global_batch: expected a multiple of the 3 ranks, found 4"),
         (
             {"test__targets": "next", "test__malformed": "skip", "test__files": f"[{tmp_path}/untold.jsonl]"},
-            "nothing to score",
+            "test: expected records with targets or choices, found none",
         ),
     ]
     for changes, message in cases:
