@@ -73,11 +73,13 @@ def run(config: StudyConfig) -> None:
 def make(config: StudyConfig, composer: Composer, jobs: Sequence[Job]) -> None:
     """Teacher, capture, students and report; RunFailed at the end if a run has failed."""
     study, cache = composer.study, None
+    start_logging(quiet=True)  # what follows prints its own lines; log.txt of each run has all of them
     teacher = run_teacher(study)
     if any(map(composer.reads_cache, jobs)):
         place = f"teacher.path={quoted([teacher.model])[1:-1]}"  # exactly this one, where a study has trained several
         print(f"\n==> capture: the teacher reads the corpus  ({command('capture', study, [place])})")
         cache = str(capture.run(composer.capture(place)))
+        start_logging(quiet=True)
     students = [with_inputs(composer, job, teacher, cache) for job in jobs]
     local = config.hydra_launcher is None
     made, failed = run_students(study, students) if local else launch(str(config.hydra_launcher), study, students)
