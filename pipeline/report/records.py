@@ -100,6 +100,6 @@ def _gold_size(run: StudyRun) -> int | None:
         is_exact, count = count_records(text)
     except (InputError, OSError):
         return None
-    if not is_exact:
+    if not is_exact and gold.take is None:
         log.info("gold: about %.0f records, estimated from the beginning of its files", count)
-    return round(count)
+    return round(count) if gold.take is None else min(round(count), gold.take)

@@ -240,8 +240,12 @@ def dev_decides(options: Mapping[str, Any]) -> bool:
 def _inputs(identity: Mapping[str, Any]) -> dict[str, str]:
     """What a run was made of, by content: a hash each. Of dev only where it decided something."""
     left_out = ["options", *NOT_OF_TRAINING] + ([] if dev_decides(_flat(identity["options"])) else ["dev"])
-    return {
+    found = {
         name: value if isinstance(value, str) else content_hash(value)
         for name, value in identity.items()
         if name not in left_out
     }
+    take = (identity["options"].get("gold") or {}).get("take")
+    if take is not None and "gold" in found:  # the first records of the same files are another gold set
+        found["gold"] = content_hash([found["gold"], take])
+    return found

@@ -22,7 +22,7 @@ from pipeline.config.schema import (
     TrainConfig,
 )
 from pipeline.core.types import InputError
-from pipeline.report.runs import StudyRun, read_runs
+from pipeline.report.runs import StudyRun, _inputs, read_runs
 
 SCORES = {"num_records": 10, "accuracy": 0.5, "exact_match": None, "nll": 1.0}
 
@@ -184,3 +184,13 @@ def test_hashes_of_two_versions_are_not_compared(tmp_path: Path, caplog: pytest.
 def test_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected finished run folders with test scores, found none"):
         read_runs([f"{tmp_path}/*"])
+
+
+def test_the_first_records_of_a_gold_set_are_another_gold_set() -> None:
+    """A label curve takes parts of one file: its sizes must not be taken for that of the file."""
+    identity = {"gold": "a", "student": ["w", "t"], "options": {"gold": {"take": None}}}
+    whole = _inputs(identity)
+    part = _inputs(identity | {"options": {"gold": {"take": 30}}})
+    assert whole["gold"] == "a"
+    assert part["gold"] not in ("a", _inputs(identity | {"options": {"gold": {"take": 12}}})["gold"])
+    assert part["student"] == whole["student"]
