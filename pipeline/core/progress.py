@@ -34,7 +34,8 @@ def start_logging(file: Path | None = None, *, level: int = logging.INFO, quiet:
     shown = logging.StreamHandler(AboveBars())
     shown.addFilter(lambda record: not getattr(record, "has_bar", False))
     if quiet:
-        shown.addFilter(lambda record: record.levelno >= logging.WARNING or hasattr(record, "has_bar"))
+        # of the progress that of long work alone: quick work has one line, at its end
+        shown.addFilter(lambda record: record.levelno >= logging.WARNING or not getattr(record, "is_brief", True))
     handlers: list[logging.Handler] = [shown]
     if file is not None:
         handlers.append(logging.FileHandler(file))
@@ -100,7 +101,8 @@ class Progress:
         left_seconds = (self._total - self._done) / max(per_second, 1e-9)
         figures = (self._title, self._done, self._total, self._unit.strip(), per_second, left_seconds, shown_figures)
         line = "%s %d/%d %s  %.3g/s  %.0f s left  %s"
-        log.info(line, *figures, extra={"has_bar": self._bar is not None})
+        is_brief = elapsed_seconds < self._log_every_seconds
+        log.info(line, *figures, extra={"has_bar": self._bar is not None, "is_brief": is_brief})
 
     def close(self) -> None:
         """Close the bar, so that the next output starts on a new line."""

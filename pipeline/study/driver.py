@@ -147,7 +147,7 @@ def run_students(study: Study, jobs: Sequence[Job]) -> tuple[list[Path], list[st
     """One run after the other, in this process: their folders, and the labels of those that failed."""
     started, made, failed = time.monotonic(), list[Path](), list[str]()
     for number, job in enumerate(jobs, 1):
-        head = f"\n==> [{number}/{len(jobs)}] {job.label}"
+        head = f"==> [{number}/{len(jobs)}] {job.label}"
         try:
             prepared = training.prepare(quiet(compose_job("train", job.arguments, study=study)))
             print(f"{head}: {'finished before' if prepared.is_complete() else prepared.paths.folder}")
