@@ -18,7 +18,7 @@ from pipeline.capture.worker import teacher_batches, write_batch
 from pipeline.config.schema import CaptureConfig, Kind
 from pipeline.config.validate import check_capture
 from pipeline.core.files import is_url
-from pipeline.core.progress import readable, start_logging
+from pipeline.core.progress import readable, readable_duration, start_logging
 from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.types import InputError, Manifest
 from pipeline.data.record_counts import count_records
@@ -101,13 +101,6 @@ def kept_entries(config: CaptureConfig) -> str:
     if config.kind is Kind.sampled:
         return f"kind=sampled draws={config.draws}"
     return f"kind={config.kind.name} k={config.k} draws={config.draws}"
-
-
-def readable_duration(seconds: float) -> str:
-    """A duration with its unit: seconds below 2 minutes, minutes below 2 hours, else hours."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def run_probe(config: CaptureConfig, text: Text) -> Probe:

@@ -66,13 +66,6 @@ def percent(value: Interval) -> str:
     return bounds(value, ".1f", scale=100)
 
 
-def duration(seconds: float) -> str:
-    """A time in the unit that fits: 90 s, 12 min, 3.4 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 # -------------------------------------------------------------------------------------------- table
 
 

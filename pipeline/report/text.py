@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from pipeline.analysis.values import StudyFigures, TextFigures, Verdict
+from pipeline.core.progress import readable_duration
 from pipeline.data.shown import visible
-from pipeline.report.cells import MAIN, Column, Paired, columns, conclusions, duration, paired_differences, row_names
+from pipeline.report.cells import MAIN, Column, Paired, columns, conclusions, paired_differences, row_names
 
 WIDTH = 80
 GAP = "  "
@@ -84,7 +85,7 @@ def effort(study: StudyFigures) -> str:
     runs = study.provenance.get("num_runs")
     return ", ".join(
         ([] if runs is None else [f"{runs} run{'s' * (runs != 1)}"])
-        + ([] if seconds is None else [f"{duration(seconds)} of training"])
+        + ([] if seconds is None else [f"{readable_duration(seconds)} of training"])
     )
 
 

@@ -19,7 +19,7 @@ from pipeline.config.overrides import compose_job
 from pipeline.config.schema import Role, TrainConfig
 from pipeline.config.study import Study, StudyConfig
 from pipeline.core.object_store import one_location
-from pipeline.core.progress import log, start_logging
+from pipeline.core.progress import log, readable_duration, start_logging
 from pipeline.core.stopping import Stopped
 from pipeline.core.types import InputError, RunFailed
 from pipeline.declare.leaks import check_texts
@@ -29,7 +29,6 @@ from pipeline.study.forecast import (
     ADAPTIVE,
     Composer,
     check_jobs,
-    duration,
     print_plan,
     texts_of,
     with_curve_length,
@@ -158,7 +157,7 @@ def run_students(study: Study, jobs: Sequence[Job]) -> tuple[list[Path], list[st
             continue
         made.append(prepared.paths.folder)
         if score is not None:
-            print(f"    score {score:.4f}; {duration(time.monotonic() - started)} so far")
+            print(f"    score {score:.4f}; {readable_duration(time.monotonic() - started)} so far")
     return made, failed
 
 

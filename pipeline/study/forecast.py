@@ -13,7 +13,7 @@ from pipeline.config.schema import CaptureConfig, ModelConfig, TextConfig, Train
 from pipeline.config.study import Study, StudyConfig, more_tests_of
 from pipeline.config.validate import check_capture, check_files
 from pipeline.config.validate_train import check_train
-from pipeline.core.progress import readable
+from pipeline.core.progress import readable, readable_duration
 from pipeline.declare.shown import show_texts
 from pipeline.models.tokenizer import check_tokenizers, open_tokenizer
 from pipeline.study import cost
@@ -108,10 +108,10 @@ def print_plan(config: StudyConfig, composer: Composer, jobs: Sequence[Job]) -> 
     print(f"{'run':<36} {'runs':>4} {'steps':>7} {'tokens':>12} {'time':>8}")
     for label, group in costs:
         whole = cost.total(group)
-        time = "" if whole.seconds is None else duration(whole.seconds)
+        time = "" if whole.seconds is None else readable_duration(whole.seconds)
         print(f"{label:<36} {len(group):>4} {group[0].steps or '':>7} {whole.tokens:>12,} {time:>8}")
     whole = cost.total([one for _, group in costs for one in group])
-    hours = "" if whole.seconds is None else f", about {duration(whole.seconds)} on this machine"
+    hours = "" if whole.seconds is None else f", about {readable_duration(whole.seconds)} on this machine"
     print(f"\nIn all about {whole.steps:,} steps, {whole.tokens:,} tokens, {readable(whole.bytes)} of weights{hours};")
     print("what exists already is not made again.")
 
@@ -149,10 +149,3 @@ def sequences_of(config: TrainConfig, corpus: float) -> float:
     if config.gold_fraction < 1 or config.gold is None:
         return corpus / (1 - config.gold_fraction) if config.gold_fraction < 1 else 0.0
     return cost.num_sequences(config.gold, "gold", config.student, config.window)
-
-
-def duration(seconds: float) -> str:
-    """Seconds below 2 minutes, minutes below 2 hours, else hours."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
