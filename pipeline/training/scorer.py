@@ -18,9 +18,10 @@ from pipeline.training.finish import finish
 def run(folder: Path) -> None:
     """Make the scores that a run folder lacks and write the result."""
     paths = RunPaths(folder=folder)
-    start_logging(paths.log)
+    config = load_config(paths.config, TrainConfig)
+    start_logging(paths.log, quiet=config.launcher.quiet)
     try:
-        finish(load_config(paths.config, TrainConfig), paths)
+        finish(config, paths)
     except Exception:
         log.exception("scoring failed")
         raise
