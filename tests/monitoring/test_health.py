@@ -28,9 +28,8 @@ from support.commands import (
     run_ranks,
     script,
     start,
-    steps_done,
     train_arguments,
-    wait_for,
+    wait_for_steps,
 )
 
 
@@ -196,7 +195,7 @@ def test_early_stopping_with_tensorboard_and_a_resume_that_stops_at_the_same_ste
 
     arguments = early(student, data, cache, steps=5000, seed=3, checkpoint__every_steps=2)
     process = start(arguments, tmp_path)
-    wait_for(lambda: steps_done(tmp_path / "runs") >= 4, process)
+    wait_for_steps(tmp_path / "runs", 4, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     script("train", *arguments, cwd=tmp_path)

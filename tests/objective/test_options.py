@@ -24,9 +24,8 @@ from support.commands import (
     mixture_of,
     script,
     start,
-    steps_done,
     train_arguments,
-    wait_for,
+    wait_for_steps,
 )
 
 
@@ -163,7 +162,7 @@ def test_each_option_in_one_run_and_a_resume_that_repeats_it(
     assert not failures
 
     process = start(arguments_of(student, data, completed, changes, steps=30), tmp_path)
-    wait_for(lambda: steps_done(tmp_path / "runs") >= 10, process)
+    wait_for_steps(tmp_path / "runs", 10, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 75
     done = script("train", *arguments_of(student, data, completed, changes, steps=30), cwd=tmp_path)

@@ -81,6 +81,7 @@ def train_arguments(student: Path, data: Path, cache: str, **changes: Any) -> li
         **labeled("dev", data),
         **labeled("test", data),
         "scoring.teacher_predictions": "null",
+        "scoring.teacher_dev_predictions": "null",
         "global_batch": 4,
         "micro_batch": 2,
         "gold_fraction": 0.25,
@@ -140,6 +141,12 @@ def steps_done(folder: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl"))
 
 
+def wait_for_steps(runs: Path, steps: int, process: subprocess.Popen) -> None:
+    """Until the runs of a folder have made so many steps: however slow the machine, a step each two minutes."""
+    while (done := steps_done(runs)) < steps:
+        wait_for(lambda before=done: steps_done(runs) > before, process)
+
+
 def composed(root: str, *overrides: str) -> Any:
     study, rest = take_study(list(overrides))
     register(study, chosen=chosen_groups(rest))
@@ -173,7 +180,7 @@ def only(folder: Path) -> Path:
 def stop_at(step: int, arguments: list[str], cwd: Path) -> None:
     """Start, ask to stop after a step, and wait for the checkpoint."""
     process = start(arguments, cwd)
-    wait_for(lambda: steps_done(cwd / "runs") >= step, process)
+    wait_for_steps(cwd / "runs", step, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 75, (cwd / "output.txt").read_text()[-3000:]
 
@@ -215,11 +222,12 @@ def mixture_of(config: TrainConfig) -> Mixture:
 
 
 def run_ranks(num_ranks: int, folders: list[Path]) -> None:
-    """Train the runs of some folders one after another in one process group."""
+    """Train the runs of some folders one after another in one process group; a hang ends in a time-out."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     command += [str(ROOT / "tests" / "support" / "zero_worker.py"), *map(str, folders)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    seconds = 300 * len(folders)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
 
 

@@ -14,7 +14,15 @@ from pipeline.config.schema import ExportedStep, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
 from pipeline.training import dev_evaluation, driver
-from support.commands import composed, prepare_run, run_ranks, script, start, steps_done, train_arguments, wait_for
+from support.commands import (
+    composed,
+    prepare_run,
+    run_ranks,
+    script,
+    start,
+    train_arguments,
+    wait_for_steps,
+)
 from support.tiny import prompts, write_lines
 
 # the first look is the best for ever, and a step does not know how many are to come
@@ -107,7 +115,7 @@ def test_killed_and_resumed_the_best_is_that_of_an_undisturbed_run(
     assert not (run / "checkpoints").exists()
 
     process = start(arguments("runs"), tmp_path)
-    wait_for(lambda: steps_done(tmp_path / "runs") >= 10, process)
+    wait_for_steps(tmp_path / "runs", 10, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     script("train", *arguments("runs"), cwd=tmp_path)

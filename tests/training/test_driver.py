@@ -37,9 +37,9 @@ from support.commands import (
     run_ranks,
     script,
     start,
-    steps_done,
     train_arguments,
     wait_for,
+    wait_for_steps,
 )
 from support.modes import other_modes
 from support.tiny import make_model, make_tokenizer, write_lines
@@ -150,7 +150,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(
 
     script("train", *arguments("undisturbed"), cwd=tmp_path)
     process = start(arguments("runs"), tmp_path)
-    wait_for(lambda: steps_done(tmp_path / "runs") >= 5, process)
+    wait_for_steps(tmp_path / "runs", 5, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 75
     assert "the same command continues from its checkpoint" in (tmp_path / "output.txt").read_text()
@@ -173,7 +173,7 @@ def test_a_multirun_killed_in_the_middle_ends_with_all_results_and_nothing_twice
     arguments = train_arguments(student, data, str(cache), steps=15, checkpoint__every_steps=2)
     arguments = [a for a in arguments if not a.startswith("seed=")] + ["loss.kd.weight=0.5,1", "seed=1,2", "-m"]
     process = start(arguments, tmp_path)
-    wait_for(lambda: steps_done(tmp_path / "runs") >= 19, process)  # one finished, one under way
+    wait_for_steps(tmp_path / "runs", 19, process)  # one finished, one under way
     process.kill()
     process.wait()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
@@ -238,7 +238,7 @@ def test_two_drivers_never_train_in_one_folder(
 ) -> None:
     arguments = train_arguments(student, data, str(cache), steps=2000)
     process = start(arguments, tmp_path)
-    wait_for(lambda: steps_done(tmp_path / "runs") >= 1, process)
+    wait_for_steps(tmp_path / "runs", 1, process)
     code = "from pipeline.training import driver; driver.LOCK_WAIT_SECONDS = 1.0; "
     code += "import sys, runpy; sys.argv[0] = 'train'; "
     code += f"runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')"

@@ -39,6 +39,7 @@ from support.commands import (
     stop_at,
     train_arguments,
     wait_for,
+    wait_for_steps,
 )
 
 
@@ -106,7 +107,7 @@ def is_saving(run: Path) -> bool:
 def strike(victim: str, process: subprocess.Popen, runs: Path, draw: random.Random) -> None:
     """Let a run make some steps, then kill: a rank, the driver, or a rank in the middle of a save."""
     before = steps_done(runs)
-    wait_for(lambda: steps_done(runs) > before + draw.randrange(4), process)
+    wait_for_steps(runs, before + 1 + draw.randrange(4), process)
     run = only(runs)
     if victim == "save":
         wait_for(lambda: is_saving(run), process)
@@ -169,7 +170,7 @@ def expected_sequences(run: Path, steps: int) -> list[str]:
 def test_a_rank_that_hangs_ends_the_run(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     changes = {"launcher__num_processes": 2, "micro_batch": 1, "launcher__hang_seconds": 8}
     process = start(train_arguments(student, data, str(cache), steps=5000, **changes), tmp_path)
-    wait_for(lambda: steps_done(tmp_path / "runs") >= 3, process)
+    wait_for_steps(tmp_path / "runs", 3, process)
     run = only(tmp_path / "runs")
     os.kill(ranks_of(run)[1], signal.SIGSTOP)
     assert process.wait(60) == 2
