@@ -22,7 +22,7 @@ from pipeline.config.groups import CONF_DIR, PACKAGE
 from pipeline.config.help import help_text, help_words
 from pipeline.config.options import to_typed
 from pipeline.config.overrides import completed_overrides, renamed_hint
-from pipeline.config.study import ROOTS
+from pipeline.config.study import ROOTS, RunsConfig
 from pipeline.config.validate import check_files, urls_in
 from pipeline.core.files import explain
 from pipeline.core.stopping import EXIT_STOPPED, Stopped, interrupt, stop_signals_handled_by
@@ -77,9 +77,10 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
     with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
         study, sys.argv[1:] = take_study(sys.argv[1:])
-        if root == "study":
-            sys.argv[1:] = study_arguments(sys.argv[1:])
-        register(study, chosen=chosen_groups(sys.argv[1:]), roots=ROOTS if root == "study" else [root])
+        is_of_studies = issubclass(ROOTS[root], RunsConfig)
+        if is_of_studies:
+            sys.argv[1:] = study_arguments(sys.argv[1:], ROOTS[root])
+        register(study, chosen=chosen_groups(sys.argv[1:]), roots=ROOTS if is_of_studies else [root])
         sys.argv[1:], notes = completed_overrides(root, sys.argv[1:])
         for note in notes:
             print(note, file=sys.stderr)

@@ -16,7 +16,7 @@ from pipeline.config.compose import SECTION, chosen_groups, config_dir, register
 from pipeline.config.groups import CONF_DIR, groups
 from pipeline.config.options import choices_of, option_types, options, sections, to_plain
 from pipeline.config.overrides import completed_overrides
-from pipeline.config.study import ROOTS
+from pipeline.config.study import ROOTS, RunsConfig
 from pipeline.config.synonyms import SYNONYMS, nearest_options
 from pipeline.core.types import InputError
 
@@ -83,7 +83,7 @@ def _effective(root: str, arguments: Sequence[str]) -> tuple[DictConfig | None, 
     own_folder = config_dir([*arguments])
     try:
         study, rest = take_study([*given, *(["--config-dir", own_folder] if own_folder else [])])
-        rest = study_arguments(rest) if root == "study" else rest
+        rest = study_arguments(rest, ROOTS[root]) if issubclass(ROOTS[root], RunsConfig) else rest
         register(study, chosen=chosen_groups(rest), roots=[root])
         completed, _ = completed_overrides(root, rest)
         overrides = [_first_of_sweep(word) for word in completed if "=" in word and not word.startswith("-")]

@@ -31,6 +31,7 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
     }
     if file.more_tests:
         train |= {"more_tests": content["more_tests"], "out_of_domain": file.out_of_domain}
+    own = {"study": study.given, "command": study.command, "study_dir": study.config_dir}
     capture = {"name": study.name, "caches_dir": file.caches_dir, "teacher": teacher, "corpus": content["corpus"]}
     return {
         "train": _nested(train | _without_length(content.get("train", {}))),
@@ -44,7 +45,7 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
             "out": study.report_dir,
         },
         "import": {"caches_dir": file.caches_dir},
-        "study": {"study": study.given, "command": study.command, "study_dir": study.config_dir},
+        **dict.fromkeys(("study", "submit"), own),
     }
 
 

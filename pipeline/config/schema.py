@@ -417,7 +417,8 @@ class HealthConfig:
 
 @dataclass
 class LauncherConfig:
-    num_processes: int | None = option(None, "ranks on this machine; null: one per GPU, or one", result=False)
+    num_processes: int | None = option(None, "ranks on each node; null: one per GPU, or one", result=False)
+    num_nodes: int = option(1, "nodes of the SLURM job that this command runs in, each with such ranks", result=False)
     time_limit: float | None = option(
         None, "minutes that this command may take: before that it saves and ends with exit code 75", result=False
     )

@@ -20,6 +20,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline.config import schema
+from pipeline.config.cluster import ClusterConfig
 from pipeline.config.options import option, options
 from pipeline.config.schema import CaptureConfig, ModelConfig, StudentConfig, TextConfig, TrainConfig
 from pipeline.core.types import InputError
@@ -65,8 +66,8 @@ class StudyFile:
 
 
 @dataclass
-class StudyConfig:
-    """Options of scripts/study.py."""
+class RunsConfig:
+    """Which runs of a study: the options that scripts/study.py and scripts/submit.py have in common."""
 
     study: str = option(
         MISSING, "NAME of conf/study/NAME.yaml, or of study/NAME.yaml in the folder of --config-dir; or FILE.yaml"
@@ -84,11 +85,26 @@ class StudyConfig:
         list, "sizes of gold sets cut from the ceiling's text, trained on alone: how many labels the teacher is worth"
     )
     overrides: list[str] = option(list, "filled with the options of scripts/train.py that are given: for every student")
+
+
+@dataclass
+class StudyConfig(RunsConfig):
+    """Options of scripts/study.py."""
+
     hydra_launcher: str | None = option(
         None, "Hydra launcher of the students, such as submitit_slurm; null: one by one in this process"
     )
     probe_seconds: float = option(20.0, "seconds to measure the speed of this machine for the estimate; 0: no estimate")
     dry_run: bool = option(False, "print the plan and its cost, and run nothing")
+
+
+@dataclass
+class SubmitConfig(RunsConfig):
+    """Options of scripts/submit.py."""
+
+    cluster: ClusterConfig = option(ClusterConfig, "what each job asks for")
+    folder: str | None = option(None, "folder of the files of the jobs; null: `submit` in runs_dir")
+    dry_run: bool = option(False, "write and print the files, and submit nothing; --print is the same")
 
 
 ROOTS: dict[str, type] = {
@@ -99,6 +115,7 @@ ROOTS: dict[str, type] = {
     "report": schema.ReportConfig,
     "audit": schema.AuditConfig,
     "study": StudyConfig,
+    "submit": SubmitConfig,
 }
 """The options of each command."""
 

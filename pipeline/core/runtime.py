@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -126,14 +127,15 @@ class StopRequest:
     """True once this rank should save a checkpoint and exit; checked between two steps.
 
     There are five reasons: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 was received; the stop file exists; the time limit
-    (PIPELINE_STOP_AT, seconds since 1970) has passed; the parent process has exited; the driver (PIPELINE_DRIVER_PID)
-    has exited.
+    (PIPELINE_STOP_AT, seconds since 1970) has passed; the parent process has exited; the driver has exited, which the
+    ranks on its machine see (`driver_variables`).
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._signal_received = False
-        self._driver_pid = int(os.environ.get("PIPELINE_DRIVER_PID", "0"))  # 0: there is no driver
+        is_here = os.environ.get("PIPELINE_DRIVER_HOST") == socket.gethostname()
+        self._driver_pid = int(os.environ["PIPELINE_DRIVER_PID"]) if is_here else 0
         self._parent_pid = os.getppid()
         self._stop_at = float(os.environ.get("PIPELINE_STOP_AT", "inf"))
         for number in STOP_SIGNALS:
@@ -152,6 +154,11 @@ class StopRequest:
             or time.time() > self._stop_at
             or self._file.exists()
         )
+
+
+def driver_variables() -> dict[str, str]:
+    """The environment variables by which ranks know their driver, this process."""
+    return {"PIPELINE_DRIVER_PID": str(os.getpid()), "PIPELINE_DRIVER_HOST": socket.gethostname()}
 
 
 def process_exists(pid: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config.layers import option_text
 from pipeline.config.schema import Control
-from pipeline.config.study import Study, StudyConfig, flat
+from pipeline.config.study import RunsConfig, Study, flat
 from pipeline.core.types import InputError
 
 SHORT_NAMES = {
@@ -56,7 +56,7 @@ def teacher_job(study: Study) -> Job:
     return Job(experiment="teacher" if study.trains_teacher else "teacher_as_is", seed=1, overrides=())
 
 
-def student_jobs(config: StudyConfig, study: Study) -> list[Job]:
+def student_jobs(config: RunsConfig, study: Study) -> list[Job]:
     """All runs of the student, those that differ in the seed alone beside each other.
 
     A ready-made student, and what does not depend on a seed, is scored once. InputError for options that contradict the
@@ -81,7 +81,7 @@ def student_jobs(config: StudyConfig, study: Study) -> list[Job]:
     return jobs
 
 
-def check_plan(config: StudyConfig) -> None:
+def check_plan(config: RunsConfig) -> None:
     """Refuse no seed at all, and options of students that belong to the study's file."""
     if not config.seeds:
         raise InputError("seeds: expected one or more, found none; give them as seeds=1,2,3")
@@ -97,7 +97,7 @@ def name_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def experiments(config: StudyConfig, study: Study) -> list[str]:
+def experiments(config: RunsConfig, study: Study) -> list[str]:
     """The experiments of the student that are asked for; by default all that the study has texts for."""
     if config.experiments is not None:
         return config.experiments
@@ -116,7 +116,7 @@ def grid_settings(grid: Sequence[str]) -> Iterator[tuple[str, ...]]:
     return itertools.product(*axes) if axes else iter(())
 
 
-def label_curve(config: StudyConfig, study: Study) -> Iterator[tuple[str, ...]]:
+def label_curve(config: RunsConfig, study: Study) -> Iterator[tuple[str, ...]]:
     """gold_only on so many labels of the ceiling's text, for each size of the curve."""
     if config.label_curve and study.file.ceiling is None:
         raise InputError("label_curve: expected a study with the text `ceiling`, whose labels it takes, found none")

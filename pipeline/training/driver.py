@@ -24,7 +24,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths, check_writable, content_hash, is_hub_name, write_json
 from pipeline.core.progress import log, start_logging
-from pipeline.core.runtime import environment, module_command
+from pipeline.core.runtime import driver_variables, environment, module_command
 from pipeline.core.stopping import Stopped, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
@@ -37,6 +37,7 @@ from pipeline.training.finish import read_result
 from pipeline.training.held_out import SPLITS, entry_of, is_missing, needs_model
 from pipeline.training.identity import identity_of
 from pipeline.training.inputs import RunInputs, save_inputs
+from pipeline.training.launch import check_nodes, ranks_command
 
 STARTED = time.time()  # when this command started; its time may be limited
 LOCK_WAIT_SECONDS = 60.0  # the ranks of a driver that was killed notice it, save and leave within this time
@@ -149,8 +150,9 @@ def prepare(config: TrainConfig) -> PreparedRun:
     batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
     revision = config.student.revision
     config = dataclasses.replace(config, student=pinned(resolve_dtype(config.student)), global_batch=batch)
-    num_ranks = num_processes(config)
+    num_ranks = num_processes(config) * (1 if config.steps == 0 else config.launcher.num_nodes)
     if config.steps != 0:
+        check_nodes(config.launcher.num_nodes)
         check_trained_dtype(config.student)
         fitting_micro_batch(config.global_batch, world_size=num_ranks, at_most=config.micro_batch)
     identity, inputs = identity_of(config)
@@ -212,10 +214,11 @@ def num_processes(config: TrainConfig) -> int:
 def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> int:
     """Start the ranks under torchrun, or the one that only scores; wait for them; returns the exit code."""
     only_scores = config.steps == 0 or paths.result.exists()
-    ranks = 1 if only_scores else ranks
-    threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // ranks, 1))}
+    nodes = config.launcher.num_nodes
+    on_this_node = 1 if only_scores else ranks // nodes
+    threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // on_this_node, 1))}
     defaults = threads if torch.cuda.is_available() else threads | ALLOCATOR_SETTINGS
-    variables = defaults | os.environ | {"PIPELINE_DRIVER_PID": str(os.getpid())}
+    variables = defaults | os.environ | driver_variables()
     if config.launcher.time_limit is not None:
         stop_at = STARTED + 60.0 * config.launcher.time_limit - config.launcher.leave_seconds
         variables["PIPELINE_STOP_AT"] = str(stop_at)
@@ -223,8 +226,7 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
         command = module_command("pipeline.training.scorer", str(paths.folder))
     else:
         rank = module_command("pipeline.training.worker", str(paths.folder))
-        launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python")
-        command = module_command(*launcher, *rank)
+        command = ranks_command(rank, num_nodes=nodes, num_processes=on_this_node)
     # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; they inherit the
     # lock, so that it is held until the last rank has ended even if this process is killed
     return subprocess.Popen(command, env=variables, start_new_session=True, pass_fds=(lock,)).wait()

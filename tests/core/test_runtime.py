@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def test_every_reason_to_stop(reason: str, tmp_path: Path, monkeypatch: pytest.M
     """A stop file, the time limit, a driver or a parent that has exited, each signal; nothing before that."""
     driver = subprocess.Popen(["sleep", "60"])
     try:
+        monkeypatch.setenv("PIPELINE_DRIVER_HOST", socket.gethostname())
         monkeypatch.setenv("PIPELINE_DRIVER_PID", str(driver.pid))
         monkeypatch.setenv("PIPELINE_STOP_AT", str(time.time() + 3600))
         stop = StopRequest(tmp_path / "stop")

@@ -1,0 +1,1 @@
+"""A study as batch jobs of a cluster: plain sbatch files, and their submission."""

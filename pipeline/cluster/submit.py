@@ -1,0 +1,86 @@
+"""Submit a study: write the files of its jobs, and give them to SLURM."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.cluster.jobs import jobs_of
+from pipeline.cluster.sbatch import BatchJob, script_text, submission_text
+from pipeline.config.compose import open_study
+from pipeline.config.study import Study, SubmitConfig
+from pipeline.core.files import write_atomically
+from pipeline.core.progress import start_logging
+from pipeline.core.types import InputError
+from pipeline.declare.leaks import check_texts
+from pipeline.study.forecast import Composer, check_jobs, texts_of, with_curve_length
+from pipeline.study.plan import student_jobs
+
+
+def run(config: SubmitConfig) -> None:
+    """Check every run of the study, write the files, and submit them unless only asked to show them."""
+    start_logging()
+    study = open_study(config.study, config.study_dir)
+    check_cluster(config)
+    composer = Composer(study)
+    students = student_jobs(config, study)
+    check_jobs(composer, students)
+    check_texts(texts_of(study), allowed=study.file.allow_shared_records)
+    students = [with_curve_length(composer, job) for job in students]
+    jobs = jobs_of(study, students, config.cluster, captures=any(map(composer.reads_cache, students)))
+    files = write_files(config, study, jobs)
+    if config.dry_run:
+        for file in files:
+            print(f"==> {file}\n\n{file.read_text()}")
+        return
+    check_queue(study, jobs)
+    subprocess.run(["bash", str(files[-1])], check=True)
+    names = ",".join(f"{study.name}-{job.name}" for job in jobs)
+    print(f"files and logs: {files[-1].parent}; what they do: squeue --name={names}, and scripts/status.py")
+
+
+def write_files(config: SubmitConfig, study: Study, jobs: list[BatchJob]) -> list[Path]:
+    """The file of each job, numbered in their order, and last the one that submits them."""
+    folder = Path(config.folder or f"{study.file.runs_dir}/submit")
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    origin = shlex.join(["python", *sys.orig_argv[1:]])
+    names = {"study": study.name, "folder": str(Path.cwd())}
+    files = [folder / f"{number}-{job.name}.sbatch" for number, job in enumerate(jobs, 1)]
+    for job, file in zip(jobs, files, strict=True):
+        write_atomically(file, script_text(job, config.cluster, origin=origin, logs=f"{folder}/logs", **names))
+    last = folder / "submit.sh"
+    write_atomically(last, submission_text(jobs, files=[str(file) for file in files], **names))
+    return [*files, last]
+
+
+def check_cluster(config: SubmitConfig) -> None:
+    """Refuse options that no job could hold, and a machine that cannot submit."""
+    cluster = config.cluster
+    for name, value, least in (
+        ("nodes", cluster.nodes, 1),
+        ("capture_jobs", cluster.capture_jobs, 1),
+        ("gpus_per_node", cluster.gpus_per_node, 0),
+        ("leave_seconds", cluster.leave_seconds, 1),
+    ):
+        if value < least:
+            raise InputError(f"cluster.{name}: expected at least {least}, found {value}; correct it")
+    if not config.dry_run and shutil.which("sbatch") is None:
+        raise InputError(
+            "cluster: expected the command sbatch, found none on this machine; run this on a login node of the "
+            "cluster, or add --print to see the files"
+        )
+
+
+def check_queue(study: Study, jobs: list[BatchJob]) -> None:
+    """Refuse a study that is in the queue already: its jobs would only wait for each other."""
+    names = ",".join(f"{study.name}-{job.name}" for job in jobs)
+    asked = ["squeue", "--noheader", "--me", f"--name={names}", "--format=%j %i %T"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    if found:
+        raise InputError(
+            f"expected none of this study's jobs in the queue, found {len(found)}, such as {found[0].strip()}; wait "
+            f"for them, or cancel them with scancel --name={names}"
+        )

@@ -1,0 +1,129 @@
+"""Studies on a real SLURM: preempted, cancelled, killed, on two nodes, and equal to the bit to undisturbed ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.commands import BIT_BY_BIT, ROOT, losses_of, needs_root, script, steps_done
+from support.slurm import Cluster, start_cluster, stop_cluster
+from support.tiny_study import write_tiny_study
+
+pytestmark = [pytest.mark.slow(minutes=5), pytest.mark.alone, needs_root]
+STUDENTS = ("experiments=combined,weak_only", "seeds=1,2,3")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # the paths of its sockets have to be short
+    cluster = start_cluster(root)
+    try:
+        yield cluster
+    finally:
+        stop_cluster(cluster)
+        shutil.rmtree(root)
+
+
+def submit(cluster: Cluster, cwd: Path, *arguments: str) -> dict[str, str]:
+    """The ids of the jobs, by the part of the study."""
+    asked = ("study=tiny", "--config-dir", str(cwd), "cluster.leave_seconds=20", *arguments)
+    done = script("submit", *asked, cwd=cwd, env=cluster.variables)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("submitted: ")]
+    return dict(word.split("=") for word in line.split()[1:])
+
+
+def run_of(folder: Path, label: str) -> Path:
+    """The run folder of an experiment and a seed, as `combined 2`."""
+    experiment, seed = label.split()
+    configs = folder.glob(f"runs/{experiment}-*/config.yaml")
+    (found,) = (path for path in configs if f"\nseed: {seed}\n" in path.read_text())
+    return found.parent
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert losses_of(found) == losses_of(expected)
+    for name in BIT_BY_BIT:
+        assert (found / "model" / name).read_bytes() == (expected / "model" / name).read_bytes()
+    scores = [json.loads((run / "result.json").read_text())["test"]["nll"] for run in (found, expected)]
+    assert scores[0] == scores[1]
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    (cache,) = folder.glob("caches/tiny-*")
+    return {path.name: path.read_bytes() for path in (cache / "shards").glob("*.parquet")}
+
+
+def test_a_disturbed_study_is_the_undisturbed_one(
+    cluster: Cluster, teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    """Capture: of four jobs one killed, one preempted. Students: two preempted, one cancelled, then submitted again."""
+    folder, local = tmp_path / "cluster", tmp_path / "local"
+    for place in (folder, local):
+        write_tiny_study(place, teacher=teacher, student=student, data=data, steps=300)
+    jobs = submit(cluster, folder, *STUDENTS, "cluster.capture_jobs=4", "cluster.cpus_per_node=1")
+    with pytest.raises(AssertionError, match="expected none of this study's jobs in the queue, found"):
+        submit(cluster, folder, *STUDENTS)
+
+    array = jobs["capture"]
+    cluster.wait(lambda: list(cluster.states(array).values()).count("RUNNING") == 4, what="the capture")
+    cluster.run("scancel", "--signal=KILL", "--full", f"{array}_1")
+    cluster.preempt("node2", folder)
+
+    array = jobs["students"]
+    cluster.wait(lambda: steps_done(folder / "runs") > 10, what="the students")
+    cluster.preempt("node1", folder)
+    cluster.wait(lambda: "high" not in cluster.run("squeue", "-h", "-o", "%P"), what="the preempting job")
+    cluster.run("scancel", f"{array}_5")
+    cluster.wait(lambda: not cluster.in_queue(), seconds=600, what="the end")
+    states = cluster.states(array)
+    assert states["5"] == "CANCELLED"  # and not queued again
+    assert {state for number, state in states.items() if number != "5"} == {"COMPLETED"}
+    assert "Restarts" not in states
+    assert len(list(folder.glob("runs/*/result.json"))) == 6  # the teacher's, and five of six
+    shards = shards_of(folder)
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("caches/*/shards/*.parquet")}
+
+    submit(cluster, folder, *STUDENTS, "cluster.capture_jobs=4", "cluster.cpus_per_node=1")
+    cluster.wait(lambda: not cluster.in_queue(), seconds=300, what="the second end")
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("caches/*/shards/*.parquet")} == written
+    script("study", "study=tiny", "--config-dir", str(local), *STUDENTS, "probe_seconds=0", cwd=local)
+    assert shards == shards_of(local)
+    for label in (f"{experiment} {seed}" for experiment in ("combined", "weak_only") for seed in (1, 2, 3)):
+        assert_same_run(run_of(folder, label), run_of(local, label))
+    for name in ("report.html", "report.md"):
+        assert (folder / "runs" / "report" / name).exists()
+
+
+def test_a_run_on_two_nodes_is_that_of_two_ranks(
+    cluster: Cluster, teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    """Warned by USR1, as before its time limit, it saves, is queued again, meets at another port and goes on."""
+    folder, local = tmp_path / "cluster", tmp_path / "local"
+    for place in (folder, local):
+        write_tiny_study(place, teacher=teacher, student=student, data=data, steps=200)
+    chosen = ("experiments=combined", "cluster.cpus_per_node=1", "launcher.num_processes=1")
+    jobs = submit(cluster, folder, *chosen, "cluster.nodes=2", "cluster.capture_jobs=1")
+    cluster.wait(lambda: steps_done(folder / "runs") > 10, what="the first steps")
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{jobs['students']}_0")
+    cluster.wait(lambda: not cluster.in_queue(), seconds=400, what="the end")
+    log = next(folder.glob("runs/submit/logs/tiny-students-*.log")).read_text()
+    assert log.count("2 ranks on cpu") == 2
+    assert "the same command continues from its checkpoint" in log
+    arguments = ("study=tiny", "--config-dir", str(local), "experiments=combined", "probe_seconds=0")
+    script("study", *arguments, "launcher.num_processes=2", cwd=local)
+    assert_same_run(run_of(folder, "combined 1"), run_of(local, "combined 1"))
+
+
+def test_a_job_outside_of_slurm_has_one_node(student: Path, data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "experiment=gold_only", f"student.path={student}"]
+    more = ["text@gold=own", f"gold.files=[{data}/gold.jsonl]", "launcher.num_nodes=2", "steps=1", "epochs=null"]
+    done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "launcher.num_nodes=2: expected to run in a job of SLURM with so many nodes, found none" in done.stderr
