@@ -11,7 +11,7 @@ from pipeline.config.cluster import ClusterConfig
 RUN_AND_REQUEUE = """\
 # A signal ends the command with its work saved and exit code 75. USR1 comes before the time limit: the job is queued
 # again, and goes on. TERM comes at a preemption, after which SLURM itself queues the job again, and at scancel.
-signal= code=0
+signal="" code=0
 trap 'signal=USR1; kill -s USR1 "$command"' USR1
 trap 'signal=TERM; kill -s TERM "$command"' TERM
 "${run[@]}" &

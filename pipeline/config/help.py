@@ -15,24 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.config.compose import SECTION, chosen_groups, config_dir, register, study_arguments, take_study
 from pipeline.config.groups import CONF_DIR, groups
 from pipeline.config.options import choices_of, option_types, options, sections, to_plain
-from pipeline.config.overrides import completed_overrides
+from pipeline.config.overrides import FLAGS_WITH_VALUE, completed_overrides
 from pipeline.config.study import ROOTS, RunsConfig
 from pipeline.config.synonyms import SYNONYMS, nearest_options
 from pipeline.core.types import InputError
 
 FLAGS = ("--help", "-h")
-FLAGS_WITH_VALUE = (
-    "--config-dir",
-    "-cd",
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-)
 MUST = "must be given"
 AT = "A name with @ is a place: {0} takes the file own.yaml of conf/{1} for the options below {2}."
 FOOT = (

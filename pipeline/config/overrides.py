@@ -26,12 +26,26 @@ from pipeline.config.synonyms import SYNONYMS, nearest_options
 from pipeline.config.values import check_values
 from pipeline.core.types import InputError
 
+FLAGS_WITH_VALUE = (
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+)
+"""Flags of Hydra that a value follows."""
 EXCLUSIVE = (("steps", "epochs"), ("epochs", "steps"))  # the given one of two replaces the other
 
 
 def completed_overrides(root: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments of a script with those that follow from them, and a note on each that replaces another option.
 
+    Flags come first: argparse, which Hydra uses, takes no options on both sides of one.
     An option of a section that may be null, as gold.files, turns the section on. Of steps and epochs the given one
     replaces the other. InputError for a wrong name or value, and for options that contradict each other.
     """
@@ -53,7 +67,15 @@ def completed_overrides(root: str, arguments: Sequence[str]) -> tuple[list[str],
             if is_given and other not in names and other in types:
                 completed.append(f"{other}=null")
                 notes.append(f"{argument} replaces {other}: {other}=null")
-    return completed, notes
+    return flags_first(completed), notes
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The flags with their values, then the options, each in the order in which they are given."""
+    flags, others = list[str](), list[str]()
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        (flags if word.startswith("-") or before in FLAGS_WITH_VALUE else others).append(word)
+    return flags + others
 
 
 def compose_job(root: str, overrides: Iterable[str], study: Study | None = None) -> Any:

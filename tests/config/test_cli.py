@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import read_write
 
 from pipeline.config.cli import hydra_main
+from pipeline.config.overrides import flags_first
 from pipeline.core.stopping import Stopped
 from pipeline.core.types import RunFailed
 
@@ -123,3 +124,9 @@ def test_a_place_that_cannot_be_written_is_one_line(train: Train, capsys: pytest
 
     with pytest.raises(OSError, match="Bad file descriptor"):  # a fault of the code keeps its traceback
         train(other)
+
+
+def test_flags_may_stand_between_options() -> None:
+    """argparse, which Hydra uses, refuses options on both sides of a flag."""
+    given = ["seed=2", "--config-dir", "mine", "-m", "loss.kd.weight=0,1", "--cfg=job", "~gold"]
+    assert flags_first(given) == ["--config-dir", "mine", "-m", "--cfg=job", "seed=2", "loss.kd.weight=0,1", "~gold"]

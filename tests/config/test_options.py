@@ -45,6 +45,7 @@ USES = [
     ("train", "text@dev", "text"),
     ("train", "text@test", "text"),
     ("evaluate", "text", "text"),
+    ("submit", "cluster", "cluster"),
 ]
 
 

@@ -1,0 +1,195 @@
+"""The sbatch files of a study: read whole, as a person would; correct shell; and what they do at each signal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.cluster.jobs import jobs_of
+from pipeline.cluster.sbatch import BatchJob, script_text, submission_text
+from pipeline.cluster.submit import check_cluster
+from pipeline.config.cluster import ClusterConfig
+from pipeline.config.compose import open_study
+from pipeline.config.study import StudyConfig, SubmitConfig
+from pipeline.core.types import InputError
+from pipeline.study.plan import student_jobs
+from pipeline.training.launch import check_nodes, ranks_command, rendezvous, srun
+from support.commands import ROOT, script
+
+EXPECTED = Path(__file__).parent / "expected"
+LARGE = ClusterConfig(
+    partition="gpu",
+    account="mylab",
+    time="24:00:00",
+    nodes=4,
+    gpus_per_node=8,
+    cpus_per_node=96,
+    memory="0",
+    max_running=6,
+    setup=["module load cuda/12.8", "source .venv/bin/activate"],
+    python="python",
+)
+PLACES = {"study": "demo", "folder": "/home/me/weak-to-strong", "origin": "python scripts/submit.py study=demo"}
+
+
+def jobs_of_demo(cluster: ClusterConfig = LARGE) -> list[BatchJob]:
+    study = open_study("demo", None)
+    students = student_jobs(StudyConfig(study="demo", seeds=[1, 2, 3], grid=["kd_weight:0.3,3"]), study)
+    return jobs_of(study, students, cluster, captures=True)
+
+
+def test_the_files_of_four_nodes_with_eight_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As they stand in tests/cluster/expected; shellcheck finds nothing in them."""
+    monkeypatch.chdir(ROOT)
+    jobs = jobs_of_demo()
+    names = [f"{number}-{job.name}.sbatch" for number, job in enumerate(jobs, 1)]
+    texts = {
+        name: script_text(job, LARGE, logs="runs/demo/submit/logs", **PLACES)
+        for name, job in zip(names, jobs, strict=True)
+    }
+    files = [f"runs/demo/submit/{name}" for name in names]
+    texts["submit.sh"] = submission_text(jobs, study="demo", folder=PLACES["folder"], files=files)
+    assert {path.name for path in EXPECTED.iterdir()} == texts.keys()
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        assert text == (EXPECTED / name).read_text(), name
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck is not None
+    checked = [shellcheck, "--exclude=SC1091", *map(str, sorted(tmp_path.iterdir()))]  # it may not follow `source`
+    done = subprocess.run(checked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_words_with_spaces_stay_words() -> None:
+    job = BatchJob(name="x", purpose="p.", command=("python", "train.py", "gold.files=['a b.jsonl']", "$HOME"))
+    cluster = ClusterConfig(prefix="apptainer exec --nv 'my image.sif'", extra=["--exclusive"])
+    text = script_text(job, cluster, logs="logs", **(PLACES | {"folder": "/a b"}))
+    assert (
+        "run=(apptainer exec --nv 'my image.sif' python train.py 'gold.files=['\"'\"'a b.jsonl'\"'\"']' '$HOME')"
+        in text
+    )
+    assert "cd '/a b'\n" in text
+    assert "#SBATCH --exclusive\n" in text
+    assert "--gpus" not in text
+    assert "--partition" not in text
+
+
+def test_without_a_cache_the_students_wait_for_the_teacher() -> None:
+    jobs = jobs_of(open_study("demo", None), [], ClusterConfig(), captures=False)
+    assert [(job.name, job.after_success, job.after) for job in jobs] == [
+        ("teacher", None, None),
+        ("students", "teacher", None),
+        ("report", None, "students"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------- the signals
+
+TRAINING = """
+import os, pathlib, signal, sys, time
+def stop(number, frame):
+    time.sleep(0.3)  # the checkpoint
+    pathlib.Path("signal").write_text(signal.Signals(number).name)
+    sys.exit(int(os.environ["CODE"]))
+for one in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(one, stop)
+pathlib.Path("started").touch()
+time.sleep(float(os.environ["SECONDS_OF_WORK"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "requeued"),
+    [("SIGUSR1", 75, True), ("SIGTERM", 75, False), ("SIGUSR1", 0, False), ("SIGUSR1", 2, False), (None, 0, False)],
+)
+def test_a_job_is_queued_again_before_its_time_limit_alone(
+    sent: str | None, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    """The command gets the signal, its exit code is the job's; `scontrol requeue` only after USR1 and 75."""
+    (tmp_path / "train.py").write_text(TRAINING)
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$@" > requeued\n')
+    scontrol.chmod(0o755)
+    job = BatchJob(name="x", purpose="p.", command=(sys.executable, "train.py"))
+    batch = tmp_path / "job.sbatch"
+    batch.write_text(script_text(job, ClusterConfig(), logs="logs", **(PLACES | {"folder": str(tmp_path)})))
+    variables = os.environ | {"SLURM_JOB_ID": "17", "CODE": str(code), "SECONDS_OF_WORK": "60" if sent else "0"}
+    variables["PATH"] = f"{tmp_path / 'bin'}:{variables['PATH']}"
+    with subprocess.Popen(["bash", str(batch)], env=variables) as process:
+        if sent is not None:
+            while not (tmp_path / "started").exists():
+                time.sleep(0.05)
+            process.send_signal(signal.Signals[sent])
+        assert process.wait(60) == code
+    assert sent is None or (tmp_path / "signal").read_text() == sent
+    assert (tmp_path / "requeued").exists() == requeued
+    assert not requeued or (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
+# --------------------------------------------------------------------------------------- several nodes
+
+
+def test_every_attempt_of_a_job_meets_at_a_port_of_its_own() -> None:
+    first, second = ({"SLURM_JOB_ID": "412", "SLURM_RESTART_COUNT": str(count)} for count in range(2))
+    assert rendezvous(first, "node1") == ["--rdzv-id=412-0", "--rdzv-endpoint=node1:22884"]
+    assert rendezvous(second, "node1") == ["--rdzv-id=412-1", "--rdzv-endpoint=node1:22885"]
+    assert srun({"SLURM_CPUS_PER_TASK": "8"}, 3)[1:3] == ["--nodes=3", "--ntasks=3"]
+    assert "--cpus-per-task=8" in srun({"SLURM_CPUS_PER_TASK": "8"}, 3)
+    assert not [word for word in srun({}, 3) if word.startswith("--cpus-per-task")]
+
+
+def test_one_node_needs_no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "412")  # such as a shell that srun --pty has opened
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    command = ranks_command(["rank"], num_nodes=1, num_processes=4)
+    assert "--standalone" in command
+    assert "srun" not in command
+    command = ranks_command(["rank"], num_nodes=2, num_processes=4)
+    assert command[0] == "srun"
+    assert "--nnodes=2" in command
+
+
+def test_nodes_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    check_nodes(1)
+    with pytest.raises(InputError, match="launcher.num_nodes=2: expected to run in a job of SLURM .* found none"):
+        check_nodes(2)
+    with pytest.raises(InputError, match="expected at least 1, found 0"):
+        check_nodes(0)
+    monkeypatch.setenv("SLURM_JOB_ID", "412")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    check_nodes(2)
+    with pytest.raises(InputError, match="found one of 2; scripts/submit.py with cluster.nodes= makes one"):
+        check_nodes(3)
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+def test_what_cannot_be_submitted_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_cluster(SubmitConfig(study="demo", dry_run=True))
+    with pytest.raises(InputError, match="expected the command sbatch, found none on this machine.*add --print"):
+        check_cluster(SubmitConfig(study="demo"))
+    for name in ("nodes", "capture_jobs", "leave_seconds"):
+        with pytest.raises(InputError, match=f"cluster.{name}: expected at least 1, found 0"):
+            check_cluster(SubmitConfig(study="demo", cluster=ClusterConfig(**{name: 0})))  # type: ignore[arg-type]
+
+
+def test_an_own_cluster_and_an_option_of_training(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "ours.yaml").write_text("partition: gpu\nsetup: [module load cuda]\n")
+    arguments = ("study=demo", "cluster=ours", "cluster.account=mylab", "loss.kd.weight=0.3", "--cfg", "job")
+    shown = script("submit", *arguments, "--config-dir", str(tmp_path), cwd=tmp_path).stdout
+    assert "  partition: gpu\n" in shown
+    assert "  account: mylab\n" in shown
+    assert "overrides:\n- loss.kd.weight=0.3\n" in shown
