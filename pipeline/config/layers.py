@@ -43,6 +43,11 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
             "runs": [f"{file.runs_dir}/*"],
             "out": study.report_dir,
         },
+        "status": {
+            "runs": [f"{file.runs_dir}/*"],
+            "caches": [f"{file.caches_dir}/*"],
+            "plans_dir": content.get("capture", {}).get("plans_dir"),
+        },
         "import": {"caches_dir": file.caches_dir},
         "study": {"study": study.given, "command": study.command, "study_dir": study.config_dir},
     }

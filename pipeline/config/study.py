@@ -98,6 +98,7 @@ ROOTS: dict[str, type] = {
     "evaluate": schema.EvaluateConfig,
     "report": schema.ReportConfig,
     "audit": schema.AuditConfig,
+    "status": schema.StatusConfig,
     "study": StudyConfig,
 }
 """The options of each command."""

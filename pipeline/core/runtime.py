@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed
 
+from pipeline.core.processes import process_exists
 from pipeline.core.stopping import STOP_SIGNALS
 
 RECORDED_LIBRARIES = ("torch", "transformers", "deepspeed")
@@ -152,17 +153,6 @@ class StopRequest:
             or time.time() > self._stop_at
             or self._file.exists()
         )
-
-
-def process_exists(pid: int) -> bool:
-    """Whether a process with this id exists on this machine."""
-    try:
-        os.kill(pid, 0)  # signal 0 is not delivered: the kernel only checks that it could be
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # the process exists and belongs to another user
-        return True
-    return True
 
 
 def module_command(module: str, *arguments: str) -> list[str]:

@@ -106,8 +106,7 @@ def read_run(paths: RunPaths) -> StudyRun:
     result = json.loads(paths.result.read_text())
     identity = json.loads(paths.identity.read_text())
     role = role_of(config)
-    inputs = _inputs(identity)
-    options = effective_options(_flat(identity["options"]), inputs)
+    options, inputs = options_and_inputs(identity)
     seed = int(options.pop("seed", config["seed"]))
     name = options.pop("name", config["name"])
     return StudyRun(
@@ -122,6 +121,12 @@ def read_run(paths: RunPaths) -> StudyRun:
         inputs=inputs,
         settings=content_hash([role, name if role == OTHER else None, options, inputs]),
     )
+
+
+def options_and_inputs(identity: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Of identity.json: the options that decide the result, by dotted name, and hashes of what the run is made of."""
+    inputs = _inputs(identity)
+    return effective_options(_flat(identity["options"]), inputs), inputs
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths, check_writable, content_hash, is_hub_name, write_json
 from pipeline.core.progress import log, start_logging
+from pipeline.core.run_state import record_finished, recorded_state
 from pipeline.core.runtime import environment, module_command
 from pipeline.core.stopping import Stopped, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
@@ -122,8 +123,10 @@ def run_prepared(prepared: PreparedRun) -> float | None:
             return sweep_objective(prepared)
         with run_lock(paths) as lock:
             if not prepared.is_complete():  # else another process finished it while this one waited
-                run_to_result(prepared, lock)
+                with recorded_state(paths):
+                    run_to_result(prepared, lock)
                 return sweep_objective(prepared)
+    record_finished(paths)
     log.info("%s is finished; nothing to do", paths.folder)
     return sweep_objective(prepared)
 
