@@ -43,6 +43,13 @@ class Shards:
     """Of the leases, the shards whose worker is known to have ended."""
     temporary: Sequence[float]
     """When each temporary file was written last."""
+    changed: float
+    """When a file appeared in the folder or left it; the renewal of a lease does not count."""
+
+    @property
+    def age_seconds(self) -> float:
+        """Since work was seen: a commit, a write into a temporary file, a lease that was taken or released."""
+        return age_of(max([self.changed, *(time for time, _ in self.infos), *self.temporary]))
 
 
 def is_cache(folder: Path) -> bool:
@@ -55,7 +62,7 @@ def find_capture(folder: Path, *, silent_seconds: float, lease_seconds: float) -
     try:
         manifest = manifests.load_manifest(folder)
         shards = read_shards(folder)
-        state, note = judge(folder, manifest, shards, silent_seconds=silent_seconds, lease_seconds=lease_seconds)
+        state, note = judge(manifest, shards, silent_seconds=silent_seconds, lease_seconds=lease_seconds)
         return described(folder, manifest, shards, state=state, note=note)
     except Exception as error:  # any content may stand in these files, and the other caches are to be shown
         note = trouble(folder, error)
@@ -76,7 +83,8 @@ def read_shards(folder: Path) -> Shards:
             elif TEMPORARY_FILE.fullmatch(path.name):
                 temporary.append(path.stat().st_mtime)
     infos.sort(key=lambda pair: (pair[0], pair[1].index))
-    return Shards(infos=infos, leases=leases, ended=frozenset(ended), temporary=temporary)
+    changed = (folder / "shards").stat().st_mtime
+    return Shards(infos=infos, leases=leases, ended=frozenset(ended), temporary=temporary, changed=changed)
 
 
 def read_lease(path: Path, shard: int) -> Lease:
@@ -84,18 +92,15 @@ def read_lease(path: Path, shard: int) -> Lease:
     return Lease(shard=shard, holder=holder(path), age_seconds=age_of(path.stat().st_mtime))
 
 
-def judge(
-    folder: Path, manifest: Manifest, shards: Shards, *, silent_seconds: float, lease_seconds: float
-) -> tuple[str, str]:
+def judge(manifest: Manifest, shards: Shards, *, silent_seconds: float, lease_seconds: float) -> tuple[str, str]:
     """The state of a capture, and a note on it."""
     if len(shards.infos) == manifest.num_shards:
         return "finished", ""
     held = [lease for lease in shards.leases if lease.shard not in shards.ended]
     fresh = [lease for lease in held if lease.age_seconds <= lease_seconds]
-    written = age_of(newest_write(folder / "shards"))
     if fresh:
-        if written > silent_seconds:
-            return "silent", f"its worker lives, but nothing was written for {readable_duration(written)}"
+        if shards.age_seconds > silent_seconds:
+            return "silent", f"its worker lives, but nothing was written for {readable_duration(shards.age_seconds)}"
         return "running", ""
     if held:
         age = readable_duration(min(lease.age_seconds for lease in held))
@@ -118,7 +123,6 @@ def described(folder: Path, manifest: Manifest, shards: Shards, *, state: str, n
     if state == "running" and per_second is not None:
         left = (manifest.num_shards - len(infos)) / per_second
         speed = per_second * sum(info.targets for info in infos) / len(infos)
-    newest = shards.infos[-1][0] if state == "finished" and infos else newest_write(folder / "shards")
     return CaptureStatus(
         folder=str(folder),
         state=state,
@@ -130,7 +134,7 @@ def described(folder: Path, manifest: Manifest, shards: Shards, *, state: str, n
         bytes=sum(info.bytes for info in infos),
         targets_per_second=speed,
         seconds_left=left,
-        age_seconds=age_of(newest),
+        age_seconds=age_of(shards.infos[-1][0]) if state == "finished" and infos else shards.age_seconds,
         note=note,
     )
 

@@ -72,8 +72,8 @@ def show(found: Sequence[Status], config: StatusConfig) -> None:
 
 def find(config: StatusConfig) -> list[Status]:
     """All runs by their folders, then captures, then plans under way; InputError where there is nothing at all."""
+    silent, lease = config.silent_seconds, config.lease_seconds
     caches = [pattern for pattern in config.caches if not is_url(pattern)]
-    limits = {"silent_seconds": config.silent_seconds, "lease_seconds": config.lease_seconds}
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
 
         def each(read: Callable[[Path], T], folders: Iterable[Path], is_one: Callable[[Path], bool]) -> list[T]:
@@ -82,9 +82,13 @@ def find(config: StatusConfig) -> list[Status]:
             return list(pool.map(read, [folder for folder, is_it in zip(folders, chosen, strict=True) if is_it]))
 
         runs = each(partial(find_run, silent_seconds=config.silent_seconds), folders_of(config.runs), is_run)
-        captures = each(partial(find_capture, **limits), folders_of(caches), is_cache)
-        plans = each(partial(find_plan, **limits), plans_of(config.plans_dir, caches), Path.is_dir)
-    found = [*labeled(runs), *captures, *(plan for plan in plans if plan is not None)]
+        captures = each(partial(find_capture, silent_seconds=silent, lease_seconds=lease), folders_of(caches), is_cache)
+        plans = each(
+            partial(find_plan, silent_seconds=silent, lease_seconds=lease),
+            plans_of(config.plans_dir, caches),
+            Path.is_dir,
+        )
+    found: list[Status] = [*labeled(runs), *captures, *(plan for plan in plans if plan is not None)]
     if not found:
         raise InputError(
             f"runs and caches: expected run folders or caches, found none in {[*config.runs, *config.caches]}; check "

@@ -17,7 +17,8 @@ from typing import Any
 
 from pipeline.core.types import InputError
 
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: some tens of steps
+TAIL_BYTES = 1 << 16  # of metrics.jsonl, so many are read
+LAST_STEPS = 20  # and so many of the steps in them
 
 
 def is_locked(lock: Path) -> bool | None:
@@ -70,8 +71,8 @@ def _times(folder: Path, *, deep: bool) -> Iterator[float]:
 def last_rows(metrics: Path) -> tuple[list[dict[str, Any]], str]:
     """The last complete lines of metrics.jsonl, and what is wrong with them, if anything.
 
-    A line without an end is being written, or was cut by a crash. The first line of the part that is read may have lost
-    its beginning.
+    A line without an end is being written, or was cut by a crash. The first line of what is read may have lost its
+    beginning.
     """
     try:
         with metrics.open("rb") as file:
@@ -81,7 +82,7 @@ def last_rows(metrics: Path) -> tuple[list[dict[str, Any]], str]:
     except FileNotFoundError:
         return [], ""
     rows, num_damaged = [], 0
-    for line in lines[1:] if start else lines:
+    for line in (lines[1:] if start else lines)[-LAST_STEPS:]:
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})

@@ -93,6 +93,8 @@ def _find_run(paths: RunPaths, silent_seconds: float) -> FoundRun:
         process="" if found.state is None else description(found.state.process),
         note=_one_line("; ".join([note] * bool(note) + problems)),
     )
+    if not paths.folder.exists():  # its files are missing because the folder is
+        raise FileNotFoundError(paths.folder)
     recorded = None if found.state is None else found.state.num_steps
     num_steps = recorded if recorded is not None else described.get("steps")
     return FoundRun(
