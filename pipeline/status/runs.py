@@ -16,7 +16,6 @@ process that was killed on another machine and one that works there, where locks
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +24,13 @@ from typing import Any
 from pipeline.core.files import RunPaths
 from pipeline.core.processes import description, has_ended
 from pipeline.core.progress import readable_duration
-from pipeline.core.run_state import RunState, last_error, read_state
+from pipeline.core.run_state import last_error
 from pipeline.report.arms import short_name, shown, varying_names
 from pipeline.report.runs import options_and_inputs
-from pipeline.status.folders import age_of, is_locked, last_rows, newest_write, trouble
+from pipeline.status.evidence import Evidence, json_object, read_evidence, step_seconds
+from pipeline.status.folders import age_of, trouble
 from pipeline.status.values import RunStatus
 
-STEPS_OF_SILENCE = 5  # so many of the longest of the last steps without a sign of life are silence, however slow it is
 MAX_VALUE = 24  # characters of an option's value in a label
 
 
@@ -42,23 +41,6 @@ class FoundRun:
     status: RunStatus
     described: Mapping[str, Any]
     """Options that decide the result, and inputs, by name; empty where identity.json cannot be read."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Evidence:
-    """What the files of a run hold that decide about its state."""
-
-    paths: RunPaths
-    state: RunState | None
-    locked: bool | None
-    """None where nobody asked, or where there was no answer."""
-    rows: Sequence[Mapping[str, Any]]
-    """The last steps."""
-    result: Mapping[str, Any] | None
-    checkpoint_step: int | None
-    age_seconds: float
-    limit_seconds: float
-    """A longer age is silence."""
 
 
 def is_run(folder: Path) -> bool:
@@ -80,9 +62,9 @@ def _find_run(paths: RunPaths, silent_seconds: float) -> FoundRun:
     problems: list[str] = []
     found = read_evidence(paths, problems, silent_seconds)
     name, note = judge(found)
-    if found.result is None and paths.result.exists():
+    if any(problem.startswith(f"{paths.result.name}: ") for problem in problems):
         name = "unreadable"
-    described, seed = _described(_json(paths.identity, problems) or {}, problems)
+    described, seed = _described(json_object(paths.identity, problems) or {}, problems)
     status = RunStatus(
         folder=str(paths.folder),
         state=name,
@@ -99,35 +81,6 @@ def _find_run(paths: RunPaths, silent_seconds: float) -> FoundRun:
     num_steps = recorded if recorded is not None else described.get("steps")
     return FoundRun(
         status=_with_progress(_with_scores(status, found.result), found.rows, num_steps), described=described
-    )
-
-
-def read_evidence(paths: RunPaths, problems: list[str], silent_seconds: float) -> Evidence:
-    """What decides about a run; `problems` receives what is wrong with its files.
-
-    The state is read again after the probe: a driver writes how it ended, and then frees the lock.
-    """
-    state, locked = _state(paths, []), None
-    if state is None or state.state == "running":
-        locked = is_locked(paths.lock)
-    state = _state(paths, problems)
-    rows, damage = last_rows(paths.metrics)
-    problems += [damage] if damage else []
-    if paths.config.exists() and paths.config.stat().st_size == 0:
-        problems.append(f"{paths.config.name}: empty")
-    limit = max(silent_seconds, STEPS_OF_SILENCE * max(map(_seconds, rows), default=0.0))
-    age = age_of(newest_write(paths.folder))
-    if age > limit and (state is None or state.state == "running"):  # before that is silence, checkpoints are looked at
-        age = age_of(newest_write(paths.folder, deep=True))
-    return Evidence(
-        paths=paths,
-        state=state,
-        locked=locked,
-        rows=rows,
-        result=_json(paths.result, problems),
-        checkpoint_step=(_json(paths.published, problems) or {}).get("state", {}).get("step"),
-        age_seconds=age,
-        limit_seconds=limit,
     )
 
 
@@ -233,12 +186,8 @@ def _with_progress(status: RunStatus, rows: Sequence[Mapping[str, Any]], num_ste
         return status
     left = None
     if num_steps is not None:
-        left = (num_steps - rows[-1]["step"]) * sum(map(_seconds, rows)) / len(rows)
+        left = (num_steps - rows[-1]["step"]) * sum(map(step_seconds, rows)) / len(rows)
     return replace(status, tokens_per_second=rows[-1].get("tokens_per_second"), seconds_left=left)
-
-
-def _seconds(row: Mapping[str, Any]) -> float:
-    return float(sum(row.get(name) or 0.0 for name in ("seconds", "data_wait_seconds", "dev_seconds")))
 
 
 def _described(identity: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], int | None]:
@@ -253,29 +202,6 @@ def _described(identity: Mapping[str, Any], problems: list[str]) -> tuple[dict[s
     options.pop("name", None)
     seed = options.pop("seed", None)
     return options | {name: value[:8] for name, value in inputs.items()}, seed
-
-
-def _state(paths: RunPaths, problems: list[str]) -> RunState | None:
-    try:
-        return read_state(paths)
-    except ValueError as error:
-        problems.append(str(error))
-        return None
-
-
-def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """A JSON object; None where there is none, with its problem unless the file is missing."""
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        problems.append(f"{path.name}: not JSON ({error})")
-        return None
-    if isinstance(found, dict):
-        return found
-    problems.append(f"{path.name}: expected an object, found {type(found).__name__}")
-    return None
 
 
 def _one_line(text: str) -> str:
