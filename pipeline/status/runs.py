@@ -2,11 +2,11 @@
 
 What decides, in this order:
 
-1. state.json says how the last command on the run ended: finished, stopped, failed. Nothing else is asked then.
-2. It says running, and the lock is held (flock): a process works there, on this machine or on another one whose locks
+1. state.json holds how the last command on the run ended: finished, stopped, failed. Nothing else is asked then.
+2. It holds running, and the lock is held (flock): a process works there, on this machine or on another one whose locks
    the file system shares. It is *silent* if its newest file is older than `silent_seconds`, and also older than five of
    the longest of its last steps; else *running*.
-3. It says running, and the lock is free. If that process ran on this machine and is gone, it was killed: *failed*. If
+3. It holds running, and the lock is free. If that process ran on this machine and is gone, it was killed: *failed*. If
    it ran on another one, the file system may not share locks, so the age of the newest file decides as in 2.
 4. Without state.json (earlier versions) the lock, then the result, the newest checkpoint and the log decide.
 
