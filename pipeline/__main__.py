@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "stage two: train a student on a cache and a gold set, then score it",
     "evaluate": "score any model folder on held-out text",
     "report": "what finished runs found: a verdict, tables, report.html",
+    "status": "runs and captures: what works, what hangs, what failed, what is finished",
     "audit": "inspect a cache: verify, summary, replay, show, plan",
     "import": "convert the teacher outputs of another project into a cache",
 }

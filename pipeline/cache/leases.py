@@ -11,23 +11,21 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.core.object_store import Location, RemotePath, age_seconds, sibling
-from pipeline.core.runtime import process_exists
+from pipeline.core.processes import description, has_ended, this_process
 from pipeline.core.types import InputError
 
 RENEWALS_PER_LEASE = 4
-UNKNOWN = "?"
 
 
 @contextlib.contextmanager
 def hold_lease(place: Location, *, lease_seconds: float) -> Iterator[bool]:
     """Hold the lease at `place` while the body runs, renewed by a thread; yields False if another worker holds it."""
-    owner = " ".join([socket.gethostname(), _machine(), str(os.getpid()), _started(os.getpid()), secrets.token_hex(8)])
+    owner = f"{this_process()} {secrets.token_hex(8)}"
     if not _create(place, owner) and not _take_over(place, _stale_owner(place, lease_seconds), owner):
         yield False
         return
@@ -54,54 +52,26 @@ def hold_lease(place: Location, *, lease_seconds: float) -> Iterator[bool]:
                 place.unlink(missing_ok=True)
 
 
+def process_of(owner: str) -> str:
+    """The process that wrote a lease, as `core.processes.this_process` names it: all but the random last word."""
+    return owner.rpartition(" ")[0]
+
+
 def holder(place: Location) -> str:
-    """The process that holds a lease, for a message; empty if it has been released."""
+    """The process that holds a lease, for a message; empty if it has been released, or is being written just now."""
     try:
-        fields = place.read_text().split()
-        host, pid = fields[0], fields[2 if len(fields) == 5 else 1]  # earlier versions wrote no machine
-    except (FileNotFoundError, IndexError):  # released, or being written just now
+        return description(place.read_text())
+    except FileNotFoundError:
         return ""
-    return f"process {pid} on {host}"
 
 
 def _stale_owner(place: Location, lease_seconds: float) -> str | None:
     """What stands in a lease that may be taken over; None if it may not."""
     try:
         found = place.read_text()
-        return found if age_seconds(place) > lease_seconds or _has_ended(found.split()) else None
+        return found if age_seconds(place) > lease_seconds or has_ended(process_of(found)) else None
     except FileNotFoundError:  # released meanwhile
         return None
-
-
-def _has_ended(owner: list[str]) -> bool:
-    """Whether the process that wrote a lease is known to have ended: only if it ran where this process runs.
-
-    A PID alone is not enough: containers on one machine, and machines that share a disk, have the same ones, and a
-    machine gives them again.
-    """
-    if len(owner) != 5 or UNKNOWN in owner or owner[1] != _machine():
-        return False
-    pid, started = int(owner[2]), owner[3]
-    return not process_exists(pid) or _started(pid) not in (UNKNOWN, started)
-
-
-def _machine() -> str:
-    """What all processes share that see each other's PIDs: the boot of a machine and a PID namespace."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # not Linux
-        return UNKNOWN
-
-
-def _started(pid: int) -> str:
-    """When an existing process started, in ticks since the boot."""
-    try:
-        # the second field is the program's name in brackets, which may contain anything
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return UNKNOWN
-    return "ended" if state in "ZX" else fields[18]  # a zombie does no more work
 
 
 def _create(place: Location, owner: str) -> bool:

@@ -44,6 +44,11 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
             "runs": [f"{file.runs_dir}/*"],
             "out": study.report_dir,
         },
+        "status": {
+            "runs": [f"{file.runs_dir}/*"],
+            "caches": [f"{file.caches_dir}/*"],
+            "plans_dir": content.get("capture", {}).get("plans_dir"),
+        },
         "import": {"caches_dir": file.caches_dir},
         **dict.fromkeys(("study", "submit"), own),
     }

@@ -564,3 +564,18 @@ class AuditConfig:
     out: str | None = option(None, "summary: folder for summary.json, summary.png and summary.svg; null: print only")
     batch_sequences: int = option(8, "replay: sequences in one teacher forward")
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
+
+
+@dataclass
+class StatusConfig:
+    runs: list[str] = option(list, "run folders, or globs of them, as runs=[runs/mine/*]; study= gives them")
+    caches: list[str] = option(
+        list, "folders of caches, or globs of them, as caches=[caches/mine/*]; study= gives them"
+    )
+    plans_dir: str | None = option(None, "folder of the plans of captures; null: .plans beside each cache")
+    silent_seconds: float = option(
+        600.0, "a run or capture at work whose newest file is older is silent; for slow steps: five of them"
+    )
+    lease_seconds: float = option(60.0, "as given to the capture: a lease that was not renewed for so long is stale")
+    json: bool = option(False, "one JSON object a line, for programs")
+    watch: float | None = option(None, "seconds: show it again and again, until all are finished; null: once")

@@ -114,6 +114,7 @@ ROOTS: dict[str, type] = {
     "evaluate": schema.EvaluateConfig,
     "report": schema.ReportConfig,
     "audit": schema.AuditConfig,
+    "status": schema.StatusConfig,
     "study": StudyConfig,
     "submit": SubmitConfig,
 }

@@ -45,6 +45,11 @@ class RunPaths:
         return self.folder / "lock"
 
     @property
+    def state(self) -> Path:
+        """What the last command on this run did, and why it ended: `core.run_state`; shown by scripts/status.py."""
+        return self.folder / "state.json"
+
+    @property
     def stop(self) -> Path:
         """If this file exists, the ranks save a checkpoint after the current step and exit."""
         return self.folder / "stop-requested"

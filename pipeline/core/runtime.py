@@ -10,7 +10,6 @@ import os
 import platform
 import shlex
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed
 
+from pipeline.core.processes import has_ended
 from pipeline.core.stopping import STOP_SIGNALS
 
 RECORDED_LIBRARIES = ("torch", "transformers", "deepspeed")
@@ -127,15 +127,14 @@ class StopRequest:
     """True once this rank should save a checkpoint and exit; checked between two steps.
 
     There are five reasons: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 was received; the stop file exists; the time limit
-    (PIPELINE_STOP_AT, seconds since 1970) has passed; the parent process has exited; the driver has exited, which the
-    ranks on its machine see (`driver_variables`).
+    (PIPELINE_STOP_AT, seconds since 1970) has passed; the parent process has exited; the driver (PIPELINE_DRIVER, see
+    `this_process`) has exited.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._signal_received = False
-        is_here = os.environ.get("PIPELINE_DRIVER_HOST") == socket.gethostname()
-        self._driver_pid = int(os.environ["PIPELINE_DRIVER_PID"]) if is_here else 0
+        self._driver = os.environ.get("PIPELINE_DRIVER", "")  # empty: there is no driver
         self._parent_pid = os.getppid()
         self._stop_at = float(os.environ.get("PIPELINE_STOP_AT", "inf"))
         for number in STOP_SIGNALS:
@@ -146,7 +145,7 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         parent_exited = os.getppid() != self._parent_pid  # the kernel then gives this process another parent
-        driver_exited = self._driver_pid > 0 and not process_exists(self._driver_pid)
+        driver_exited = has_ended(self._driver)  # as the ranks on its machine see
         return (
             self._signal_received
             or parent_exited
@@ -154,22 +153,6 @@ class StopRequest:
             or time.time() > self._stop_at
             or self._file.exists()
         )
-
-
-def driver_variables() -> dict[str, str]:
-    """The environment variables by which ranks know their driver, this process."""
-    return {"PIPELINE_DRIVER_PID": str(os.getpid()), "PIPELINE_DRIVER_HOST": socket.gethostname()}
-
-
-def process_exists(pid: int) -> bool:
-    """Whether a process with this id exists on this machine."""
-    try:
-        os.kill(pid, 0)  # signal 0 is not delivered: the kernel only checks that it could be
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # the process exists and belongs to another user
-        return True
-    return True
 
 
 def module_command(module: str, *arguments: str) -> list[str]:

@@ -206,10 +206,8 @@ def _labels(
     """For each setting of a role a unique label, and the options (or inputs) in which the settings differ."""
     firsts = [runs[0] for runs in settings]
     described = [dict(run.options) | _named_inputs(run, gold_sizes) for run in firsts]
-    names = sorted({name for options in described for name in options})
-    # an option that not all of them read is no difference by itself: what switches it off is
-    varying = [name for name in names if len({repr(options[name]) for options in described if name in options}) > 1]
-    varying = [name for name in varying if (role, name) != ("control", "loss.kd.control")]  # their labels begin with it
+    # the labels of controls begin with the kind of control
+    varying = [name for name in varying_names(described) if (role, name) != ("control", "loss.kd.control")]
     has_names = role == OTHER or len({run.name for run in firsts}) > 1
     found = []
     for run, options in zip(firsts, described, strict=True):
@@ -222,6 +220,18 @@ def _labels(
         (label if names.count(label) == 1 else f"{label} {run.settings[:6]}", differing)
         for run, (label, differing) in zip(firsts, found, strict=True)
     ]
+
+
+def varying_names(described: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The options (or inputs) that have several values, sorted.
+
+    One that not all settings read is no difference by itself: what switches it off is.
+    """
+    values: dict[str, set[str]] = defaultdict(set)
+    for options in described:
+        for name, value in options.items():
+            values[name].add(repr(value))
+    return sorted(name for name, found in values.items() if len(found) > 1)
 
 
 def _named_inputs(run: StudyRun, gold_sizes: Mapping[str, int]) -> dict[str, Any]:

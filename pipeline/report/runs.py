@@ -106,8 +106,7 @@ def read_run(paths: RunPaths) -> StudyRun:
     result = json.loads(paths.result.read_text())
     identity = json.loads(paths.identity.read_text())
     role = role_of(config)
-    inputs = _inputs(identity)
-    options = effective_options(_flat(identity["options"]), inputs)
+    options, inputs = options_and_inputs(identity)
     seed = int(options.pop("seed", config["seed"]))
     name = options.pop("name", config["name"])
     return StudyRun(
@@ -122,6 +121,13 @@ def read_run(paths: RunPaths) -> StudyRun:
         inputs=inputs,
         settings=content_hash([role, name if role == OTHER else None, options, inputs]),
     )
+
+
+def options_and_inputs(identity: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Of identity.json: the options that decide the result, by dotted name, and hashes of what the run is made of."""
+    options = _flat(identity["options"])
+    inputs = _inputs(identity, options)
+    return effective_options(options, inputs), inputs
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -219,11 +225,8 @@ def effective_options(options: Mapping[str, Any], inputs: Mapping[str, str]) -> 
         parts = [name for name in options if name.startswith(f"loss.{term}.") and not name.endswith(".weight")]
         unread += [] if options[f"loss.{term}.weight"] else parts
     unread += [] if options["early_stopping.patience"] else ["early_stopping.min_delta"]
-    return {
-        name: value
-        for name, value in options.items()
-        if not any(name == one or name.startswith(f"{one}.") for one in unread)
-    }
+    below = tuple(f"{name}." for name in unread)
+    return {name: value for name, value in options.items() if name not in unread and not name.startswith(below)}
 
 
 KEPT = ("name", "seed", "steps")
@@ -237,9 +240,9 @@ def dev_decides(options: Mapping[str, Any]) -> bool:
     return bool(is_best or options["early_stopping.patience"] or options["loss.kd.adaptive_weight.every_steps"])
 
 
-def _inputs(identity: Mapping[str, Any]) -> dict[str, str]:
+def _inputs(identity: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, str]:
     """What a run was made of, by content: a hash each. Of dev only where it decided something."""
-    left_out = ["options", *NOT_OF_TRAINING] + ([] if dev_decides(_flat(identity["options"])) else ["dev"])
+    left_out = ["options", *NOT_OF_TRAINING] + ([] if dev_decides(options) else ["dev"])
     found = {
         name: value if isinstance(value, str) else content_hash(value)
         for name, value in identity.items()

@@ -23,8 +23,10 @@ from pipeline.config.options import load_config, save_config
 from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths, check_writable, content_hash, is_hub_name, write_json
+from pipeline.core.processes import this_process
 from pipeline.core.progress import log, start_logging
-from pipeline.core.runtime import driver_variables, environment, module_command
+from pipeline.core.run_state import record_finished, recorded_state
+from pipeline.core.runtime import environment, module_command
 from pipeline.core.stopping import Stopped, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
@@ -123,8 +125,10 @@ def run_prepared(prepared: PreparedRun) -> float | None:
             return sweep_objective(prepared)
         with run_lock(paths) as lock:
             if not prepared.is_complete():  # else another process finished it while this one waited
-                run_to_result(prepared, lock)
+                with recorded_state(paths):
+                    run_to_result(prepared, lock)
                 return sweep_objective(prepared)
+    record_finished(paths)
     log.info("%s is finished; nothing to do", paths.folder)
     return sweep_objective(prepared)
 
@@ -218,7 +222,7 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
     on_this_node = 1 if only_scores else ranks // nodes
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // on_this_node, 1))}
     defaults = threads if torch.cuda.is_available() else threads | ALLOCATOR_SETTINGS
-    variables = defaults | os.environ | driver_variables()
+    variables = defaults | os.environ | {"PIPELINE_DRIVER": this_process()}
     if config.launcher.time_limit is not None:
         stop_at = STARTED + 60.0 * config.launcher.time_limit - config.launcher.leave_seconds
         variables["PIPELINE_STOP_AT"] = str(stop_at)

@@ -16,6 +16,7 @@ from pipeline.config.options import load_config
 from pipeline.config.schema import HeadPath, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import log, start_logging
+from pipeline.core.run_state import record_steps
 from pipeline.core.runtime import Ranks, StopRequest, exit_rank, ranks_from_environment, release_memory
 from pipeline.data.mixture import Mixture, fitting_micro_batch
 from pipeline.models.compatibility import check_architecture
@@ -59,6 +60,8 @@ def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest)
     run = open_run(config, paths, ranks, stop, tokenizer)
     state = resume(run)
     where = (ranks.world_size, ranks.device, config.deepspeed.zero_stage)
+    if ranks.rank == 0:
+        record_steps(paths, run.num_steps)
     log.info("step %d of %d, %d ranks on %s, ZeRO %d", state.step, run.num_steps, *where)
     state = take_steps(run, state)
     if state.step < run.num_steps and not dev_evaluation.is_over(config.early_stopping, state):

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.cache import leases
 from pipeline.cache.leases import hold_lease, holder
+from pipeline.core import processes
 from pipeline.core.types import InputError
 
 HOLD = (
@@ -88,8 +89,8 @@ def test_a_pid_that_was_given_again_is_another_process(tmp_path: Path) -> None:
 
 
 def test_without_proc_nothing_is_certain(left_behind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "_machine", lambda: leases.UNKNOWN)
-    assert not is_taken(tmp_path / "lease", changed(1, leases.UNKNOWN)(left_behind))
+    monkeypatch.setattr(processes, "machine", lambda: processes.UNKNOWN)
+    assert not is_taken(tmp_path / "lease", changed(1, processes.UNKNOWN)(left_behind))
 
 
 def test_a_folder_that_was_deleted_is_named(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def test_every_command_takes_its_part(study: str) -> None:
     assert (capture.teacher.path, capture.teacher.num_layers) == ("out/runs/teacher-*/model", None)
     assert (capture.teacher.attention, capture.corpus.targets.name) == ("eager", "next")
     assert composed("report", study).runs == ["out/runs/*"]
+    status = composed("status", study)
+    assert (status.runs, status.caches) == (["out/runs/*"], ["out/caches/*"])
     assert composed("audit", study).cache == "out/caches/mine-*"
     assert composed("evaluate", study, "model.path=m").text.files == ["e.jsonl"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import seeds
+from pipeline.core import processes, seeds
 from pipeline.core.runtime import StopRequest, module_command
 from support.commands import ROOT
 
@@ -93,8 +93,8 @@ def test_every_reason_to_stop(reason: str, tmp_path: Path, monkeypatch: pytest.M
     """A stop file, the time limit, a driver or a parent that has exited, each signal; nothing before that."""
     driver = subprocess.Popen(["sleep", "60"])
     try:
-        monkeypatch.setenv("PIPELINE_DRIVER_HOST", socket.gethostname())
-        monkeypatch.setenv("PIPELINE_DRIVER_PID", str(driver.pid))
+        named = [socket.gethostname(), processes.machine(), str(driver.pid), processes.started(driver.pid)]
+        monkeypatch.setenv("PIPELINE_DRIVER", " ".join(named))
         monkeypatch.setenv("PIPELINE_STOP_AT", str(time.time() + 3600))
         stop = StopRequest(tmp_path / "stop")
         assert not stop

@@ -63,7 +63,7 @@ def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: 
     (run,) = (tmp_path / "runs").iterdir()
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "environment.json", "identity.json", "lock", "log.txt", "metrics.jsonl", "model"),
-        *("predictions-dev.parquet", "predictions-test.parquet", "result.json"),
+        *("predictions-dev.parquet", "predictions-test.parquet", "result.json", "state.json"),
     }
     assert other_modes(tmp_path / "runs") == {}
     assert (run / "lock").read_text().startswith("free since ")

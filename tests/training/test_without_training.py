@@ -52,7 +52,7 @@ def test_a_process_without_an_engine_scores_the_student(student: Path, data: Pat
     run = only(tmp_path / "runs")
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "environment.json", "identity.json", "lock", "log.txt"),
-        *("predictions-dev.parquet", "predictions-test.parquet", "result.json"),
+        *("predictions-dev.parquet", "predictions-test.parquet", "result.json", "state.json"),
     }
     expected, _ = scored(student, data / "test.jsonl", end_token=False)
     found = json.loads((run / "result.json").read_text())
