@@ -19,7 +19,7 @@ from pipeline.capture.plan_lookup import PlanFolder, plan_folder
 from pipeline.config.schema import CaptureConfig
 from pipeline.config.validate import check_capture
 from pipeline.core.file_systems import check_folder
-from pipeline.core.object_store import Location, open_location
+from pipeline.core.object_store import Location
 from pipeline.core.progress import log, start_logging
 from pipeline.core.stopping import EXIT_STOPPED
 from pipeline.core.types import InputError, Manifest
@@ -34,17 +34,14 @@ def run(config: CaptureConfig) -> Location:
     check_capture(config)
     config = dataclasses.replace(config, teacher=pinned(config.teacher))
     plan = plan_folder(config)
-    manifest = plan.load()
-    if manifest is None:
-        check_folders(config, plan)
-        manifest = read_corpus(config, plan, with_sequences=False)
+    manifest = plan.load() or read_corpus(config, plan, with_sequences=False)
     cache = manifests.cache_location(manifest, cache=config.cache, caches_dir=config.caches_dir, name=config.name)
     manifests.create_cache(cache, manifest)
     shards = shards_of_share(config, manifest.num_shards)
     missing = manifests.missing_shards(cache, shards)
     if missing:
         if isinstance(cache, Path):
-            check_folder(cache, option_of_cache(config))
+            check_folder(cache, "caches_dir" if config.cache is None else "cache")
         if not plan.sequences.exists():  # the cache was finished, and a shard of it was lost afterwards
             read_corpus(config, plan, with_sequences=True)
         log.info(
@@ -70,19 +67,6 @@ def run(config: CaptureConfig) -> Location:
         *(sum(info.targets for info in infos), sum(info.bytes for info in infos) / 1e6),
     )
     return cache
-
-
-def check_folders(config: CaptureConfig, plan: PlanFolder) -> None:
-    """Try out, before the corpus is read, the file systems where the plan and the cache are to be written."""
-    check_folder(plan.folder.parent, "caches_dir" if config.plans_dir is None else "plans_dir")
-    cache = open_location(config.cache or config.caches_dir)
-    if isinstance(cache, Path) and cache != plan.folder.parent.parent:  # there both are in one folder
-        check_folder(cache, option_of_cache(config))
-
-
-def option_of_cache(config: CaptureConfig) -> str:
-    """The option that says where the cache is."""
-    return "caches_dir" if config.cache is None else "cache"
 
 
 def read_corpus(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool) -> Manifest:
