@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 
+from pipeline.audit.verify import findings
 from pipeline.cache.leases import hold_lease
 from pipeline.cache.manifest import committed_shards, load_manifest
+from pipeline.capture.driver import run as capture
+from pipeline.config.schema import Targets, TextConfig
+from pipeline.core.file_systems import probe_folder
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
 from pipeline.training import driver, run_lease
-from support.commands import capture_arguments, only, script, train_arguments
+from support.commands import config_of, losses_of, merged, only, train_arguments
 from support.file_systems import mounted_without
 
 
@@ -134,15 +138,19 @@ def test_both_stages_run_to_the_end_without_links_locks_and_fsync_of_folders(
     student: Path, teacher: Path, data: Path, tmp_path: Path
 ) -> None:
     with mounted_without(tmp_path / "fuse", "links", "locks", "sync_folder") as folder:
-        done = script("capture", *capture_arguments(teacher, data), cwd=folder)
-        assert "no hard links, so each shard has a name of its own" in done.stderr
-        (cache,) = folder.glob("caches/tiny-*")
+        found = probe_folder(folder)
+        assert [found.links, found.locks, found.sync_folder] == [False, False, False]
+        corpus = TextConfig(files=[str(data / "corpus.jsonl")], targets=Targets.next, end_token=False)
+        cache = capture(config_of(teacher, data, folder / "caches", corpus=corpus, batch_sequences=4))
         infos = committed_shards(cache, load_manifest(cache))
         assert all(info.file.startswith(f"{info.index:05d}-{info.sha256[:12]}-") for info in infos)
-        done = script("train", *train_arguments(student, data, str(cache), checkpoint__every_steps=2), cwd=folder)
-        assert "no file locks (flock), so a lease alone keeps two commands apart" in done.stderr
+        assert findings(cache) == []
+        arguments = train_arguments(
+            student, data, str(cache), runs_dir=str(folder / "runs"), checkpoint__every_steps=2, dev="null"
+        )
+        driver.run(merged(arguments))
         run = only(folder / "runs")
+        assert len(losses_of(run)) == 6
         assert (run / "result.json").exists()
+        assert (run / "model" / "model.safetensors").exists()
         assert not (run / "lease").exists()
-        again = script("train", *train_arguments(student, data, str(cache), checkpoint__every_steps=2), cwd=folder)
-        assert "is finished; nothing to do" in again.stderr
