@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import secrets
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.core.file_systems import flock
 from pipeline.core.object_store import Location, RemotePath, download
+from pipeline.core.progress import log
 from pipeline.core.types import InputError
 
 DOWNLOADED = re.compile(r"[0-9a-f]{64}")
@@ -64,9 +67,14 @@ class Downloads:
 
     @contextlib.contextmanager
     def _locked(self, sha256: str) -> Iterator[None]:
-        """Exclude other processes; the shards whose hashes begin alike share a lock, so there are at most 256 files."""
+        """Exclude other processes; the shards whose hashes begin alike share a lock, so there are at most 256 files.
+
+        Without locks two ranks may download the same shard: each into a file of its own, and the second replaces the
+        first by the same bytes.
+        """
         with (self.folder / f".{sha256[:2]}.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not flock(lock, fcntl.LOCK_EX):
+                _log_without_locks(self.folder)
             yield
 
     def _open_downloaded(self, path: Path, check: Callable[[Path], None] | None) -> BinaryIO | None:
@@ -119,3 +127,8 @@ class Downloads:
                 return
             path.unlink(missing_ok=True)
             used_bytes -= file_bytes
+
+
+@functools.cache  # once a process
+def _log_without_locks(folder: Path) -> None:
+    log.info("%s: its file system has no file locks (flock), so each rank downloads what it needs", folder)

@@ -9,10 +9,11 @@ of two machines are never compared. A lease whose holder ran on this machine and
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.core.object_store import Location, RemotePath, age_seconds, sibling
@@ -23,22 +24,20 @@ RENEWALS_PER_LEASE = 4
 
 
 @contextlib.contextmanager
-def hold_lease(place: Location, *, lease_seconds: float) -> Iterator[bool]:
-    """Hold the lease at `place` while the body runs, renewed by a thread; yields False if another worker holds it."""
+def hold_lease(place: Location, *, lease_seconds: float, ends_with_holder: bool = True) -> Iterator[bool]:
+    """Hold the lease at `place` while the body runs, renewed by a thread; yields False if another worker holds it.
+
+    With `ends_with_holder=False` a lease whose holder has ended is not free before it is stale: processes that the
+    holder started may go on, and renew it (`share_lease`).
+    """
     owner = f"{this_process()} {secrets.token_hex(8)}"
-    if not _create(place, owner) and not _take_over(place, _stale_owner(place, lease_seconds), owner):
-        yield False
-        return
+    if not _create(place, owner):
+        stale_owner = _stale_owner(place, lease_seconds, ends_with_holder=ends_with_holder)
+        if not _take_over(place, stale_owner, owner):
+            yield False
+            return
     done = threading.Event()
-
-    def keep_renewing() -> None:
-        while not done.wait(lease_seconds / RENEWALS_PER_LEASE):
-            with contextlib.suppress(OSError, InputError):  # the store may answer at the next renewal
-                if place.read_text() != owner:
-                    return
-                _renew(place, owner)
-
-    thread = threading.Thread(target=keep_renewing, daemon=True)
+    thread = threading.Thread(target=_keep_renewing, args=(place, owner, lease_seconds, done), daemon=True)
     thread.start()
     try:
         yield True
@@ -50,6 +49,32 @@ def hold_lease(place: Location, *, lease_seconds: float) -> Iterator[bool]:
                 place.read_text() == owner
             ):  # a holder that was frozen for too long must not release its successor's lease
                 place.unlink(missing_ok=True)
+
+
+def share_lease(place: Path, *, lease_seconds: float, on_loss: Callable[[], None]) -> None:
+    """Renew the lease that another process holds, until this process ends; does nothing where there is no lease.
+
+    `on_loss` is called, in a thread, once a third process has taken the lease over.
+    """
+    try:
+        owner = place.read_text()
+    except FileNotFoundError:
+        return
+
+    def keep() -> None:
+        _keep_renewing(place, owner, lease_seconds, threading.Event())
+        on_loss()
+
+    threading.Thread(target=keep, daemon=True).start()
+
+
+def _keep_renewing(place: Location, owner: str, lease_seconds: float, done: threading.Event) -> None:
+    """Renew a lease until `done`, or until somebody else holds it."""
+    while not done.wait(lease_seconds / RENEWALS_PER_LEASE):
+        with contextlib.suppress(OSError, InputError):  # the disk or store may answer at the next renewal
+            if place.read_text() != owner:
+                return
+            _renew(place, owner)
 
 
 def process_of(owner: str) -> str:
@@ -65,12 +90,15 @@ def holder(place: Location) -> str:
         return ""
 
 
-def _stale_owner(place: Location, lease_seconds: float) -> str | None:
+def _stale_owner(place: Location, lease_seconds: float, *, ends_with_holder: bool) -> str | None:
     """What stands in a lease that may be taken over; None if it may not."""
     try:
         found = place.read_text()
-        return found if age_seconds(place) > lease_seconds or has_ended(process_of(found)) else None
-    except FileNotFoundError:  # released meanwhile
+        is_free = age_seconds(place) > lease_seconds or (ends_with_holder and has_ended(process_of(found)))
+        return found if is_free else None
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # released meanwhile; ESTALE is NFS's word for it
+            raise
         return None
 
 
@@ -86,9 +114,22 @@ def _create(place: Location, owner: str) -> bool:
             f"{place.parent}: expected a folder, found none there any more: it was moved or deleted; put it back, or "
             "run the same command again to start anew"
         ) from None
-    with os.fdopen(descriptor, "w") as file:
-        file.write(owner)
+    except OSError as error:
+        raise _unwritten(place, error) from error
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(owner)
+    except OSError as error:  # a full disk
+        place.unlink(missing_ok=True)
+        raise _unwritten(place, error) from error
     return True
+
+
+def _unwritten(place: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{place}: expected to write a lease, found {error.strerror or error}; free space or repair the disk, and run "
+        "the same command again"
+    )
 
 
 def _put(place: RemotePath, owner: str) -> bool:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import re
 import secrets
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,13 +22,13 @@ from typing import Any, NoReturn
 import pyarrow.parquet as pq
 
 from pipeline.cache.plain_manifest import check_same_inputs, check_seal, to_plain
+from pipeline.core.file_systems import NO_LINKS
 from pipeline.core.files import content_hash, file_hash, sync_folder
 from pipeline.core.object_store import Location, RemotePath, age_seconds, names, open_location, upload, write_json
 from pipeline.core.types import InputError, Manifest, ShardInfo
 
 REQUESTS_AT_ONCE = 16
 SHARD_FILE = re.compile(r"\d{5,}(-[0-9a-f]+)*\.parquet")
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of exFAT, SMB, FUSE
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -244,16 +242,10 @@ def finalize_cache(cache: Location, manifest: Manifest, *, stale_seconds: float)
 
 def _delete_stale_files(shards: Location, stale_seconds: float) -> None:
     """Delete the leases and temporary files that were not written for `stale_seconds`."""
-    if isinstance(shards, RemotePath):
-        for remote in [shards / name for name in names(shards) if name.startswith(".")]:
-            with contextlib.suppress(FileNotFoundError):
-                if age_seconds(remote) > stale_seconds:
-                    remote.unlink()
-        return
-    for path in shards.glob(".*"):
+    for place in [shards / name for name in names(shards) if name.startswith(".")]:
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > stale_seconds:
-                path.unlink()
+            if age_seconds(place) > stale_seconds:
+                place.unlink()
 
 
 def committed_shards(cache: Location, manifest: Manifest) -> list[ShardInfo]:

@@ -18,7 +18,7 @@ from pipeline.cache import manifest as manifests
 from pipeline.capture.plan_lookup import PlanFolder, plan_folder
 from pipeline.config.schema import CaptureConfig
 from pipeline.config.validate import check_capture
-from pipeline.core.files import check_writable
+from pipeline.core.file_systems import check_folder
 from pipeline.core.object_store import Location
 from pipeline.core.progress import log, start_logging
 from pipeline.core.stopping import EXIT_STOPPED
@@ -41,7 +41,7 @@ def run(config: CaptureConfig) -> Location:
     missing = manifests.missing_shards(cache, shards)
     if missing:
         if isinstance(cache, Path):
-            check_writable(cache / "shards", "caches_dir" if config.cache is None else "cache")
+            check_folder(cache, "caches_dir" if config.cache is None else "cache")
         if not plan.sequences.exists():  # the cache was finished, and a shard of it was lost afterwards
             read_corpus(config, plan, with_sequences=True)
         log.info(

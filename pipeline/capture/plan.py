@@ -23,8 +23,9 @@ from pipeline.capture.corpus import cached_tokenizer, open_corpus, tokenize_corp
 from pipeline.capture.identity import make_manifest
 from pipeline.capture.plan_lookup import PlanFolder, file_states
 from pipeline.config.schema import CaptureConfig
+from pipeline.core.file_systems import check_folder
 from pipeline.core.files import explain, sync_files
-from pipeline.core.object_store import write_json
+from pipeline.core.object_store import open_location, write_json
 from pipeline.core.progress import log
 from pipeline.core.types import InputError, Manifest
 from pipeline.data.shown import log_supervised
@@ -62,13 +63,11 @@ def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool =
         )
     if config.corpus.end_token and tokenizer.eos_token_id is None:
         raise InputError("corpus: expected a tokenizer with an end token, found none; set corpus.end_token=false")
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        explain(plan.folder.parent, PURPOSE)
-    except OSError as error:
-        raise InputError(
-            f"{plan.folder}: expected a folder to write into, found {error.strerror}; choose another with plans_dir="
-        ) from error
+    cache = open_location(config.cache or config.caches_dir)
+    if isinstance(cache, Path):  # before the corpus is read: it may take hours
+        check_folder(cache, "caches_dir" if config.cache is None else "cache")
+    check_folder(plan.folder, "plans_dir")
+    explain(plan.folder.parent, PURPOSE)
     while True:
         with hold_lease(plan.folder / "lease", lease_seconds=config.lease_seconds) as held:
             manifest = plan.load()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.types import InputError
+
+# what fsync of a folder, or opening one for it, gives on some network file systems
+NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EISDIR, errno.EACCES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,11 @@ class RunPaths:
     def state(self) -> Path:
         """What the last command on this run did, and why it ended: `core.run_state`; shown by scripts/status.py."""
         return self.folder / "state.json"
+
+    @property
+    def lease(self) -> Path:
+        """Renewed during the run by the driver and the first rank: it keeps commands on other machines away."""
+        return self.folder / "lease"
 
     @property
     def stop(self) -> Path:
@@ -171,13 +180,22 @@ def sync_files(folder: Path) -> None:
     sync_folder(folder)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder (names, not contents) to disk, so that a rename survives a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_folder(folder: Path) -> bool:
+    """Flush the entries of a folder (names, not contents) to disk, so that a rename survives a power loss.
+
+    False where the file system does not do that for folders: PostgreSQL goes on there too.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
+        return False
+    return True
 
 
 def content_hash(value: Any) -> str:

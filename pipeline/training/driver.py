@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import socket
 import subprocess
@@ -22,7 +21,8 @@ import torch
 from pipeline.config.options import load_config, save_config
 from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
-from pipeline.core.files import RunPaths, check_writable, content_hash, is_hub_name, write_json
+from pipeline.core.file_systems import check_folder
+from pipeline.core.files import RunPaths, content_hash, is_hub_name, write_json
 from pipeline.core.processes import this_process
 from pipeline.core.progress import log, start_logging
 from pipeline.core.run_state import record_finished, recorded_state
@@ -34,7 +34,7 @@ from pipeline.evaluation.predictions import main_score, scores_from
 from pipeline.models.loading import check_trained_dtype, resolve_dtype
 from pipeline.models.lora import check_adapter
 from pipeline.models.paths import pinned
-from pipeline.training import checkpoints
+from pipeline.training import checkpoints, run_lease
 from pipeline.training.finish import read_result
 from pipeline.training.held_out import SPLITS, entry_of, is_missing, needs_model
 from pipeline.training.identity import identity_of
@@ -119,7 +119,7 @@ def run_prepared(prepared: PreparedRun) -> float | None:
         checkpoints.needed(paths, prepared.config)
         if prepared.config.steps != 0:
             check_adapter(prepared.config.student)
-        check_writable(paths.folder, "runs_dir")
+        check_folder(paths.folder, "runs_dir")
     if not prepared.is_complete():
         if not can_be_scored(prepared):
             return sweep_objective(prepared)
@@ -252,10 +252,10 @@ def forward_signals(paths: RunPaths) -> Iterator[None]:
 def run_lock(paths: RunPaths) -> Iterator[int]:
     """Hold a run folder's lock; waits for ranks whose driver was killed, until they have saved and ended."""
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
-    with paths.lock.open("a") as file:
+    with paths.lock.open("a") as file, contextlib.ExitStack() as held:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                run_lease.take(paths, file, held)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -265,9 +265,9 @@ def run_lock(paths: RunPaths) -> Iterator[int]:
                     ) from None
                 log.info("%s: %s; waiting", paths.folder, paths.lock.read_text().partition("\n")[0] or "locked")
                 time.sleep(2.0)
-            except OSError as error:  # such as ENOLCK or ENOSYS of a network file system
+            except OSError as error:
                 raise InputError(
-                    f"{paths.lock}: expected a file system with locks, found {error.strerror}; choose another runs_dir"
+                    f"{paths.lock}: expected to lock the run folder, found {error.strerror}; choose another runs_dir"
                 ) from error
         try:
             _write_lock(file, f"locked by process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")

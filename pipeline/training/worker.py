@@ -32,6 +32,7 @@ from pipeline.training.finish import finish
 from pipeline.training.inputs import load_gold
 from pipeline.training.options_read import reads_gold_text
 from pipeline.training.run import Run, TrainState
+from pipeline.training.run_lease import renew_from_rank
 from pipeline.training.steps import take_steps
 
 
@@ -44,6 +45,8 @@ def run(folder: Path) -> None:
         is_first = ranks.rank == 0
         level = logging.INFO if is_first else logging.ERROR
         start_logging(paths.log if is_first else None, level=level, quiet=config.launcher.quiet)
+        if is_first:
+            renew_from_rank(paths)
         try:
             is_trained = paths.model.exists() or train(config, paths, ranks, stop)
         except Exception:

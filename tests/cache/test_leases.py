@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.cache import leases
-from pipeline.cache.leases import hold_lease, holder
+from pipeline.cache.leases import hold_lease, holder, share_lease
 from pipeline.core import processes
 from pipeline.core.types import InputError
+from support.commands import mounted, needs_root
 
 HOLD = (
     "import sys, time; from pathlib import Path; from pipeline.cache.leases import hold_lease\n"
@@ -99,6 +103,55 @@ def test_a_folder_that_was_deleted_is_named(tmp_path: Path) -> None:
         hold_lease(tmp_path / "cache" / ".00000.lease", lease_seconds=60),
     ):
         pass
+
+
+@needs_root
+def test_a_lease_on_a_full_disk_is_an_input_error_and_leaves_nothing(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=16k") as disk:
+        (disk / "all").write_bytes(bytes(16 << 10))
+        message = "lease: expected to write a lease, found No space left on device; free space"
+        with pytest.raises(InputError, match=message), hold_lease(disk / "lease", lease_seconds=60):
+            pass
+        assert [path.name for path in disk.iterdir()] == ["all"]
+
+
+def test_a_lease_that_was_replaced_on_the_server_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS gives ESTALE; it is tried again, like one that was released."""
+    place = tmp_path / "lease"
+    place.write_text("another")
+
+    def read_text(path: Path) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", read_text)
+        with hold_lease(place, lease_seconds=60) as held:
+            assert not held
+    assert place.read_text() == "another"
+
+
+def test_a_lease_whose_holder_ended_and_left_others_at_work(left_behind: str, tmp_path: Path) -> None:
+    """They renew it, until it is taken over: then they are told."""
+    place = tmp_path / "lease"
+    place.write_text(left_behind)
+    lost = threading.Event()
+    share_lease(place, lease_seconds=0.4, on_loss=lost.set)
+    with hold_lease(place, lease_seconds=60, ends_with_holder=False) as held:
+        assert not held
+    time.sleep(1)  # longer than the lease: it was renewed
+    with hold_lease(place, lease_seconds=0.9, ends_with_holder=False) as held:
+        assert not held
+    assert not lost.is_set()
+    with hold_lease(place, lease_seconds=60) as held:
+        assert held
+        assert lost.wait(10)
+
+
+def test_no_lease_is_shared_where_there_is_none(tmp_path: Path) -> None:
+    share_lease(tmp_path / "lease", lease_seconds=0.1, on_loss=lambda: pytest.fail("lost"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lease_that_another_has_just_taken_over_is_put_back(tmp_path: Path) -> None:

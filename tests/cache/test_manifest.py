@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def no_links(number: int) -> Any:
     return link
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK])
 def test_a_commit_where_there_are_no_links(
     number: int, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +116,21 @@ def test_two_commits_at_once_without_links(
     assert file_hash(copy / "shards" / info.file) == info.sha256
     assert len(list((copy / "shards").glob("00001-*.parquet"))) == 2  # the other one stays, and harms nothing
     assert not list((copy / "shards").glob(".*"))
+
+
+def test_what_is_stale_is_measured_by_the_clock_of_the_file_system(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This machine's clock is an hour ahead: what other workers are writing stays."""
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    (copy / "shards" / ".00001.1.abc.tmp").write_bytes(b"half")
+    (copy / "shards" / ".00002.2.def.tmp").write_bytes(b"half")
+    os.utime(copy / "shards" / ".00002.2.def.tmp", (0, 0))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    manifests.finalize_cache(copy, manifests.load_manifest(copy), stale_seconds=60)
+    assert [path.name for path in (copy / "shards").glob(".*")] == [".00001.1.abc.tmp"]
 
 
 def test_a_link_that_fails_for_another_reason_is_an_error(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -400,6 +402,18 @@ def test_readers_of_one_shard_at_once_download_it_once(
         keys = [sequence.key for sequence, _ in pool.map(lambda reader: reader.row(0, 0), readers)]
     assert len(set(keys)) == 1
     assert len(downloaded) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_downloads_where_there_are_no_locks(
+    number: int, captured: RemotePath, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    reader = ShardReader(captured, downloads=Downloads(folder=tmp_path, limit_bytes=1 << 30))
+    assert rows(reader) == rows(ShardReader(cache))
 
 
 def test_a_download_that_the_disk_damaged_is_repeated(captured: RemotePath, cache: Path, tmp_path: Path) -> None:

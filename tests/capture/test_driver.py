@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import transformers
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.shards import ShardReader, shard_writer
+from pipeline.capture import plan
 from pipeline.capture.driver import run
 from pipeline.config.schema import Kind, MalformedPolicy, Targets, TextConfig
 from pipeline.core.topk import log_probabilities
@@ -228,6 +230,24 @@ def test_options_that_do_not_fit_are_rejected(
     with pytest.raises(InputError, match=re.escape(message)):
         run(config_of(teacher, data / "corpus.jsonl", tmp_path / "caches", **changes))
     assert not (tmp_path / "caches").exists()
+
+
+def test_a_file_system_that_cannot_rename_folders_is_refused_before_the_corpus_is_read(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_rename = Path.rename
+
+    def rename(old: Path, new: Path) -> Path:
+        if old.is_dir():
+            raise OSError(errno.EMFILE, "Too many open files")  # gcsfuse says so
+        return really_rename(old, new)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(plan, "open_corpus", lambda *arguments: pytest.fail("the corpus is read"))
+    for changes, option in (({}, "caches_dir"), ({"cache": str(tmp_path / "exact")}, "cache")):
+        message = rf"^{option}: expected a file system that renames a folder with files in it .* with {option}=$"
+        with pytest.raises(InputError, match=message):
+            run(config_of(teacher, data / "corpus.jsonl", tmp_path / "caches", **changes))
 
 
 REJECTED_ARGUMENTS = {

@@ -302,7 +302,7 @@ def test_a_read_only_folder_is_rejected(teacher: Path, many: Path, tmp_path: Pat
     with mounted(tmp_path / "fixed", "size=1m,ro") as fixed:
         done = script("capture", *arguments(teacher, many), cwd=fixed, env=one_thread(), check=False)
     assert done.returncode == 2
-    assert "expected a folder to write into, found Read-only file system; choose another" in done.stderr
+    assert "caches_dir: expected a folder to write into, found Read-only file system" in done.stderr
 
 
 def test_stale_temporary_files_of_a_finished_cache_are_deleted(

@@ -266,16 +266,15 @@ def test_a_lock_names_its_process_to_those_that_wait(
     assert paths.lock.read_text().startswith("free since ")
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not taken for a lock that somebody holds, for which the driver would wait a minute."""
+def test_a_lock_that_fails_is_not_taken_for_one_that_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver would wait for it for a minute."""
 
-    def no_locks(file: Any, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
+    def fail(file: Any, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", fail)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
-    message = f"lock: expected a file system with locks, found {os.strerror(number)}; choose another runs_dir"
+    message = "lock: expected to lock the run folder, found Input/output error; choose another runs_dir"
     with pytest.raises(InputError, match=message), driver.run_lock(RunPaths(folder=tmp_path)):
         pass
 
