@@ -53,7 +53,10 @@ def trouble(folder: Path, error: Exception) -> str:
 
 
 def newest_write(folder: Path, *, deep: bool = False) -> float:
-    """The time of the newest file or folder directly in a folder; with `deep`, at any depth."""
+    """The time of the newest file or folder directly in a folder; with `deep`, at any depth.
+
+    Leases do not count: a thread renews them, also where the work hangs.
+    """
     return max(_times(folder, deep=deep), default=0.0)
 
 
@@ -61,7 +64,7 @@ def _times(folder: Path, *, deep: bool) -> Iterator[float]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         yield folder.stat().st_mtime
         with os.scandir(folder) as entries:
-            for entry in entries:
+            for entry in (entry for entry in entries if not entry.name.endswith("lease")):
                 with contextlib.suppress(FileNotFoundError):  # a temporary file
                     yield entry.stat(follow_symlinks=False).st_mtime
                     if deep and entry.is_dir(follow_symlinks=False):

@@ -96,6 +96,18 @@ def test_silent_is_one_whose_files_are_all_old(paths: RunPaths) -> None:
         assert found(paths).state == "running"
 
 
+def test_a_renewed_lease_is_no_sign_of_life(paths: RunPaths) -> None:
+    """A thread renews it, also where the ranks hang."""
+    write_steps(paths, 12)
+    write_state(paths, "running")
+    let_age(paths.folder, 700)
+    paths.lease.touch()
+    let_age(paths.folder, 700)
+    paths.lease.touch()
+    with locked(paths):
+        assert found(paths).state == "silent"
+
+
 def test_slow_steps_are_no_silence(paths: RunPaths) -> None:
     paths.metrics.write_text('{"step": 1, "seconds": 150}\n{"step": 2, "seconds": 2}\n')
     write_state(paths, "running")
