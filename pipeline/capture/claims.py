@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-MAX_LOSSES = 16  # shards tried in vain, after which a worker lists what is missing, or waits
+MAX_LOSSES = 8  # shards tried in vain, after which a worker lists what is missing, or waits
 PAUSE_GROWTH = 1.25  # a worker that has waited for t seconds oversleeps the end by about a quarter of t at most
 FIRST_PAUSE_SECONDS = 1.0
 
@@ -67,12 +67,13 @@ def claims(missing: Sequence[int], *, seed: int, lease_seconds: float) -> Decisi
                 over.add(index)
             if outcomes[Outcome.committed] + outcomes[Outcome.held] == max_losses:
                 break
-        missing = [index for index in missing if index not in over]
         if outcomes[Outcome.captured]:
             pause = first_pause
-        if len(missing) > MAX_LOSSES and outcomes[Outcome.committed] > outcomes[Outcome.held]:
-            missing = yield ListMissing(missing)
-        elif missing and met_another and not outcomes[Outcome.captured]:
+        if len(missing) - len(over) > MAX_LOSSES and outcomes[Outcome.committed] > outcomes[Outcome.held]:
+            met_another, missing = True, (yield ListMissing(missing))
+            continue
+        missing = [index for index in missing if index not in over]
+        if missing and met_another and not outcomes[Outcome.captured]:
             yield Wait(pause * generator.uniform(0.5, 1.0), missing)
             pause = min(pause * PAUSE_GROWTH, longest_pause)
         met_another = True  # or nothing is left

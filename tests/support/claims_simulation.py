@@ -73,13 +73,15 @@ class Store:
     captures: Counter[int] = field(default_factory=Counter)
     """How often each shard was captured to its end."""
     taken_over_after: list[float] = field(default_factory=list)
-    """Seconds from the end of a dead worker's lease until another worker took it."""
+    """Seconds until a dead worker's lease was taken, since it expired and workers without other work were waiting."""
+    waiting_since: float = math.inf
+    """When a worker first waited because others held all that was left."""
     snapshot: tuple[float, Sequence[int]] = (-math.inf, ())
 
     def request(self, *kinds: str) -> float:
         """Count some requests, one after another; the seconds they take."""
         self.requests.update(kinds)
-        return sum(self.random.expovariate(1 / self.scale.request_seconds) for _ in kinds)
+        return len(kinds) * self.random.expovariate(1 / self.scale.request_seconds)
 
     def expired_at(self, lease: Lease) -> float:
         """When a lease goes stale: never, while its holder lives and renews it."""
@@ -112,6 +114,8 @@ def live(store: Store, worker: Worker, *, look_first: bool) -> Generator[float, 
                 yield list_seconds(store)
                 answer = store.missing()
             case Wait(seconds):
+                if len(store.captures) + len(store.leases) >= store.scale.num_shards:
+                    store.waiting_since = min(store.waiting_since, store.now)
                 yield seconds
                 answer = None
 
@@ -135,7 +139,7 @@ def attempt(store: Store, worker: Worker, index: int, *, look_first: bool) -> Ge
         expired = store.expired_at(lease)
         if store.leases.get(index) is not lease or expired > store.now:
             return Outcome.held
-        store.taken_over_after.append(store.now - expired)
+        store.taken_over_after.append(max(store.now - max(expired, store.waiting_since), 0.0))
     yield store.request("PUT")
     store.leases[index] = Lease(worker, store.now)
     yield store.request("GET")
@@ -148,9 +152,8 @@ def attempt(store: Store, worker: Worker, index: int, *, look_first: bool) -> Ge
     if index not in store.captures:
         outcome = Outcome.captured
         seconds = store.seconds[index]
-        store.requests.update(
-            dict.fromkeys(("GET", "PUT"), int(seconds * RENEWALS_PER_LEASE / store.scale.lease_seconds))
-        )
+        renewals = int(seconds * RENEWALS_PER_LEASE / store.scale.lease_seconds)
+        store.requests.update({"GET": renewals, "PUT": renewals})
         yield seconds
         yield store.request(*COMMIT)
         store.captures[index] += 1
@@ -238,12 +241,10 @@ def row(result: Result, name: str) -> str:
 
 
 if __name__ == "__main__":
-    import sys
     import time
 
-    SMALL = Scale(num_workers=100, num_shards=2000)
-    started = time.monotonic()
-    print(row(simulate(SMALL, old=True), "before"), f"{time.monotonic() - started:.1f} s", flush=True)
-    for size in (SMALL, Scale(num_shards=10_000), Scale()):
+    small = Scale(num_workers=100, num_shards=1000)
+    for size, is_old in ((small, True), (small, False), (Scale(num_shards=10_000), False), (Scale(), False)):
         started = time.monotonic()
-        print(row(simulate(size), "now"), f"{time.monotonic() - started:.1f} s", flush=True)
+        print(row(simulate(size, old=is_old), "before" if is_old else "now"), flush=True)
+        print(f"  simulated in {time.monotonic() - started:.0f} s", flush=True)
