@@ -53,13 +53,7 @@ def run_worker(
     device = bind_device(worker)
     manifest = manifests.load_manifest(cache)
     missing = manifests.missing_shards(cache, shards)
-    progress = Progress(
-        f"capture {worker}" if config.num_workers > 1 else "capture",
-        total=num_waiting_sequences(sequences, missing),
-        unit=" sequences",
-        log_every_seconds=config.log_every_seconds,
-        bar=config.num_workers == 1,
-    )
+    progress = open_progress(config, num_waiting_sequences(sequences, missing), worker)
     logged = -math.inf
 
     def capture(index: int) -> Outcome:
@@ -92,6 +86,17 @@ def run_worker(
     decisions = claims(missing, seed=secrets.randbits(64), lease_seconds=config.lease_seconds)
     follow(decisions, capture=capture, list_missing=partial(manifests.missing_shards, cache), wait=wait)
     progress.close()
+
+
+def open_progress(config: CaptureConfig, num_sequences: int, worker: int) -> Progress:
+    """The progress of one worker; a bar only where it is the only one of this command."""
+    return Progress(
+        f"capture {worker}" if config.num_workers > 1 else "capture",
+        total=num_sequences,
+        unit=" sequences",
+        log_every_seconds=config.log_every_seconds,
+        bar=config.num_workers == 1,
+    )
 
 
 def planned_teacher(config: CaptureConfig, manifest: Manifest) -> ModelConfig:

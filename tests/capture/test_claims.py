@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -179,8 +180,8 @@ def check(result: Result) -> None:
     # To that come the takeovers, where the waiting workers try one lease, and the start, where all try shard 0.
     rate = scale.num_workers / scale.shard_seconds
     expected = 2 * rate * scale.request_seconds * (1 + sum(1 / free for free in range(1, scale.num_shards + 1)))
-    num_killed = scale.killed_fraction * scale.num_workers
-    assert result.num_double <= 3 * (expected + num_killed + 1) < 0.01 * scale.num_shards
+    expected += scale.killed_fraction * scale.num_workers + 1
+    assert result.num_double <= expected + 4 * math.sqrt(expected)  # the number of rare events is Poisson's
     # No order of the shards is slower than this bound for lists of jobs (Graham): the last job begins before the ideal
     # end. A shard whose worker dies late begins again after its lease.
     longest = max(store.seconds)
@@ -192,7 +193,7 @@ def check(result: Result) -> None:
     assert max(store.taken_over_after, default=0.0) < scale.lease_seconds
 
 
-def test_a_hundred_workers_capture_everything_with_few_requests() -> None:
+def test_fifty_workers_capture_everything_with_few_requests() -> None:
     scale = Scale(num_workers=50, num_shards=1000, killed_fraction=0.1)
     now, before = simulate(scale), simulate(Scale(num_workers=50, num_shards=500, killed_fraction=0.1), old=True)
     check(now)
