@@ -2,7 +2,7 @@
 
 A lease is a small file or object that its holder renews; one that was not renewed for `lease_seconds` (an option, see
 config/schema.py) is stale, and another worker may take it over. In which order a worker tries the shards is in
-capture/worker.py. Its age is measured against a file written just now in the same folder, so the clocks
+capture/claims.py. Its age is measured against a file written just now in the same folder, so the clocks
 of two machines are never compared. A lease whose holder ran on this machine and has ended is taken over at once.
 """
 

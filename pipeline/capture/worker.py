@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import os
+import secrets
 import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from torch import set_num_threads
@@ -19,6 +22,7 @@ from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease, holder
 from pipeline.cache.sequence_files import SequenceFile, open_sequence_file, sequence_file
 from pipeline.cache.shards import ShardWriter, shard_writer
+from pipeline.capture.claims import Outcome, claims, follow
 from pipeline.capture.completion import completed_batches
 from pipeline.capture.teacher import PendingBatch, capture_batch, finish_copy
 from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig
@@ -32,6 +36,7 @@ from pipeline.models.loading import open_model, resolve_dtype
 from pipeline.models.prepack import prepack
 
 MAX_NAMED_RECORDS = 10  # in a message
+MAX_FOOTERS = 256  # of files of sequences, which a worker opens to know the length of its work
 MAX_PENDING_BATCHES = 3  # captured and not yet written: the teacher waits for a slow disk, so memory stays bounded
 
 
@@ -47,37 +52,51 @@ def run_worker(
     keep_allocator_memory()
     device = bind_device(worker)
     manifest = manifests.load_manifest(cache)
-    lease_seconds = config.lease_seconds
     missing = manifests.missing_shards(cache, shards)
-    progress = Progress(
+    progress = open_progress(config, num_waiting_sequences(sequences, missing), worker)
+    logged = -math.inf
+
+    def capture(index: int) -> Outcome:
+        nonlocal teacher
+        if manifests.shard_info(cache, index):  # one request, where a lease takes several
+            return Outcome.committed
+        with hold_lease(manifests.lease_path(cache, index), lease_seconds=config.lease_seconds) as held:
+            if not held:
+                return Outcome.held
+            if manifests.shard_info(cache, index) or manifests.adopt_orphan(cache, index):
+                return Outcome.committed
+            teacher = teacher or prepack(open_model(planned_teacher(config, manifest), device))
+            try:
+                shard = open_sequence_file(sequence_file(sequences, index))
+                capture_shard(teacher, shard, cache, manifest, index, config, progress)
+            except (InputError, FileNotFoundError):
+                # this worker stopped for longer than its lease, and another one committed the shard and deleted its
+                # sequences
+                if manifests.shard_info(cache, index) is None:
+                    raise
+            return Outcome.captured
+
+    def wait(seconds: float, missing: Sequence[int]) -> None:
+        nonlocal logged
+        if time.monotonic() - logged > config.log_every_seconds:
+            logged = time.monotonic()
+            log_waiting(cache, missing, config.lease_seconds)
+        time.sleep(seconds)
+
+    decisions = claims(missing, seed=secrets.randbits(64), lease_seconds=config.lease_seconds)
+    follow(decisions, capture=capture, list_missing=partial(manifests.missing_shards, cache), wait=wait)
+    progress.close()
+
+
+def open_progress(config: CaptureConfig, num_sequences: int, worker: int) -> Progress:
+    """The progress of one worker; a bar only where it is the only one of this command."""
+    return Progress(
         f"capture {worker}" if config.num_workers > 1 else "capture",
-        total=sum(num_waiting_sequences(sequences, index) for index in missing),
+        total=num_sequences,
         unit=" sequences",
         log_every_seconds=config.log_every_seconds,
         bar=config.num_workers == 1,
     )
-    logged = -math.inf
-    while missing:
-        for index in missing:
-            with hold_lease(manifests.lease_path(cache, index), lease_seconds=lease_seconds) as held:
-                if not held or manifests.shard_info(cache, index) or manifests.adopt_orphan(cache, index):
-                    continue
-                teacher = teacher or prepack(open_model(planned_teacher(config, manifest), device))
-                try:
-                    shard = open_sequence_file(sequence_file(sequences, index))
-                    capture_shard(teacher, shard, cache, manifest, index, config, progress)
-                except (InputError, FileNotFoundError):
-                    # this worker stopped for longer than its lease, and another one committed the shard and deleted
-                    # its sequences
-                    if manifests.shard_info(cache, index) is None:
-                        raise
-        missing = manifests.missing_shards(cache, missing)
-        if missing:  # other workers hold them: wait, and take over if their leases expire
-            if time.monotonic() - logged > config.log_every_seconds:
-                logged = time.monotonic()
-                log_waiting(cache, missing, lease_seconds)
-            time.sleep(min(1.0, lease_seconds / 4))
-    progress.close()
 
 
 def planned_teacher(config: CaptureConfig, manifest: Manifest) -> ModelConfig:
@@ -103,12 +122,17 @@ def log_waiting(cache: Location, missing: Sequence[int], lease_seconds: float) -
     )
 
 
-def num_waiting_sequences(sequences: Path, index: int) -> int:
-    """The sequences of a shard that are not captured yet; 0 if another process has just finished the cache."""
-    try:
-        return open_sequence_file(sequence_file(sequences, index)).num_rows
-    except FileNotFoundError:
-        return 0
+def num_waiting_sequences(sequences: Path, missing: Sequence[int]) -> int:
+    """The sequences of the shards that are not captured yet; of very many shards an estimate from some of them.
+
+    Each worker asks this, and a footer takes a request or a seek.
+    """
+    looked_at = missing[:: math.ceil(len(missing) / MAX_FOOTERS) or 1]
+    found = 0
+    for index in looked_at:
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished the cache
+            found += open_sequence_file(sequence_file(sequences, index)).num_rows
+    return round(found * len(missing) / max(len(looked_at), 1))
 
 
 def capture_shard(
