@@ -70,8 +70,7 @@ def run_worker(
                 shard = open_sequence_file(sequence_file(sequences, index))
                 capture_shard(teacher, shard, cache, manifest, index, config, progress)
             except (InputError, FileNotFoundError):
-                # this worker stopped for longer than its lease, and another one committed the shard and deleted its
-                # sequences
+                # this worker stopped for longer than its lease; another one committed the shard, deleted its sequences
                 if manifests.shard_info(cache, index) is None:
                     raise
             return Outcome.captured
