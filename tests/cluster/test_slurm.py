@@ -23,6 +23,7 @@ STUDENTS = ("experiments=combined,weak_only", "seeds=1,2,3")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # the paths of its sockets have to be short
+    root.chmod(0o755)  # as munge requires
     cluster = start_cluster(root)
     try:
         yield cluster
