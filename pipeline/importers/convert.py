@@ -18,7 +18,6 @@ from pipeline.cache.schema import SCHEMA_VERSION
 from pipeline.cache.shards import shard_writer
 from pipeline.config.schema import Format, ImportConfig
 from pipeline.config.validate import plain_name
-from pipeline.core.file_systems import check_folder
 from pipeline.core.files import file_hash, one_path
 from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.topk import from_log_probabilities
@@ -50,8 +49,6 @@ def run(config: ImportConfig) -> Path:
     manifest = manifests.load_manifest(cache)
     manifests.check_same_inputs(manifest, made_of, cache)
     todo = [index for index in range(manifest.num_shards) if manifests.shard_info(cache, index) is None]
-    if todo:
-        check_folder(cache, "caches_dir")
     progress = Progress(
         "import",
         total=sum(len(manifests.shard_range(manifest, index)) for index in todo),
