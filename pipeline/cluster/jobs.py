@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +28,9 @@ def jobs_of(study: Study, students: Sequence[Job], cluster: ClusterConfig, *, ca
         workers = (f"num_workers={cluster.gpus_per_node}",) if cluster.gpus_per_node > 1 else ()
         capture = command("capture", study, cluster, *workers)
         what = "the teacher reads the corpus; the jobs share it, however many run and whenever."
-        share = {"command": capture, "after_success": "teacher"}
-        jobs.append(BatchJob(name="capture", purpose=what, workers=cluster.capture_jobs, **share))
-        jobs.append(BatchJob(name="cache", purpose="capture what is left of the corpus.", after="capture", **share))
+        first = BatchJob(name="capture", purpose=what, command=capture, after_success="teacher")
+        rest = dataclasses.replace(first, name="cache", purpose="capture what is left of the corpus.", after="capture")
+        jobs += [dataclasses.replace(first, workers=cluster.capture_jobs), rest]
     nodes = (f"launcher.num_nodes={cluster.nodes}",) if cluster.nodes > 1 else ()
     jobs.append(
         BatchJob(

@@ -71,7 +71,11 @@ def sbatch_options(job: BatchJob, cluster: ClusterConfig, *, study: str, logs: s
         yield f"--array=0-{size - 1}{limit}"
     yield f"--output={logs}/%x-{'%A_%a' if size else '%j'}.log"
     yield "--open-mode=append"
-    asked = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos}
+    asked: dict[str, str | int | None] = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+    }
     asked |= {"constraint": cluster.constraint, "nodes": job.nodes, "ntasks-per-node": 1}
     if job.has_gpus:
         asked |= {"gpus-per-node": cluster.gpus_per_node or None, "cpus-per-task": cluster.cpus_per_node}
