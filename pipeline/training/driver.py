@@ -20,13 +20,13 @@ from typing import Any, TextIO
 import torch
 
 from pipeline.config.options import load_config, save_config
-from pipeline.config.schema import TrainConfig
+from pipeline.config.schema import ExportedStep, IfBusy, TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths, check_writable, content_hash, is_hub_name, write_json
 from pipeline.core.progress import log, start_logging
 from pipeline.core.runtime import environment, module_command
 from pipeline.core.stopping import Stopped, stop_signals_handled_by
-from pipeline.core.types import InputError, RunFailed
+from pipeline.core.types import Busy, InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
 from pipeline.evaluation.predictions import main_score, scores_from
 from pipeline.models.loading import check_trained_dtype, resolve_dtype
@@ -40,6 +40,7 @@ from pipeline.training.inputs import RunInputs, save_inputs
 
 STARTED = time.time()  # when this command started; its time may be limited
 LOCK_WAIT_SECONDS = 60.0  # the ranks of a driver that was killed notice it, save and leave within this time
+SHOW_WAITING_SECONDS = 60.0  # between two lines of a process that waits for a lock
 
 
 # On a CPU an optimizer step moves gigabytes. An allocator that returns them to the kernel after each step pays a page
@@ -111,6 +112,7 @@ def run(config: TrainConfig) -> float | None:
 def run_prepared(prepared: PreparedRun) -> float | None:
     """The same for a run whose inputs are checked already."""
     paths = prepared.paths
+    check_weights_kept(prepared)
     if not paths.result.exists():
         # refuse an incomplete checkpoint before waiting for the lock
         checkpoints.needed(paths, prepared.config)
@@ -120,12 +122,25 @@ def run_prepared(prepared: PreparedRun) -> float | None:
     if not prepared.is_complete():
         if not can_be_scored(prepared):
             return sweep_objective(prepared)
-        with run_lock(paths) as lock:
+        with run_lock(paths, prepared.config.launcher.if_busy) as lock:
             if not prepared.is_complete():  # else another process finished it while this one waited
                 run_to_result(prepared, lock)
                 return sweep_objective(prepared)
     log.info("%s is finished; nothing to do", paths.folder)
     return sweep_objective(prepared)
+
+
+def check_weights_kept(prepared: PreparedRun) -> None:
+    """Refuse to export the weights of a run that was told to keep none: they can only be trained again."""
+    config, paths = prepared.config, prepared.paths
+    wants_weights = config.steps != 0 and config.export.what is not ExportedStep.none
+    if not wants_weights or not paths.result.exists() or paths.model.exists():
+        return
+    if load_config(paths.config, TrainConfig).export.what is ExportedStep.none:
+        raise InputError(
+            f"{paths.model}: expected the exported weights, found none, because export.what=none trained this run; "
+            f"delete {paths.folder} to train it again with its weights, or keep export.what=none"
+        )
 
 
 def can_be_scored(prepared: PreparedRun) -> bool:
@@ -164,7 +179,7 @@ def run_to_result(prepared: PreparedRun, lock: int) -> None:
     """Run the ranks until all scores are there; Stopped if asked to stop, RunFailed if they end without."""
     paths = prepared.paths
     paths.stop.unlink(missing_ok=True)
-    with forward_signals(paths):
+    with forward_signals(paths) as signals:
         prepared.write()
         if paths.result.exists():
             log.info("scoring on %s: %s", ", ".join(prepared.missing()), paths.folder)
@@ -179,10 +194,12 @@ def run_to_result(prepared: PreparedRun, lock: int) -> None:
     if is_complete:
         log.info("finished: %s", paths.folder)
         if is_stopped:  # asked for after the last step: the run needs no more of it, but a sweep has to know
-            raise Stopped(f"finished: {paths.folder}", is_finished=True, score=sweep_objective(prepared))
+            score = sweep_objective(prepared)
+            raise Stopped(f"finished: {paths.folder}", is_finished=True, score=score, signals=tuple(signals))
     elif is_stopped and exit_code == 0:
         log.info("stopped: %s; the same command continues from its checkpoint", paths.folder)
-        raise Stopped(f"stopped: {paths.folder}; the same command continues from its checkpoint", is_finished=False)
+        message = f"stopped: {paths.folder}; the same command continues from its checkpoint"
+        raise Stopped(message, is_finished=False, signals=tuple(signals))
     else:
         raise RunFailed(f"{paths.folder} failed (exit code {exit_code}); the reason stands above and in {paths.log}")
 
@@ -231,33 +248,45 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
 
 
 @contextlib.contextmanager
-def forward_signals(paths: RunPaths) -> Iterator[None]:
-    """Turn signals to this process into the stop file, which its ranks check after each step."""
+def forward_signals(paths: RunPaths) -> Iterator[list[int]]:
+    """Turn signals to this process into the stop file, which its ranks check after each step; yields those received."""
+    received: list[int] = []
 
     def ask_to_stop(number: int, frame: object) -> None:
+        received.append(number)
         paths.stop.touch()
         log.info("stop requested: the ranks save after their current step and end; a run with no step left finishes")
 
     with stop_signals_handled_by(ask_to_stop):
-        yield
+        yield received
 
 
 @contextlib.contextmanager
-def run_lock(paths: RunPaths) -> Iterator[int]:
-    """Hold a run folder's lock; waits for ranks whose driver was killed, until they have saved and ended."""
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+def run_lock(paths: RunPaths, if_busy: IfBusy = IfBusy.fail) -> Iterator[int]:
+    """Hold a run folder's lock.
+
+    Where another process holds it: by default waits for ranks whose driver was killed, until they have saved and ended.
+    """
+    began = shown = time.monotonic()
     with paths.lock.open("a") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                held = f"{paths.folder}: {paths.lock.read_text().partition(chr(10))[0] or 'locked'}"
+                if if_busy is IfBusy.skip:
+                    raise Busy(held) from None
+                now = time.monotonic()
+                if if_busy is IfBusy.fail and now > began + LOCK_WAIT_SECONDS:
                     raise InputError(
                         f"{paths.folder}: expected a free run folder, found {paths.lock.name} held by another "
-                        f"process for {LOCK_WAIT_SECONDS:.0f} s; wait for that run or stop it"
+                        f"process for {LOCK_WAIT_SECONDS:.0f} s; wait for that run or stop it, or set "
+                        "launcher.if_busy=wait or skip"
                     ) from None
-                log.info("%s: %s; waiting", paths.folder, paths.lock.read_text().partition("\n")[0] or "locked")
+                if now >= shown:
+                    log.info("%s; waiting", held)
+                    shown = now + SHOW_WAITING_SECONDS
                 time.sleep(2.0)
             except OSError as error:  # such as ENOLCK or ENOSYS of a network file system
                 raise InputError(

@@ -31,7 +31,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., tuple
 
         # without the demo's files, which check_files would miss
         monkeypatch.setattr("sys.argv", ["train", "study=demo", "experiment=gold_only", *arguments])
-        monkeypatch.setattr("pipeline.config.cli.check_files", lambda config: None)
+        monkeypatch.setattr("pipeline.config.sweeps.check_files", lambda config: None)
         monkeypatch.chdir(tmp_path)
         try:
             hydra_main("train", "A story.", run)
