@@ -128,6 +128,6 @@ def table(jobs: Sequence[JobOutcome]) -> str:
 
 def exit_code(jobs: Sequence[JobOutcome]) -> int:
     """That of a sweep: 75 if a job was stopped, because the same command continues it; else 2 if one failed; else 0."""
-    if any(job.outcome.state is State.stopped or job.outcome.asked_to_stop for job in jobs):
+    if any(job.outcome.state is State.stopped for job in jobs):
         return EXIT_STOPPED
     return EXIT_FAILED if any(job.outcome.state in FAILED for job in jobs) else 0

@@ -128,7 +128,7 @@ def check_options(root: str, node: Any) -> Any:
 
 
 def _checked(root: str, sweep: Sweep, jobs: Sequence[Sequence[str]], place: list[str], check: Check) -> Sweep:
-    """The sweep with its jobs. Each reason is printed once, and of jobs that differ in the seed alone one is checked."""
+    """The sweep with its jobs. A reason is printed once, and of jobs that differ in the seed alone one is checked."""
     labels = [sweep.label(overrides) for overrides in jobs]
     reasons, dry_run, found = dict[str, list[int]](), False, dict[tuple[str, ...], str]()
     for number, overrides in enumerate(jobs, 1):
