@@ -123,7 +123,7 @@ def _run_alone(root: str, body: Body, node: Any) -> float | None:
         exit_with_error(RunFailed(outcome.note))
     if outcome.state is State.stopped:
         sys.exit(EXIT_STOPPED)
-    if outcome.state in (State.busy, State.to_do):
+    if outcome.note:
         print(outcome.note)
     return outcome.score
 

@@ -93,9 +93,8 @@ def begin(root: str, arguments: Sequence[str], check: Check) -> Sweep | None:
         if hydra.runtime.choices["hydra/sweeper"] == BASIC:
             jobs = BasicSweeper.split_arguments(parsed, None)[0]
             sweep = _checked(root, sweep, jobs, place, check)
-        elif node.get("dry_run"):
-            sweeper = hydra.runtime.choices["hydra/sweeper"]
-            raise InputError(f"dry_run: expected jobs that are known before, found a search ({sweeper}); leave out one")
+        else:
+            check_search(root, hydra.runtime.choices["hydra/sweeper"], node)
         explain(Path(hydra.sweep.dir), ABOUT)
     return sweep
 
@@ -104,7 +103,7 @@ def _sweep(hydra: Any, parsed: Sequence[Override]) -> Sweep:
     name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{secrets.token_hex(3)}"  # several commands may share hydra.sweep.dir
     return Sweep(
         folder=Path(hydra.sweep.dir).resolve() / name,
-        varied=tuple(override.key_or_group for override in parsed if override.is_sweep_override()),
+        varied=tuple(override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()),
         labels=(),
         num_jobs=hydra.sweeper.get("n_trials"),
         launcher=hydra.runtime.choices["hydra/launcher"],
@@ -125,6 +124,17 @@ def check_options(root: str, node: Any) -> Any:
 
         check_url(url, name, writing=root == "capture")
     return config
+
+
+def check_search(root: str, sweeper: str, node: Any) -> None:
+    """Refuse a sweeper that chooses jobs by the scores of earlier ones where it would decide on test."""
+    if node.get("dry_run"):
+        raise InputError(f"dry_run: expected jobs that are known before, found a search ({sweeper}); leave out one")
+    if root == "train" and node.get("dev") is None:
+        raise InputError(
+            f"dev: expected a held-out text by whose score the search ({sweeper}) decides, found null; give dev, "
+            "because test is no test any more once it decides"
+        )
 
 
 def _checked(root: str, sweep: Sweep, jobs: Sequence[Sequence[str]], place: list[str], check: Check) -> Sweep:

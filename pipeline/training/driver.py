@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from pipeline.config.options import load_config, save_config
-from pipeline.config.schema import ExportedStep, IfBusy, TrainConfig
+from pipeline.config.schema import ExportedStep, TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.files import RunPaths, check_writable, content_hash, is_hub_name, write_json
 from pipeline.core.progress import log, start_logging
 from pipeline.core.runtime import environment, module_command
 from pipeline.core.stopping import Stopped, stop_signals_handled_by
-from pipeline.core.types import Busy, InputError, RunFailed
+from pipeline.core.types import InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
 from pipeline.evaluation.predictions import main_score, scores_from
 from pipeline.models.loading import check_trained_dtype, resolve_dtype
@@ -37,10 +35,9 @@ from pipeline.training.finish import read_result
 from pipeline.training.held_out import SPLITS, entry_of, is_missing, needs_model
 from pipeline.training.identity import identity_of
 from pipeline.training.inputs import RunInputs, save_inputs
+from pipeline.training.run_lock import run_lock
 
 STARTED = time.time()  # when this command started; its time may be limited
-LOCK_WAIT_SECONDS = 60.0  # the ranks of a driver that was killed notice it, save and leave within this time
-SHOW_WAITING_SECONDS = 60.0  # between two lines of a process that waits for a lock
 
 
 # On a CPU an optimizer step moves gigabytes. An allocator that returns them to the kernel after each step pays a page
@@ -259,51 +256,6 @@ def forward_signals(paths: RunPaths) -> Iterator[list[int]]:
 
     with stop_signals_handled_by(ask_to_stop):
         yield received
-
-
-@contextlib.contextmanager
-def run_lock(paths: RunPaths, if_busy: IfBusy = IfBusy.fail) -> Iterator[int]:
-    """Hold a run folder's lock.
-
-    Where another process holds it: by default waits for ranks whose driver was killed, until they have saved and ended.
-    """
-    began = shown = time.monotonic()
-    with paths.lock.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                held = f"{paths.folder}: {paths.lock.read_text().partition(chr(10))[0] or 'locked'}"
-                if if_busy is IfBusy.skip:
-                    raise Busy(held) from None
-                now = time.monotonic()
-                if if_busy is IfBusy.fail and now > began + LOCK_WAIT_SECONDS:
-                    raise InputError(
-                        f"{paths.folder}: expected a free run folder, found {paths.lock.name} held by another "
-                        f"process for {LOCK_WAIT_SECONDS:.0f} s; wait for that run or stop it, or set "
-                        "launcher.if_busy=wait or skip"
-                    ) from None
-                if now >= shown:
-                    log.info("%s; waiting", held)
-                    shown = now + SHOW_WAITING_SECONDS
-                time.sleep(2.0)
-            except OSError as error:  # such as ENOLCK or ENOSYS of a network file system
-                raise InputError(
-                    f"{paths.lock}: expected a file system with locks, found {error.strerror}; choose another runs_dir"
-                ) from error
-        try:
-            _write_lock(file, f"locked by process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
-            yield file.fileno()
-        finally:
-            _write_lock(file, f"free since {time.ctime()}")
-
-
-def _write_lock(file: TextIO, state: str) -> None:
-    """What a lock file holds: its state, for people to read; only the lock of the operating system counts."""
-    file.truncate(0)
-    file.write(f"{state}\nTwo commands must not train the same run: the one that locks this file (flock) trains it.\n")
-    file.flush()
 
 
 def sweep_objective(prepared: PreparedRun) -> float | None:

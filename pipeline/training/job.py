@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from pathlib import Path
+
 from pipeline.config.outcomes import Outcome, State, ended_by
 from pipeline.config.schema import TrainConfig
 from pipeline.config.validate_train import check_train
@@ -20,10 +24,24 @@ def run(config: TrainConfig) -> Outcome:
     folder = str(prepared.paths.folder)
     if config.dry_run:
         return where_it_stands(prepared)
+    log = prepared.paths.log
+    begin = log.stat().st_size if log.exists() else 0
     try:
         return Outcome(state=State.finished, folder=folder, score=run_prepared(prepared))
     except (Stopped, InputError, RunFailed) as error:
-        return ended_by(error, folder)
+        outcome, reason = ended_by(error, folder), last_error(log, begin)
+        failed = outcome.state is State.failed and reason
+        return dataclasses.replace(outcome, note=f"{reason} ({error})") if failed else outcome
+
+
+def last_error(log: Path, begin: int) -> str:
+    """The exception that ended the first rank, from the end of its log; empty where it wrote none after `begin`."""
+    if not log.exists():
+        return ""
+    with log.open() as file:
+        file.seek(begin)
+        found = re.findall(r"^\w[\w.]*(?:Error|Exception): .*", file.read(), re.MULTILINE)
+    return found[-1] if found else ""
 
 
 def where_it_stands(prepared: PreparedRun) -> Outcome:
@@ -31,7 +49,7 @@ def where_it_stands(prepared: PreparedRun) -> Outcome:
     paths = prepared.paths
     folder = str(paths.folder)
     if prepared.is_complete():
-        return Outcome(state=State.finished, folder=folder, score=sweep_objective(prepared))
+        return Outcome(state=State.finished, folder=folder, score=sweep_objective(prepared), note=f"finished: {folder}")
     if paths.result.exists():
         note = f"to score on {', '.join(prepared.missing())}"
     elif paths.model.exists():

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import read_write
 
 from pipeline.config.outcomes import JobOutcome, Outcome, State, exit_code, read_outcomes, table, write_outcome
+from pipeline.config.sweeps import check_search
 from pipeline.core.files import RunPaths
 from pipeline.core.stopping import Stopped
 from pipeline.core.types import Busy, InputError, RunFailed
@@ -108,6 +109,14 @@ def test_a_wrong_job_is_reported_before_the_first_starts(train: Train, capsys: p
         "error: 2 of 4 jobs (2, 4): loss.lm.weight: expected less, found 3; use 2\n"
         "error: expected 4 jobs that can run, found 2 that cannot; none was started\n"
     )
+
+
+def test_a_search_decides_on_dev_and_never_on_test() -> None:
+    check_search("train", "optuna", {"dev": {"files": ["dev.jsonl"]}, "dry_run": False})
+    with pytest.raises(InputError, match=r"^dev: expected a held-out text by whose score the search \(optuna\) "):
+        check_search("train", "optuna", {"dev": None, "dry_run": False})
+    with pytest.raises(InputError, match=r"^dry_run: expected jobs that are known before"):
+        check_search("train", "optuna", {"dev": {}, "dry_run": True})
 
 
 def test_submitit_gets_back_a_job_that_it_asked_to_stop_after_its_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,5 @@ def test_submitit_runs_a_sweep_with_one_job_that_fails(student: Path, data: Path
     assert sweeps_of(tmp_path) == [["finished", "failed", "finished"]], done.stdout + done.stderr
     assert done.returncode == 2
     assert "3 runs: 2 finished, 1 failed" in done.stdout
+    (failed,) = (line for line in done.stdout.splitlines() if " failed " in line and "1e30" in line)
+    assert re.search(r"failed +\w+Error: .*1e30|failed +\w+Error: .*finite", failed)
