@@ -174,7 +174,7 @@ def _outcome(root: str, body: Body, node: Any, *, in_sweep: bool = False) -> Out
 
 
 def _run_sweep(sweep: Sweep, call: Callable[[], None]) -> NoReturn:
-    """All jobs of a sweep, then its table; the process ends with the code that says how they ended."""
+    """All jobs of a sweep, then its table; the process ends with an exit code that shows how they ended."""
     try:
         call()
     except (KeyboardInterrupt, SystemExit):

@@ -538,7 +538,7 @@ class TrainConfig:
     export: ExportConfig = option(ExportConfig, "which weights are exported, and how")
     launcher: LauncherConfig = option(LauncherConfig, "how ranks are started", result=False)
     dry_run: bool = option(
-        False, "say of each run whether it is finished, to resume or to do, and start none", result=False
+        False, "print of each run whether it is finished, to resume or to do, and start none", result=False
     )
     downloads: DownloadsConfig = option(
         DownloadsConfig, "caches in object stores are read through this folder", result=False

@@ -1,4 +1,4 @@
-"""A sweep (-m): its jobs are known and checked before the first one starts, and told apart by short labels."""
+"""A sweep (-m): its jobs are known and checked before the first one starts, and each has a short label."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Sweep:
     """Of the outcomes."""
     varied: tuple[str, ...]
     """Options with several values."""
-    labels: tuple[str, ...]
+    job_labels: tuple[str, ...]
     """Of each job; empty where a sweeper chooses them one after the other."""
     num_jobs: int | None
     """None: not known before the end."""
@@ -104,7 +104,7 @@ def _sweep(hydra: Any, parsed: Sequence[Override]) -> Sweep:
     return Sweep(
         folder=Path(hydra.sweep.dir).resolve() / name,
         varied=tuple(override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()),
-        labels=(),
+        job_labels=(),
         num_jobs=hydra.sweeper.get("n_trials"),
         launcher=hydra.runtime.choices["hydra/launcher"],
         dry_run=False,
@@ -139,7 +139,7 @@ def check_search(root: str, sweeper: str, node: Any) -> None:
 
 def _checked(root: str, sweep: Sweep, jobs: Sequence[Sequence[str]], place: list[str], check: Check) -> Sweep:
     """The sweep with its jobs. A reason is printed once, and of jobs that differ in the seed alone one is checked."""
-    labels = [sweep.label(overrides) for overrides in jobs]
+    job_labels = [sweep.label(overrides) for overrides in jobs]
     reasons, dry_run, found = dict[str, list[int]](), False, dict[tuple[str, ...], str]()
     for number, overrides in enumerate(jobs, 1):
         apart_from_seed = tuple(override for override in overrides if not override.startswith("seed="))
@@ -150,11 +150,11 @@ def _checked(root: str, sweep: Sweep, jobs: Sequence[Sequence[str]], place: list
         if reason := found[apart_from_seed]:
             reasons.setdefault(reason, []).append(number)
     for reason, numbers in reasons.items():
-        print(f"error: {_which(numbers, labels)}: {reason}", file=sys.stderr)
+        print(f"error: {_which(numbers, job_labels)}: {reason}", file=sys.stderr)
     if reasons:
         num_wrong = sum(map(len, reasons.values()))
         raise InputError(f"expected {len(jobs)} jobs that can run, found {num_wrong} that cannot; none was started")
-    return dataclasses.replace(sweep, labels=tuple(labels), num_jobs=len(jobs), dry_run=dry_run)
+    return dataclasses.replace(sweep, job_labels=tuple(job_labels), num_jobs=len(jobs), dry_run=dry_run)
 
 
 def _reason_against(root: str, node: Any, check: Check) -> str:
@@ -166,11 +166,11 @@ def _reason_against(root: str, node: Any, check: Check) -> str:
     return ""
 
 
-def _which(numbers: Sequence[int], labels: Sequence[str]) -> str:
+def _which(numbers: Sequence[int], job_labels: Sequence[str]) -> str:
     """`job 7 (combined seed=2)`, or how many they are."""
     if len(numbers) == 1:
-        return f"job {numbers[0]} ({labels[numbers[0] - 1]})"
-    return f"{len(numbers)} of {len(labels)} jobs ({', '.join(map(str, numbers))})"
+        return f"job {numbers[0]} ({job_labels[numbers[0] - 1]})"
+    return f"{len(numbers)} of {len(job_labels)} jobs ({', '.join(map(str, numbers))})"
 
 
 def is_new(sweep: Sweep, job: JobOutcome) -> bool:
@@ -185,11 +185,11 @@ def is_new(sweep: Sweep, job: JobOutcome) -> bool:
 def end(sweep: Sweep, *, is_complete: bool) -> int:
     """Print the table of a sweep; returns the exit code. `is_complete`: no job is to come, or at work elsewhere."""
     found = read_outcomes(sweep.folder)
-    num_jobs = max([sweep.num_jobs or 0, *found]) if sweep.labels else max(found, default=0)
+    num_jobs = max([sweep.num_jobs or 0, *found]) if sweep.job_labels else max(found, default=0)
     missing = Outcome(state=State.missing, note="its process left no word; see the launcher's log" * is_complete)
     jobs = []
     for number in range(1, num_jobs + 1):
-        label = sweep.labels[number - 1] if sweep.labels else ""
+        label = sweep.job_labels[number - 1] if sweep.job_labels else ""
         jobs.append(found.get(number, JobOutcome(number=number, label=label, outcome=missing)))
     print(f"\n{table(jobs)}\n\n{readable_duration(time.time() - sweep.started)}; outcomes: {sweep.folder}", flush=True)
     return exit_code(jobs)

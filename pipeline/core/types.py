@@ -32,7 +32,7 @@ class RunFailed(RuntimeError):
 
 
 class Busy(RunFailed):
-    """Another process holds the run's folder, and this one was told not to wait for it."""
+    """Another process holds the run's folder, and this one does not wait for it (launcher.if_busy=skip)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

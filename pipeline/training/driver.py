@@ -128,7 +128,7 @@ def run_prepared(prepared: PreparedRun) -> float | None:
 
 
 def check_weights_kept(prepared: PreparedRun) -> None:
-    """Refuse to export the weights of a run that was told to keep none: they can only be trained again."""
+    """Refuse to export the weights of a run that kept none (export.what=none): they can only be trained again."""
     config, paths = prepared.config, prepared.paths
     wants_weights = config.steps != 0 and config.export.what is not ExportedStep.none
     if not wants_weights or not paths.result.exists() or paths.model.exists():

@@ -18,7 +18,7 @@ from pipeline.training.identity import read_model_and_caches
 
 
 def run(config: TrainConfig) -> Outcome:
-    """Bring one run to its result, or say where it stands; an InputError while its inputs are read is raised."""
+    """Bring one run to its result, or find where it stands; an InputError while its inputs are read is raised."""
     start_logging(quiet=config.launcher.quiet)
     prepared = prepare(config)
     folder = str(prepared.paths.folder)
