@@ -9,6 +9,7 @@ Prints the cache folder. The same command again resumes a stopped capture; on a 
 
 from pipeline.config.cli import hydra_main
 from pipeline.config.schema import CaptureConfig
+from pipeline.config.validate import check_capture
 
 
 def main(config: CaptureConfig) -> None:
@@ -18,4 +19,4 @@ def main(config: CaptureConfig) -> None:
 
 
 if __name__ == "__main__":
-    hydra_main("capture", __doc__, main)
+    hydra_main("capture", __doc__, main, check_capture)

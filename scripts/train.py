@@ -9,14 +9,21 @@ on with what is not. Ctrl-C saves a checkpoint and leaves with exit code 75.
 """
 
 from pipeline.config.cli import hydra_main
+from pipeline.config.outcomes import Outcome
 from pipeline.config.schema import TrainConfig
 
 
-def main(config: TrainConfig) -> float | None:
-    from pipeline.training.driver import run  # here, so that a wrong option is refused before torch has loaded
+def main(config: TrainConfig) -> Outcome:
+    from pipeline.training.job import run  # here, so that a wrong option is refused before torch has loaded
 
     return run(config)
 
 
+def check_job(config: TrainConfig) -> None:
+    from pipeline.training.job import check
+
+    check(config)
+
+
 if __name__ == "__main__":
-    hydra_main("train", __doc__, main)
+    hydra_main("train", __doc__, main, check_job)

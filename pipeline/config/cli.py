@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
 import sys
-from collections import Counter
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.config import sweeps
 from pipeline.config.compose import chosen_groups, register, study_arguments, take_study
 from pipeline.config.groups import CONF_DIR, PACKAGE
 from pipeline.config.help import help_text, help_words
-from pipeline.config.options import to_typed
+from pipeline.config.outcomes import EXIT_FAILED, JobOutcome, Outcome, State, ended_by, write_outcome
 from pipeline.config.overrides import completed_overrides, renamed_hint
 from pipeline.config.study import ROOTS, RunsConfig
-from pipeline.config.validate import check_files, urls_in
-from pipeline.core.files import explain
-from pipeline.core.stopping import EXIT_STOPPED, Stopped, interrupt, stop_signals_handled_by
+from pipeline.config.sweeps import Check, Sweep
+from pipeline.core.stopping import EXIT_STOPPED, Stopped, hand_over, interrupt, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 
-SWEEPS = """\
-What Hydra keeps of the last sweep (-m): multirun.yaml, its options as composed. Nothing reads it, and it may be
-deleted; the runs lie in the folders beside this one.
-"""
+Body = Callable[[Any], "Outcome | float | None"]
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # the place is to blame, and not this code
 
 
@@ -59,13 +56,18 @@ def warn_of_another_checkout() -> None:
         )
 
 
+def no_check(config: Any) -> None:
+    """Of a script whose options are wrong only where their types or files are."""
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
-def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> None:
+def hydra_main(root: str, story: str, body: Body, check: Check = no_check) -> None:
     """Run a script: compose `conf/<root>.yaml` with the command line, make it typed, call `body`.
 
-    An InputError ends the process with exit code 2 and its message alone, a signal that asks to stop with 75.
+    `check` finds what is wrong with the options of a job in about a second; a sweep calls it for all jobs before the
+    first. An InputError ends the process with exit code 2 and its message alone, a signal that asks to stop with 75.
     """
     if help_words(sys.argv[1:]) is not None:
         with contextlib.suppress(BrokenPipeError):
@@ -73,7 +75,6 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         return
     # Hydra would wrap errors in its own messages; this way ours reach the user
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    failures: Counter[str] = Counter()
     with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
         study, sys.argv[1:] = take_study(sys.argv[1:])
@@ -84,11 +85,19 @@ def hydra_main(root: str, story: str, body: Callable[[Any], float | None]) -> No
         sys.argv[1:], notes = completed_overrides(root, sys.argv[1:])
         for note in notes:
             print(note, file=sys.stderr)
-        job = functools.partial(_run_job, root, body, failures)
+        sweep = sweeps.begin(root, sys.argv[1:], check)
+        if sweep is not None and sweep.dry_run:  # elsewhere there is nothing to do
+            sweep = dataclasses.replace(sweep, launcher=sweeps.BASIC)
+            others = [argument for argument in sys.argv[1:] if not argument.startswith("hydra/launcher=")]
+            sys.argv[1:] = [*others, f"hydra/launcher={sweeps.BASIC}"]
+        one = functools.partial(_run_alone, root, body)
+        job = one if sweep is None else functools.partial(_run_job, root, body, sweep)
         functools.update_wrapper(job, _run_job)  # Hydra reads the name of the function
-        hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)()
-        if failures:
-            _end_of_failed_sweep(failures)
+        call = hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)
+        if sweep is None:
+            call()
+        else:
+            _run_sweep(sweep, call)
 
 
 @contextlib.contextmanager
@@ -108,42 +117,77 @@ def _exit_codes() -> Iterator[None]:
         sys.exit(EXIT_STOPPED)
 
 
-def _run_job(root: str, body: Callable[[Any], float | None], failures: Counter[str], node: Any) -> float | None:
-    """One job of a sweep, or the only one: options made typed and checked, then the script's body.
+def _run_alone(root: str, body: Body, node: Any) -> float | None:
+    """The only job of a command: its end is the end of the process."""
+    outcome = _outcome(root, body, node)
+    if outcome.state is State.failed:
+        exit_with_error(RunFailed(outcome.note))
+    if outcome.state is State.stopped:
+        sys.exit(EXIT_STOPPED)
+    if outcome.note:
+        print(outcome.note)
+    return outcome.score
 
-    The errors of a sweep that runs here are counted in `failures`, each printed once; the other jobs follow.
+
+def _run_job(root: str, body: Body, sweep: Sweep, node: Any) -> float | None:
+    """One job of a sweep, in whatever process its launcher runs it: it writes its outcome and raises nothing.
+
+    Other jobs do not depend on it, and a launcher may take an exception of one for the end of all. But a request to
+    stop ends a sweep that runs in this process, and submitit gets back the job that it wanted to end.
     """
+    job = HydraConfig.get()
+    number, label = job.job.num + 1, sweep.label(job.overrides.task)
+    if not sweep.dry_run:
+        print(f"==> {sweep.head(number)} {label}", flush=True)
+    outcome = _outcome(root, body, node, in_sweep=True)
+    of_job = JobOutcome(number=number, label=label, outcome=outcome)
+    if outcome.state is State.failed and sweeps.is_new(sweep, of_job):
+        print(f"error: {outcome.note}", file=sys.stderr)
+    write_outcome(sweep.folder, of_job)
+    if not sweep.dry_run:
+        print(f"    {sweep.progress(outcome)}", flush=True)
+    if outcome.asked_to_stop and job.runtime.choices["hydra/launcher"] == sweeps.BASIC:
+        print("the sweep ends here, as requested; the same command continues with its other runs", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    if outcome.state is State.stopped:
+        try:
+            hand_over(outcome.signals)  # may end this process
+        except Exception as error:  # submitit does not start it again
+            outcome = dataclasses.replace(outcome, note=f"{outcome.note} ({error})")
+            write_outcome(sweep.folder, dataclasses.replace(of_job, outcome=outcome))
+    return outcome.score
+
+
+def _outcome(root: str, body: Body, node: Any, *, in_sweep: bool = False) -> Outcome:
+    """How a job ends: options made typed and checked, then the script's body. A fault of the code ends a job alone."""
     try:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            explain(Path(HydraConfig.get().sweep.dir), SWEEPS)
-        config: Any = to_typed(node, ROOTS[root])
-        check_files(config)
-        for name, url in urls_in(config):
-            from pipeline.core.object_store import check_url  # here: pyarrow is slow to load, and most need none
-
-            check_url(url, name, writing=root == "capture")
+        config = sweeps.check_options(root, node)
         with _place_errors():
-            return body(config)
-    except Stopped as stopped:
-        return _after_stop(stopped)
-    except (InputError, RunFailed) as error:  # here, before Hydra adds its own words
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
-            exit_with_error(error)
-        if not failures[str(error)]:
-            print(f"error: {error}", file=sys.stderr)
-        failures[str(error)] += 1
-        choices = HydraConfig.get().runtime.choices
-        if (choices["hydra/launcher"], choices["hydra/sweeper"]) == ("basic", "basic"):
-            return None  # `hydra_main` ends the process; Hydra would print all overrides and the error once more
+            result = body(config)
+    except (Stopped, InputError, RunFailed) as error:
+        return ended_by(error)
+    except Exception as error:
+        if not in_sweep:
+            raise
+        traceback.print_exc()
+        return ended_by(RunFailed(f"{type(error).__name__}: {error}"))
+    return result if isinstance(result, Outcome) else Outcome(state=State.finished, score=result)
+
+
+def _run_sweep(sweep: Sweep, call: Callable[[], None]) -> NoReturn:
+    """All jobs of a sweep, then its table; the process ends with an exit code that shows how they ended."""
+    try:
+        call()
+    except (KeyboardInterrupt, SystemExit):
+        sweeps.end(sweep, is_complete=False)
         raise
-
-
-def _end_of_failed_sweep(failures: Counter[str]) -> NoReturn:
-    """End a sweep some of whose jobs failed: how many did, and how often the same reason was found."""
-    repeated = [f"{count} for the same reason ({error.partition(':')[0]})" for error, count in failures.items()]
-    num_failed = failures.total()
-    shown = f", {', '.join(repeated)}" if num_failed > len(failures) else ""
-    exit_with_error(RunFailed(f"{num_failed} of the sweep's jobs failed{shown}; the reasons stand above"))
+    except Exception as error:
+        if sweep.launcher == sweeps.BASIC:  # its jobs raise nothing: the sweeper itself, or this code, is at fault
+            raise
+        print(f"error: {sweep.launcher}: {error}", file=sys.stderr)
+        sweeps.end(sweep, is_complete=False)
+        sys.exit(EXIT_FAILED)
+    sys.exit(sweeps.end(sweep, is_complete=True))
 
 
 @contextlib.contextmanager
@@ -158,23 +202,6 @@ def _place_errors() -> Iterator[None]:
             f"{error.filename or 'disk'}: expected to read and write there, found {error.strerror}; make room or "
             "correct the permissions, and run the same command again"
         ) from error
-
-
-def _after_stop(stopped: Stopped) -> float | None:
-    """What a request to stop means beyond its run: Hydra's basic launcher, which waits here, starts no further run.
-
-    It catches every Exception and would go on; SystemExit ends it. Another launcher may have sent its runs to other
-    processes and machines: it sees a failed run, or the result of a finished one.
-    """
-    job = HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN and job.runtime.choices["hydra/launcher"] == "basic":
-        print("the sweep ends here, as requested; the same command continues with its other runs", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
-    if stopped.is_finished:
-        return stopped.score
-    if job.mode != RunMode.MULTIRUN:
-        sys.exit(EXIT_STOPPED)
-    raise stopped
 
 
 def pop_action(actions: Mapping[str, str], story: str) -> str:

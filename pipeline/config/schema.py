@@ -38,7 +38,8 @@ HeadPath = Enum("HeadPath", ["fused", "full"])
 Optimizer = Enum("Optimizer", ["adamw", "muon"])
 GoldFractionOf = Enum("GoldFractionOf", ["sequences", "targets"])
 Offload = Enum("Offload", ["none", "cpu", "nvme"])
-ExportedStep = Enum("ExportedStep", ["last", "best"])
+ExportedStep = Enum("ExportedStep", ["last", "best", "none"])
+IfBusy = Enum("IfBusy", ["fail", "wait", "skip"])
 Tracker = Enum("Tracker", ["tensorboard", "wandb", "mlflow"])
 Role = Enum("Role", ["teacher", "zero_shot", "gold_only", "weak_only", "combined", "ceiling", "control"])
 
@@ -423,6 +424,12 @@ class LauncherConfig:
         None, "minutes that this command may take: before that it saves and ends with exit code 75", result=False
     )
     leave_seconds: float = option(120.0, "seconds before that limit at which it starts to save", result=False)
+    if_busy: IfBusy = option(
+        IfBusy.fail,
+        "where another process holds the run folder: wait a minute, then fail; wait without limit; or skip the run, so "
+        "that several commands share a sweep",
+        result=False,
+    )
     hang_seconds: float = option(
         1800.0,
         "a step with its checkpoint that takes longer is taken for a hanging rank and ends the run",
@@ -434,7 +441,11 @@ class LauncherConfig:
 
 @dataclass
 class ExportConfig:
-    what: ExportedStep = option(ExportedStep.last, "step whose weights are exported: the last, or the best on dev")
+    what: ExportedStep = option(
+        ExportedStep.last,
+        "step whose weights are scored and exported: the last, or the best on dev; none: the last is scored, and its "
+        "weights are deleted then",
+    )
     shard_bytes: int = option(
         5_000_000_000, "the model's weights are split into safetensors files of at most so many bytes", result=False
     )
@@ -527,6 +538,9 @@ class TrainConfig:
     )
     export: ExportConfig = option(ExportConfig, "which weights are exported, and how")
     launcher: LauncherConfig = option(LauncherConfig, "how ranks are started", result=False)
+    dry_run: bool = option(
+        False, "print of each run whether it is finished, to resume or to do, and start none", result=False
+    )
     downloads: DownloadsConfig = option(
         DownloadsConfig, "caches in object stores are read through this folder", result=False
     )

@@ -160,10 +160,14 @@ def module_command(module: str, *arguments: str) -> list[str]:
 
     `python -m` looks into the working directory first: where this contains another checkout, or a pipeline.py of the
     user's own, the child would run that.
+
+    SIGUSR1 and SIGUSR2, which SLURM sends to every process of a job before it ends it, are ignored until the module has
+    a handler: torchrun has none, and its end would be that of its ranks.
     """
     root = str(Path(__file__).resolve().parents[2])
     code = "import sys; sys.path[:] = filter(None, sys.path); "  # "" is the working directory
     code += f"{root!r} in sys.path or sys.path.insert(0, {root!r}); "
+    code += "import signal; [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGUSR1, signal.SIGUSR2)]; "
     code += "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
     return [sys.executable, "-c", code, module, *arguments]
 

@@ -31,6 +31,10 @@ class RunFailed(RuntimeError):
     """A run ended without a result, and no stop was requested. A sweep continues with its other runs."""
 
 
+class Busy(RunFailed):
+    """Another process holds the run's folder, and this one does not wait for it (launcher.if_busy=skip)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One line (or row) of an input file, before it is tokenized."""

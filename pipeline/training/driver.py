@@ -8,18 +8,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from pipeline.config.options import load_config, save_config
-from pipeline.config.schema import TrainConfig
+from pipeline.config.schema import ExportedStep, TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.file_systems import check_folder
 from pipeline.core.files import RunPaths, content_hash, is_hub_name, write_json
@@ -34,15 +33,15 @@ from pipeline.evaluation.predictions import main_score, scores_from
 from pipeline.models.loading import check_trained_dtype, resolve_dtype
 from pipeline.models.lora import check_adapter
 from pipeline.models.paths import pinned
-from pipeline.training import checkpoints, run_lease
+from pipeline.training import checkpoints
 from pipeline.training.finish import read_result
 from pipeline.training.held_out import SPLITS, entry_of, is_missing, needs_model
 from pipeline.training.identity import identity_of
 from pipeline.training.inputs import RunInputs, save_inputs
 from pipeline.training.launch import check_nodes, ranks_command
+from pipeline.training.run_lock import run_lock
 
 STARTED = time.time()  # when this command started; its time may be limited
-LOCK_WAIT_SECONDS = 60.0  # the ranks of a driver that was killed notice it, save and leave within this time
 
 
 # On a CPU an optimizer step moves gigabytes. An allocator that returns them to the kernel after each step pays a page
@@ -114,6 +113,7 @@ def run(config: TrainConfig) -> float | None:
 def run_prepared(prepared: PreparedRun) -> float | None:
     """The same for a run whose inputs are checked already."""
     paths = prepared.paths
+    check_weights_kept(prepared)
     if not paths.result.exists():
         # refuse an incomplete checkpoint before waiting for the lock
         checkpoints.needed(paths, prepared.config)
@@ -123,7 +123,7 @@ def run_prepared(prepared: PreparedRun) -> float | None:
     if not prepared.is_complete():
         if not can_be_scored(prepared):
             return sweep_objective(prepared)
-        with run_lock(paths) as lock:
+        with run_lock(paths, prepared.config.launcher.if_busy) as lock:
             if not prepared.is_complete():  # else another process finished it while this one waited
                 with recorded_state(paths):
                     run_to_result(prepared, lock)
@@ -131,6 +131,19 @@ def run_prepared(prepared: PreparedRun) -> float | None:
     record_finished(paths)
     log.info("%s is finished; nothing to do", paths.folder)
     return sweep_objective(prepared)
+
+
+def check_weights_kept(prepared: PreparedRun) -> None:
+    """Refuse to export the weights of a run that kept none (export.what=none): they can only be trained again."""
+    config, paths = prepared.config, prepared.paths
+    wants_weights = config.steps != 0 and config.export.what is not ExportedStep.none
+    if not wants_weights or not paths.result.exists() or paths.model.exists():
+        return
+    if load_config(paths.config, TrainConfig).export.what is ExportedStep.none:
+        raise InputError(
+            f"{paths.model}: expected the exported weights, found none, because export.what=none trained this run; "
+            f"delete {paths.folder} to train it again with its weights, or keep export.what=none"
+        )
 
 
 def can_be_scored(prepared: PreparedRun) -> bool:
@@ -170,7 +183,7 @@ def run_to_result(prepared: PreparedRun, lock: int) -> None:
     """Run the ranks until all scores are there; Stopped if asked to stop, RunFailed if they end without."""
     paths = prepared.paths
     paths.stop.unlink(missing_ok=True)
-    with forward_signals(paths):
+    with forward_signals(paths) as signals:
         prepared.write()
         if paths.result.exists():
             log.info("scoring on %s: %s", ", ".join(prepared.missing()), paths.folder)
@@ -185,10 +198,12 @@ def run_to_result(prepared: PreparedRun, lock: int) -> None:
     if is_complete:
         log.info("finished: %s", paths.folder)
         if is_stopped:  # asked for after the last step: the run needs no more of it, but a sweep has to know
-            raise Stopped(f"finished: {paths.folder}", is_finished=True, score=sweep_objective(prepared))
+            score = sweep_objective(prepared)
+            raise Stopped(f"finished: {paths.folder}", is_finished=True, score=score, signals=tuple(signals))
     elif is_stopped and exit_code == 0:
         log.info("stopped: %s; the same command continues from its checkpoint", paths.folder)
-        raise Stopped(f"stopped: {paths.folder}; the same command continues from its checkpoint", is_finished=False)
+        message = f"stopped: {paths.folder}; the same command continues from its checkpoint"
+        raise Stopped(message, is_finished=False, signals=tuple(signals))
     else:
         raise RunFailed(f"{paths.folder} failed (exit code {exit_code}); the reason stands above and in {paths.log}")
 
@@ -237,50 +252,17 @@ def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> in
 
 
 @contextlib.contextmanager
-def forward_signals(paths: RunPaths) -> Iterator[None]:
-    """Turn signals to this process into the stop file, which its ranks check after each step."""
+def forward_signals(paths: RunPaths) -> Iterator[list[int]]:
+    """Turn signals to this process into the stop file, which its ranks check after each step; yields those received."""
+    received: list[int] = []
 
     def ask_to_stop(number: int, frame: object) -> None:
+        received.append(number)
         paths.stop.touch()
         log.info("stop requested: the ranks save after their current step and end; a run with no step left finishes")
 
     with stop_signals_handled_by(ask_to_stop):
-        yield
-
-
-@contextlib.contextmanager
-def run_lock(paths: RunPaths) -> Iterator[int]:
-    """Hold a run folder's lock; waits for ranks whose driver was killed, until they have saved and ended."""
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
-    with paths.lock.open("a") as file, contextlib.ExitStack() as held:
-        while True:
-            try:
-                run_lease.take(paths, file, held)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise InputError(
-                        f"{paths.folder}: expected a free run folder, found {paths.lock.name} held by another "
-                        f"process for {LOCK_WAIT_SECONDS:.0f} s; wait for that run or stop it"
-                    ) from None
-                log.info("%s: %s; waiting", paths.folder, paths.lock.read_text().partition("\n")[0] or "locked")
-                time.sleep(2.0)
-            except OSError as error:
-                raise InputError(
-                    f"{paths.lock}: expected to lock the run folder, found {error.strerror}; choose another runs_dir"
-                ) from error
-        try:
-            _write_lock(file, f"locked by process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
-            yield file.fileno()
-        finally:
-            _write_lock(file, f"free since {time.ctime()}")
-
-
-def _write_lock(file: TextIO, state: str) -> None:
-    """What a lock file holds: its state, for people to read; only the lock of the operating system counts."""
-    file.truncate(0)
-    file.write(f"{state}\nTwo commands must not train the same run: the one that locks this file (flock) trains it.\n")
-    file.flush()
+        yield received
 
 
 def sweep_objective(prepared: PreparedRun) -> float | None:

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import ModelConfig, TrainConfig
+from pipeline.config.schema import ExportedStep, ModelConfig, TrainConfig
 from pipeline.core.files import RunPaths, write_atomically, write_json
 from pipeline.core.runtime import compute_device
 from pipeline.evaluation.predictions import scored_before, scores_from
@@ -49,6 +49,9 @@ def finish(config: TrainConfig, paths: RunPaths) -> None:
         identity = json.loads(paths.identity.read_text())
         write_atomically(paths.model / "README.md", card(base=config.student.path, identity=identity, result=result))
     write_json(paths.result, result)
+    if config.export.what is ExportedStep.none:  # after the result: without it the run would have to train again
+        shutil.rmtree(paths.model, ignore_errors=True)
+        shutil.rmtree(paths.adapter, ignore_errors=True)
     record_result(config, paths, result)
 
 

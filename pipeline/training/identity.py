@@ -54,18 +54,14 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     Held-out texts are no part of it, except where dev decides: scores belong to a model and a text (`ScoreKey`).
     Reads and checks every input on the way, so that a bad one is refused here, before any model loads.
     """
-    folder, tokenizer = open_tokenizer(config.student)
-    check_model(config.student, tokenizer)
-    if config.steps != 0:
-        check_window(folder, config.window)
-        class_ids(config.loss.confidence.choices, tokenizer)
+    folder, tokenizer, caches = read_model_and_caches(config)
     identity: dict[str, Any] = {
         "options": options_read(config),
         "student": [weights_hash(folder), tokenizer_hash(tokenizer), chat_template_and_end_token(tokenizer)],
         **split_option(tokenizer),
         **code_hash(folder, trust_remote_code=config.student.trust_remote_code),
+        **caches,
     }
-    identity |= _cache_identity(config, folder, tokenizer)
     gold: list[TokenSequence] = []
     records: dict[str, Iterable[Record]] = {}
     if reads_gold_text(config):
@@ -93,6 +89,16 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     if adapts_weight(config) and (goal := config.loss.kd.adaptive_weight.teacher_predictions) is not None:
         identity["dev_goal"] = teacher_score(held_out["dev"], goal)
     return identity, RunInputs(gold=gold, held_out=held_out, keys=score_keys(config, held_out))
+
+
+def read_model_and_caches(config: TrainConfig) -> tuple[Path, Any, dict[str, Any]]:
+    """The student's folder and tokenizer, and the fingerprints of the caches: checked, in about a second."""
+    folder, tokenizer = open_tokenizer(config.student)
+    check_model(config.student, tokenizer)
+    if config.steps != 0:
+        check_window(folder, config.window)
+        class_ids(config.loss.confidence.choices, tokenizer)
+    return folder, tokenizer, _cache_identity(config, folder, tokenizer)
 
 
 def _read_held_out(

@@ -108,6 +108,8 @@ def options_read(config: TrainConfig) -> dict[str, Any]:
     )
     if config.evaluate_every_steps == 0:
         read = dataclasses.replace(read, early_stopping=EarlyStoppingConfig(), export=ExportConfig())
+    if read.export.what is ExportedStep.none:  # the same scores; `driver.check_weights_kept` tells them apart
+        read = dataclasses.replace(read, export=dataclasses.replace(read.export, what=ExportedStep.last))
     options = identity_options(read)
     for text in (options["gold"], options["dev"]):
         if text is not None and text["take"] is None:  # an option that came later: runs keep their names

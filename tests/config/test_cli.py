@@ -6,44 +6,16 @@ import errno
 import os
 import signal
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import read_write
 
-from pipeline.config.cli import hydra_main
 from pipeline.config.overrides import flags_first
 from pipeline.core.stopping import Stopped
 from pipeline.core.types import RunFailed
 
-
-@pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., tuple[int, list[int]]]:
-    """Run the script train with another body; its exit code, and the seeds of the runs that began."""
-
-    def command(body: Callable[[int], float | None], *arguments: str) -> tuple[int, list[int]]:
-        begun = []
-
-        def run(config: Any) -> float | None:
-            begun.append(config.seed)
-            return body(config.seed)
-
-        # without the demo's files, which check_files would miss
-        monkeypatch.setattr("sys.argv", ["train", "study=demo", "experiment=gold_only", *arguments])
-        monkeypatch.setattr("pipeline.config.cli.check_files", lambda config: None)
-        monkeypatch.chdir(tmp_path)
-        try:
-            hydra_main("train", "A story.", run)
-        except SystemExit as ended:
-            return int(ended.code or 0), begun
-        finally:
-            GlobalHydra.instance().clear()
-            HydraConfig.instance().cfg = None
-        return 0, begun
-
-    return command
+Train = Callable[..., tuple[int, list[int]]]
 
 
 def stopped(seed: int) -> float:
@@ -56,9 +28,6 @@ def finished(seed: int) -> float:
 
 def failed(seed: int) -> float:
     raise RunFailed(f"{seed} failed")
-
-
-Train = Callable[..., tuple[int, list[int]]]
 
 
 def test_a_stopped_run_ends_with_75_and_one_that_finished_all_the_same_with_0(train: Train) -> None:

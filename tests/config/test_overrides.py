@@ -200,9 +200,9 @@ def test_a_sweep_reports_one_missing_file_once(tmp_path: Path) -> None:
     done = script("train", *arguments, cwd=tmp_path, check=False)
     assert done.returncode == 2
     error, end = done.stderr.strip().splitlines()
-    assert error.startswith("error: student.path: expected 'my/models/strong' to exist, found nothing there; ")
-    assert (tmp_path / "runs" / ".multirun" / "README.txt").read_text().startswith("What Hydra keeps of the last sweep")
-    assert end == "error: 6 of the sweep's jobs failed, 6 for the same reason (student.path); the reasons stand above"
+    head = "error: 6 of 6 jobs (1, 2, 3, 4, 5, 6): student.path: expected"
+    assert error.startswith(head + " 'my/models/strong' to exist, found nothing there; ")
+    assert end == "error: expected 6 jobs that can run, found 6 that cannot; none was started"
 
 
 def test_a_note_is_printed_where_an_option_replaces_another(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
-from pipeline.core.stopping import STOP_SIGNALS, interrupt, stop_signals_handled_by
+from pipeline.core.stopping import SLURM_ENDS_SECONDS, STOP_SIGNALS, hand_over, interrupt, stop_signals_handled_by
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -16,3 +17,25 @@ def test_a_signal_interrupts_the_body_and_the_old_handler_returns(number: signal
     with pytest.raises(KeyboardInterrupt, match=f"^{number.name}$"), stop_signals_handled_by(interrupt):
         os.kill(os.getpid(), number)
     assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
+
+
+def test_a_job_is_left_to_whoever_asked_it_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[object] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
+    monkeypatch.setattr(time, "sleep", called.append)
+    try:
+        monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+        hand_over((signal.SIGUSR2, signal.SIGTERM))
+        assert called == []  # nobody is there
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+        hand_over(())  # a time limit of ours
+        assert called == []
+        hand_over((signal.SIGTERM, signal.SIGUSR2))
+        assert called == [signal.SIGUSR2]
+        hand_over((signal.SIGTERM,))  # SLURM requeues the job when it ends it
+        assert called == [signal.SIGUSR2, SLURM_ENDS_SECONDS]
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+        hand_over((signal.SIGTERM,))
+        assert called == [signal.SIGUSR2, SLURM_ENDS_SECONDS]
+    finally:
+        signal.signal(signal.SIGUSR2, before)

@@ -27,7 +27,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.stopping import Stopped
 from pipeline.core.types import InputError
-from pipeline.training import driver
+from pipeline.training import driver, run_lock
 from pipeline.training.inputs import load_keys
 from support.commands import (
     ROOT,
@@ -239,7 +239,7 @@ def test_two_drivers_never_train_in_one_folder(
     arguments = train_arguments(student, data, str(cache), steps=2000)
     process = start(arguments, tmp_path)
     wait_for_steps(tmp_path / "runs", 1, process)
-    code = "from pipeline.training import driver; driver.LOCK_WAIT_SECONDS = 1.0; "
+    code = "from pipeline.training import run_lock; run_lock.LOCK_WAIT_SECONDS = 1.0; "
     code += "import sys, runpy; sys.argv[0] = 'train'; "
     code += f"runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')"
     done = subprocess.run(
@@ -255,10 +255,10 @@ def test_a_lock_names_its_process_to_those_that_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths = RunPaths(folder=tmp_path)
-    monkeypatch.setattr(driver, "LOCK_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(run_lock, "LOCK_WAIT_SECONDS", 0.05)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     logging.getLogger("pipeline").propagate = True
-    with driver.run_lock(paths), caplog.at_level(logging.INFO), pytest.raises(InputError), driver.run_lock(paths):
+    with run_lock.run_lock(paths), caplog.at_level(logging.INFO), pytest.raises(InputError), run_lock.run_lock(paths):
         pass
     state = f"locked by process {os.getpid()} on {socket.gethostname()} since "
     assert all(f"{tmp_path}: {state}" in record.getMessage() for record in caplog.records)
@@ -275,7 +275,7 @@ def test_a_lock_that_fails_is_not_taken_for_one_that_is_held(tmp_path: Path, mon
     monkeypatch.setattr(fcntl, "flock", fail)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
     message = "lock: expected to lock the run folder, found Input/output error; choose another runs_dir"
-    with pytest.raises(InputError, match=message), driver.run_lock(RunPaths(folder=tmp_path)):
+    with pytest.raises(InputError, match=message), run_lock.run_lock(RunPaths(folder=tmp_path)):
         pass
 
 
