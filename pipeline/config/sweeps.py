@@ -84,7 +84,7 @@ def begin(root: str, arguments: Sequence[str], check: Check) -> Sweep | None:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = parser.parse_overrides(given.overrides)
-        fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+        fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
         node = compose(root, overrides=[*fixed, *place], return_hydra_config=True)
         hydra = node.hydra
         params = [f"{name}={value}" for name, value in (hydra.sweeper.get("params") or {}).items()]
