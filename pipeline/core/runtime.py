@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -155,19 +155,19 @@ class StopRequest:
         )
 
 
-def module_command(module: str, *arguments: str) -> list[str]:
+def module_command(module: str, *arguments: str, ignored: Sequence[str] = ("SIGUSR1", "SIGUSR2")) -> list[str]:
     """The command that runs a module as `python -m` does, with the package of this process.
 
     `python -m` looks into the working directory first: where this contains another checkout, or a pipeline.py of the
     user's own, the child would run that.
 
-    SIGUSR1 and SIGUSR2, which SLURM sends to every process of a job before it ends it, are ignored until the module has
-    a handler: torchrun has none, and its end would be that of its ranks.
+    The signals `ignored`, by which SLURM warns every process of a job, are ignored until the module has a handler:
+    torchrun has none for SIGUSR1 and SIGUSR2, and its end would be that of its ranks.
     """
     root = str(Path(__file__).resolve().parents[2])
     code = "import sys; sys.path[:] = filter(None, sys.path); "  # "" is the working directory
     code += f"{root!r} in sys.path or sys.path.insert(0, {root!r}); "
-    code += "import signal; [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGUSR1, signal.SIGUSR2)]; "
+    code += f"import signal; [signal.signal(signal.Signals[name], signal.SIG_IGN) for name in {(*ignored,)!r}]; "
     code += "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
     return [sys.executable, "-c", code, module, *arguments]
 

@@ -26,7 +26,7 @@ from pipeline.core.processes import this_process
 from pipeline.core.progress import log, start_logging
 from pipeline.core.run_state import record_finished, recorded_state
 from pipeline.core.runtime import environment, module_command
-from pipeline.core.stopping import Stopped, stop_signals_handled_by
+from pipeline.core.stopping import STOP_SIGNALS, Stopped, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 from pipeline.data.mixture import fitting_micro_batch
 from pipeline.evaluation.predictions import main_score, scores_from
@@ -200,7 +200,7 @@ def run_to_result(prepared: PreparedRun, lock: int) -> None:
         if is_stopped:  # asked for after the last step: the run needs no more of it, but a sweep has to know
             score = sweep_objective(prepared)
             raise Stopped(f"finished: {paths.folder}", is_finished=True, score=score, signals=tuple(signals))
-    elif is_stopped and exit_code == 0:
+    elif is_stopped and (exit_code == 0 or -exit_code in STOP_SIGNALS):  # the scorer, which keeps nothing, dies of it
         log.info("stopped: %s; the same command continues from its checkpoint", paths.folder)
         message = f"stopped: {paths.folder}; the same command continues from its checkpoint"
         raise Stopped(message, is_finished=False, signals=tuple(signals))

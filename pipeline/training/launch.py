@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections.abc import Mapping, Sequence
+
+from torch.distributed.launcher.api import LaunchConfig
 
 from pipeline.core.runtime import module_command
 from pipeline.core.types import InputError
 
 FIRST_PORT, NUM_PORTS = 20_000, 10_000
+LEFT_TO_RANKS = ("SIGUSR1", "SIGUSR2", "SIGTERM")
 
 
 def check_nodes(num_nodes: int) -> None:
@@ -27,11 +31,20 @@ def check_nodes(num_nodes: int) -> None:
 
 def ranks_command(rank: Sequence[str], *, num_nodes: int, num_processes: int) -> list[str]:
     """The command that runs the command `rank` as `num_processes` ranks on each node."""
-    torchrun = ["torch.distributed.run", f"--nproc-per-node={num_processes}", "--no-python"]
+    torchrun = ["torch.distributed.run", f"--nproc-per-node={num_processes}", "--no-python", *unhandled_signals()]
     if num_nodes == 1:
-        return module_command(*torchrun, "--standalone", *rank)
+        return module_command(*torchrun, "--standalone", *rank, ignored=LEFT_TO_RANKS)
     meeting = [f"--nnodes={num_nodes}", "--rdzv-backend=c10d", *rendezvous(os.environ, socket.gethostname())]
-    return [*srun(os.environ, num_nodes), *module_command(*torchrun, *meeting, *rank)]
+    return [*srun(os.environ, num_nodes), *module_command(*torchrun, *meeting, *rank, ignored=LEFT_TO_RANKS)]
+
+
+def unhandled_signals() -> list[str]:
+    """The option by which torchrun leaves SIGTERM to the ranks; releases without it end them, and with an error.
+
+    Schedulers send it to all processes of a job. The ranks save and leave, and torchrun after them.
+    """
+    supported = {item.name for item in dataclasses.fields(LaunchConfig)}
+    return ["--signals-to-handle=SIGHUP"] if "signals_to_handle" in supported else []
 
 
 def srun(variables: Mapping[str, str], num_nodes: int) -> list[str]:

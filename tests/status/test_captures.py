@@ -70,11 +70,12 @@ def test_a_worker_holds_a_shard(cache: Path) -> None:
 
 @pytest.mark.parametrize(
     ("process", "age_seconds", "state"),
-    [(ELSEWHERE, 30, "running"), (ELSEWHERE, 90, "silent"), (this_process(), 90, "silent"), ("ended", 1, "stopped")],
+    [(ELSEWHERE, 30, "running"), (ELSEWHERE, 90, "silent"), ("here", 90, "silent"), ("ended", 1, "stopped")],
 )
 def test_a_lease_that_was_left(cache: Path, process: str, age_seconds: float, state: str) -> None:
     place = lease_path(cache, 2)
-    place.write_text(f"{ended_process() if process == 'ended' else process} 0123456789abcdef")
+    process = {"here": this_process(), "ended": ended_process()}.get(process, process)
+    place.write_text(f"{process} 0123456789abcdef")
     os.utime(place, (time.time() - age_seconds,) * 2)
     assert found(cache).state == state
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import psutil
 import pytest
 import torch
 import transformers
@@ -230,6 +231,22 @@ def test_bf16_on_two_ranks(student: Path, data: Path, cache: Path, tmp_path: Pat
     assert losses[-1] < losses[0]
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_of_a_run_stops_it(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
+    """As schedulers send it: to the driver, to torchrun and to the ranks at once."""
+    arguments = train_arguments(student, data, str(cache), steps=5000, launcher__num_processes=2)
+    process = start(arguments, tmp_path)
+    wait_for_steps(tmp_path / "runs", 3, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3
+    for one in [process, *children]:
+        one.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75, (tmp_path / "output.txt").read_text()[-3000:]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "checkpoints" / "published.json").exists()
+    assert "failed" not in (tmp_path / "output.txt").read_text()
 
 
 @pytest.mark.slow
