@@ -16,7 +16,7 @@ from pipeline.config.compose import study_arguments
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import options
 from pipeline.config.overrides import check_override_names
-from pipeline.config.study import ROOTS, InitConfig
+from pipeline.config.study import ROOTS, InitConfig, RunsConfig
 from support.commands import ROOT, composed, script
 from support.tiny import write_lines
 
@@ -155,8 +155,8 @@ def test_every_command_composes(arguments: list[str]) -> None:
         assert {word.partition("=")[0] for word in overrides} <= {item.name for item in dataclasses.fields(InitConfig)}
         return
     overrides = [word.replace("study=mine", "study=demo") for word in overrides]  # the reader's own
-    if root == "study":
-        composed(root, *study_arguments(overrides))
+    if issubclass(ROOTS[root], RunsConfig):
+        composed(root, *study_arguments(overrides, ROOTS[root]))
         return
     check_override_names(root, overrides)
     overrides = [word for word in overrides if not word.startswith("hydra")]  # launchers are installed by an extra

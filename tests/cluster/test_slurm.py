@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,12 @@ def submit(cluster: Cluster, cwd: Path, *arguments: str) -> dict[str, str]:
     done = script("submit", *asked, cwd=cwd, env=cluster.variables)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("submitted: ")]
     return dict(word.split("=") for word in line.split()[1:])
+
+
+def run_here(folder: Path, *arguments: str) -> None:
+    """The same study without a cluster, with as many threads: their number changes the last bit of a teacher's logits."""
+    asked = ("study=tiny", "--config-dir", str(folder), "probe_seconds=0", *arguments)
+    script("study", *asked, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def run_of(folder: Path, label: str) -> Path:
@@ -94,7 +101,7 @@ def test_a_disturbed_study_is_the_undisturbed_one(
     submit(cluster, folder, *STUDENTS, "cluster.capture_jobs=4", "cluster.cpus_per_node=1")
     cluster.wait(lambda: not cluster.in_queue(), seconds=300, what="the second end")
     assert {path: path.stat().st_mtime_ns for path in folder.glob("caches/*/shards/*.parquet")} == written
-    script("study", "study=tiny", "--config-dir", str(local), *STUDENTS, "probe_seconds=0", cwd=local)
+    run_here(local, *STUDENTS)
     assert shards == shards_of(local)
     for label in (f"{experiment} {seed}" for experiment in ("combined", "weak_only") for seed in (1, 2, 3)):
         assert_same_run(run_of(folder, label), run_of(local, label))
@@ -117,9 +124,41 @@ def test_a_run_on_two_nodes_is_that_of_two_ranks(
     log = next(folder.glob("runs/submit/logs/tiny-students-*.log")).read_text()
     assert log.count("2 ranks on cpu") == 2
     assert "the same command continues from its checkpoint" in log
-    arguments = ("study=tiny", "--config-dir", str(local), "experiments=combined", "probe_seconds=0")
-    script("study", *arguments, "launcher.num_processes=2", cwd=local)
+    run_here(local, "experiments=combined", "launcher.num_processes=2")
     assert_same_run(run_of(folder, "combined 1"), run_of(local, "combined 1"))
+
+
+def test_a_sweep_of_submitit_disturbed_and_its_login_process_killed(
+    cluster: Cluster, teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    """One run is preempted, one cancelled, the command killed; the same command again: the runs of a local sweep."""
+    folder, local = tmp_path / "cluster", tmp_path / "local"
+    for place in (folder, local):
+        write_tiny_study(place, teacher=teacher, student=student, data=data, steps=300)
+        for command in (("train", "experiment=teacher_as_is"), ("capture",)):
+            asked = (*command[1:], "study=tiny", "--config-dir", str(place))
+            script(command[0], *asked, cwd=place, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    sweep = ["study=tiny", "-m", "experiment=combined,weak_only", "seed=1,2,3", "launcher.if_busy=wait"]
+    options = {"partition": "low", "timeout_min": 60, "cpus_per_task": 1, "nodes": 1, "tasks_per_node": 1}
+    remote = ["hydra/launcher=submitit_slurm", *(f"hydra.launcher.{name}={value}" for name, value in options.items())]
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config-dir", str(folder), *sweep, *remote]
+    with (folder / "output.txt").open("w") as output:
+        login = subprocess.Popen(command, cwd=folder, env=cluster.variables, stdout=output, stderr=output)
+    cluster.wait(lambda: steps_done(folder / "runs") > 10, what="the first steps")
+    cluster.preempt("node1", folder)
+    cluster.wait(lambda: "high" not in cluster.run("squeue", "-h", "-o", "%P"), what="the preempting job")
+    job = cluster.run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i").split()[-1]
+    cluster.run("scancel", job)
+    login.kill()
+    login.wait()
+    how = {"cwd": folder, "env": cluster.variables, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run(command, check=False, **how)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("finished") >= 6
+    cluster.wait(lambda: not cluster.in_queue(), what="the end")
+    script("train", "--config-dir", str(local), *sweep, cwd=local, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for label in (f"{experiment} {seed}" for experiment in ("combined", "weak_only") for seed in (1, 2, 3)):
+        assert_same_run(run_of(folder, label), run_of(local, label))
 
 
 def test_a_job_outside_of_slurm_has_one_node(student: Path, data: Path, tmp_path: Path) -> None:
