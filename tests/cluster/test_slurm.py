@@ -42,7 +42,7 @@ def submit(cluster: Cluster, cwd: Path, *arguments: str) -> dict[str, str]:
 
 
 def run_here(folder: Path, *arguments: str) -> None:
-    """The same study without a cluster, with as many threads: their number changes the last bit of a teacher's logits."""
+    """The same study without a cluster, with as many threads: they change the last bit of a teacher's logits."""
     asked = ("study=tiny", "--config-dir", str(folder), "probe_seconds=0", *arguments)
     script("study", *asked, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
