@@ -128,39 +128,6 @@ def test_a_run_on_two_nodes_is_that_of_two_ranks(
     assert_same_run(run_of(folder, "combined 1"), run_of(local, "combined 1"))
 
 
-def test_a_sweep_of_submitit_disturbed_and_its_login_process_killed(
-    cluster: Cluster, teacher: Path, student: Path, data: Path, tmp_path: Path
-) -> None:
-    """One run is preempted, one cancelled, the command killed; the same command again: the runs of a local sweep."""
-    folder, local = tmp_path / "cluster", tmp_path / "local"
-    for place in (folder, local):
-        write_tiny_study(place, teacher=teacher, student=student, data=data, steps=300)
-        for command in (("train", "experiment=teacher_as_is"), ("capture",)):
-            asked = (*command[1:], "study=tiny", "--config-dir", str(place))
-            script(command[0], *asked, cwd=place, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    sweep = ["study=tiny", "-m", "experiment=combined,weak_only", "seed=1,2,3", "launcher.if_busy=wait"]
-    options = {"partition": "low", "timeout_min": 60, "cpus_per_task": 1, "nodes": 1, "tasks_per_node": 1}
-    remote = ["hydra/launcher=submitit_slurm", *(f"hydra.launcher.{name}={value}" for name, value in options.items())]
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config-dir", str(folder), *sweep, *remote]
-    with (folder / "output.txt").open("w") as output:
-        login = subprocess.Popen(command, cwd=folder, env=cluster.variables, stdout=output, stderr=output)
-    cluster.wait(lambda: steps_done(folder / "runs") > 10, what="the first steps")
-    cluster.preempt("node1", folder)
-    cluster.wait(lambda: "high" not in cluster.run("squeue", "-h", "-o", "%P"), what="the preempting job")
-    job = cluster.run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i").split()[-1]
-    cluster.run("scancel", job)
-    login.kill()
-    login.wait()
-    how = {"cwd": folder, "env": cluster.variables, "capture_output": True, "text": True, "timeout": 600}
-    done = subprocess.run(command, check=False, **how)  # type: ignore[call-overload]
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count("finished") >= 6
-    cluster.wait(lambda: not cluster.in_queue(), what="the end")
-    script("train", "--config-dir", str(local), *sweep, cwd=local, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    for label in (f"{experiment} {seed}" for experiment in ("combined", "weak_only") for seed in (1, 2, 3)):
-        assert_same_run(run_of(folder, label), run_of(local, label))
-
-
 def test_a_job_outside_of_slurm_has_one_node(student: Path, data: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "experiment=gold_only", f"student.path={student}"]
     more = ["text@gold=own", f"gold.files=[{data}/gold.jsonl]", "launcher.num_nodes=2", "steps=1", "epochs=null"]
