@@ -15,6 +15,7 @@ import pytest
 
 from support.commands import BIT_BY_BIT, ROOT, losses_of, needs_root, script, steps_done
 from support.slurm import Cluster, start_cluster, stop_cluster
+from support.tiny import prompts, write_lines
 from support.tiny_study import write_tiny_study
 
 pytestmark = [pytest.mark.slow(minutes=5), pytest.mark.alone, needs_root]
@@ -72,16 +73,18 @@ def test_a_disturbed_study_is_the_undisturbed_one(
     cluster: Cluster, teacher: Path, student: Path, data: Path, tmp_path: Path
 ) -> None:
     """Capture: of four jobs one killed, one preempted. Students: two preempted, one cancelled, then submitted again."""
-    folder, local = tmp_path / "cluster", tmp_path / "local"
+    folder, local, texts = tmp_path / "cluster", tmp_path / "local", tmp_path / "texts"
+    shutil.copytree(data, texts)
+    write_lines(texts / "corpus.jsonl", prompts(900, labeled=False, first=200))  # 180 shards
     for place in (folder, local):
-        write_tiny_study(place, teacher=teacher, student=student, data=data, steps=300)
+        write_tiny_study(place, teacher=teacher, student=student, data=texts, steps=300)
     jobs = submit(cluster, folder, *STUDENTS, "cluster.capture_jobs=4", "cluster.cpus_per_node=1")
     with pytest.raises(AssertionError, match="expected none of this study's jobs in the queue, found"):
         submit(cluster, folder, *STUDENTS)
 
-    array = jobs["capture"]
-    cluster.wait(lambda: list(cluster.states(array).values()).count("RUNNING") == 4, what="the capture")
-    cluster.run("scancel", "--signal=KILL", "--full", f"{array}_1")
+    cluster.wait(lambda: len(list(folder.glob("caches/tiny-*/shards/*.parquet"))) > 10, what="the first shards")
+    assert len(list(folder.glob("caches/tiny-*/shards/*.parquet"))) < 160
+    cluster.run("scancel", "--signal=KILL", "--full", f"{jobs['capture']}_1")
     cluster.preempt("node2", folder)
 
     array = jobs["students"]
@@ -91,9 +94,11 @@ def test_a_disturbed_study_is_the_undisturbed_one(
     cluster.run("scancel", f"{array}_5")
     cluster.wait(lambda: not cluster.in_queue(), seconds=600, what="the end")
     states = cluster.states(array)
+    assert cluster.states(jobs["capture"])["1"] == "FAILED"
     assert states["5"] == "CANCELLED"  # and not queued again
     assert {state for number, state in states.items() if number != "5"} == {"COMPLETED"}
-    assert "Restarts" not in states
+    logs = [path.read_text() for path in folder.glob("runs/submit/logs/*.log")]
+    assert sum("stop requested: saved at step" in log and "loading the checkpoint" in log for log in logs) >= 1
     assert len(list(folder.glob("runs/*/result.json"))) == 6  # the teacher's, and five of six
     shards = shards_of(folder)
     written = {path: path.stat().st_mtime_ns for path in folder.glob("caches/*/shards/*.parquet")}
