@@ -142,6 +142,7 @@ def measure_steps(teacher: Path, folder: Path, num_records: int) -> dict[str, di
     return measures
 
 
+@pytest.mark.alone
 @pytest.mark.slow(minutes=3)
 def test_ten_times_the_corpus_takes_the_same_memory(teacher: Path, tmp_path: Path) -> None:
     """The bounds in seconds are several times what two slow cores took."""
