@@ -9,6 +9,7 @@ corpus again.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,7 @@ def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool =
         check_folder(cache, "caches_dir" if config.cache is None else "cache")
     check_folder(plan.folder, "plans_dir")
     explain(plan.folder.parent, PURPOSE)
+    logged = -math.inf
     while True:
         with hold_lease(plan.folder / "lease", lease_seconds=config.lease_seconds) as held:
             manifest = plan.load()
@@ -75,7 +77,9 @@ def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool =
                 return manifest
             if held:
                 return _write_plan(dataclasses.replace(config, teacher=teacher), folder, tokenizer, plan)
-        log.info("%s: another process is planning this capture; waiting", plan.folder)
+        if time.monotonic() - logged >= config.log_every_seconds:
+            logged = time.monotonic()
+            log.info("%s: another process is planning this capture; waiting", plan.folder)
         time.sleep(min(1.0, config.lease_seconds / 4))
 
 
