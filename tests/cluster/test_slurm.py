@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support.commands import BIT_BY_BIT, ROOT, losses_of, needs_root, script, steps_done
@@ -46,6 +48,15 @@ def run_here(folder: Path, *arguments: str) -> None:
     """The same study without a cluster, with as many threads: they change the last bit of a teacher's logits."""
     asked = ("study=tiny", "--config-dir", str(folder), "probe_seconds=0", *arguments)
     script("study", *asked, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def kill_task(script_name: str, *, number: str) -> None:
+    """As if the machine had run out of memory: SIGKILL to the command of a job of an array."""
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            is_script = any(word.endswith(script_name) for word in process.info["cmdline"] or [])
+            if is_script and process.environ().get("SLURM_ARRAY_TASK_ID") == number:
+                process.kill()
 
 
 def run_of(folder: Path, label: str) -> Path:
@@ -84,7 +95,7 @@ def test_a_disturbed_study_is_the_undisturbed_one(
 
     cluster.wait(lambda: len(list(folder.glob("caches/tiny-*/shards/*.parquet"))) > 10, what="the first shards")
     assert len(list(folder.glob("caches/tiny-*/shards/*.parquet"))) < 800
-    cluster.run("scancel", "--signal=KILL", "--full", f"{jobs['capture']}_1")
+    kill_task("capture.py", number="1")
     cluster.preempt("node2", folder)
 
     array = jobs["students"]
