@@ -156,7 +156,7 @@ def test_the_requests_of_the_simulation_are_those_of_a_lease(monkeypatch: pytest
         assert held
     assert free == Counter(["HEAD", "PUT", "GET", "GET", "DELETE"])
     with hold_lease(place, lease_seconds=LEASE_SECONDS):
-        monkeypatch.setattr(leases, "_has_ended", lambda owner: False)
+        monkeypatch.setattr(leases, "has_ended", lambda process: False)
         with counted(monkeypatch) as busy, hold_lease(place, lease_seconds=LEASE_SECONDS) as held:
             assert not held
     assert busy == Counter(["HEAD", *CHECK_OF_A_LEASE])
