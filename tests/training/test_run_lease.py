@@ -23,7 +23,7 @@ from pipeline.config.schema import Targets, TextConfig
 from pipeline.core.file_systems import probe_folder
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
-from pipeline.training import driver, run_lease
+from pipeline.training import driver, run_lease, run_lock
 from support.commands import config_of, losses_of, merged, only, train_arguments
 from support.file_systems import mounted_without
 
@@ -91,20 +91,20 @@ def test_two_drivers_without_locks(
     number: int, paths: RunPaths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refuse_locks(number, monkeypatch)
-    monkeypatch.setattr(driver, "LOCK_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(run_lock, "LOCK_WAIT_SECONDS", 0.05)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     logging.getLogger("pipeline").propagate = True
-    with driver.run_lock(paths), caplog.at_level(logging.INFO):
-        with pytest.raises(InputError, match="expected a free run folder, found lock held"), driver.run_lock(paths):
+    with run_lock.run_lock(paths), caplog.at_level(logging.INFO):
+        with pytest.raises(InputError, match="expected a free run folder, found lock held"), run_lock.run_lock(paths):
             pass
         assert f"locked by process {os.getpid()} on" in caplog.messages[0]
-    with driver.run_lock(paths):
+    with run_lock.run_lock(paths):
         pass
     assert sorted(path.name for path in paths.folder.iterdir()) == ["lock"]
 
 
 def test_a_waiting_driver_takes_over_before_it_gives_up() -> None:
-    assert run_lease.LEASE_SECONDS + 5 < driver.LOCK_WAIT_SECONDS
+    assert run_lease.LEASE_SECONDS + 5 < run_lock.LOCK_WAIT_SECONDS
 
 
 def test_a_rank_renews_the_lease_of_its_killed_driver_and_leaves_when_it_is_taken_over(
