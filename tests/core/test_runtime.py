@@ -107,7 +107,8 @@ def test_every_reason_to_stop(reason: str, tmp_path: Path, monkeypatch: pytest.M
             driver.kill()
             driver.wait()
         elif reason == "parent":
-            monkeypatch.setattr(os, "getppid", lambda: 1)
+            another = os.getppid() + 1
+            monkeypatch.setattr(os, "getppid", lambda: another)
         else:
             os.kill(os.getpid(), signal.Signals[reason])
         assert stop
