@@ -188,9 +188,11 @@ def test_nothing_to_report(tmp_path: Path) -> None:
 
 def test_the_first_records_of_a_gold_set_are_another_gold_set() -> None:
     """A label curve takes parts of one file: its sizes must not be taken for that of the file."""
-    identity = {"gold": "a", "student": ["w", "t"], "options": {"gold": {"take": None}}}
-    whole = _inputs(identity)
-    part = _inputs(identity | {"options": {"gold": {"take": 30}}})
+
+    def inputs(take: int | None) -> dict[str, str]:
+        return _inputs({"gold": "a", "student": ["w", "t"], "options": {"gold": {"take": take}}}, {})
+
+    whole, part = inputs(None), inputs(30)
     assert whole["gold"] == "a"
-    assert part["gold"] not in ("a", _inputs(identity | {"options": {"gold": {"take": 12}}})["gold"])
+    assert part["gold"] not in ("a", inputs(12)["gold"])
     assert part["student"] == whole["student"]
