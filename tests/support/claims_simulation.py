@@ -243,7 +243,7 @@ def row(result: Result, name: str) -> str:
 if __name__ == "__main__":
     import time
 
-    small = Scale(num_workers=100, num_shards=1000)
+    small = Scale(num_workers=50, num_shards=500)
     for size, is_old in ((small, True), (small, False), (Scale(num_shards=10_000), False), (Scale(), False)):
         started = time.monotonic()
         print(row(simulate(size, old=is_old), "before" if is_old else "now"), flush=True)
