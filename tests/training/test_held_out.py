@@ -86,7 +86,8 @@ def test_a_finished_run_is_scored_on_a_further_text(train: Any, student: Path, d
     assert found["record_key"].to_list() == table["record_key"].to_list()
     after = modified(run)
     assert {name for name in after if after[name] != before.get(name)} == {
-        *("result.json", "config.yaml", "identity.json", "README.md", "log.txt", "lock", "predictions-news.parquet")
+        *("result.json", "config.yaml", "identity.json", "README.md", "log.txt", "lock", "state.json"),
+        "predictions-news.parquet",
     }
     assert "| news (out of domain) | 7 |" in (run / "model" / "README.md").read_text()
     assert "news" in load_config(run / "config.yaml", TrainConfig).more_tests
