@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -44,15 +44,21 @@ def test_quick_demo_from_a_fresh_clone_and_again(tmp_path: Path) -> None:
     (manifest,) = (clone / "caches" / "quick").glob("quick-*/manifest.json")
     assert json.loads(manifest.read_text())["num_skipped"] == 0
     assert json.loads(manifest.read_text())["num_records"] == 60
-    started = time.monotonic()
+    before = children_seconds()
     again = demo()
-    assert time.monotonic() - started < 60
+    assert children_seconds() - before < 60  # of a core, so that other tests beside this one do not count
     assert again.count("finished before") == 5
     for output in (first, again):  # the demo tells its story in under sixty lines, before its report
         assert len(output.split("==> report")[0].splitlines()) < 60, output
     status = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True)
     assert status.stdout == ""  # the tree stays clean
     splits_are_disjoint(clone / "data" / "demo")
+
+
+def children_seconds() -> float:
+    """The time of a core that the ended processes of this one, and theirs, have taken."""
+    taken = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return taken.ru_utime + taken.ru_stime
 
 
 def splits_are_disjoint(folder: Path) -> None:

@@ -25,8 +25,9 @@ def register(study: Study | None = None, *, chosen: Iterable[str] = (), roots: I
     `roots` become known: each takes time.
     """
     store, groups = ConfigStore.instance(), set(chosen)
-    for root in roots:
-        store.store(name=f"{root}_schema", node=ROOTS[root])
+    for name, schema in ((f"{root}_schema", ROOTS[root]) for root in roots):
+        if f"{name}.yaml" not in store.repo:
+            store.store(name=name, node=schema)
     store.store(group=SECTION, name="used", node={})
     for root, layer in command_layers(study).items():
         store.store(name=f"{root}_study", node=without_groups(layer, groups))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,20 @@ def _first(ids: list[int]) -> str:
 
 
 def open_tokenizer(config: ModelConfig) -> tuple[Path, Any]:
-    """The local folder of the model that options describe, and its tokenizer."""
+    """The local folder of the model that options describe, and its tokenizer, which callers share: read, never change.
+
+    A study or a sweep opens the same one for each of its runs.
+    """
     folder = model_folder(config.path, revision=config.revision, with_code=config.trust_remote_code)
-    return folder, load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+    files = [(path.name, path.stat()) for path in sorted(folder.glob("*")) if path.is_file()]
+    stamp = tuple((name, status.st_size, status.st_mtime_ns) for name, status in files)
+    return folder, _loaded(folder, stamp, config.trust_remote_code)
+
+
+@lru_cache(maxsize=8)
+def _loaded(folder: Path, stamp: tuple[tuple[str, int, int], ...], trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder as long as its files stay as they are."""
+    return load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -80,7 +80,6 @@ def shards_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (cache / "shards").glob("*.parquet")}
 
 
-@pytest.mark.skip(reason="each of its disturbances was seen to end well; the whole test was not yet run to its end")
 def test_a_disturbed_study_is_the_undisturbed_one(
     cluster: Cluster, teacher: Path, student: Path, data: Path, tmp_path: Path
 ) -> None:
