@@ -22,6 +22,8 @@ from support.tiny_study import write_tiny_study
 
 pytestmark = [pytest.mark.slow(minutes=5), pytest.mark.alone, needs_root]
 STUDENTS = ("experiments=combined,weak_only", "seeds=1,2,3")
+STUDENTS_OF_SWEEP = ("experiment=combined,weak_only", "seed=1,2,3")
+STEPS = 300
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,24 @@ def run_here(folder: Path, *arguments: str) -> None:
     script("study", *asked, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.fixture(scope="module")
+def texts(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data with a corpus of 900 shards."""
+    folder = tmp_path_factory.mktemp("texts")
+    shutil.copytree(data, folder, dirs_exist_ok=True)
+    write_lines(folder / "corpus.jsonl", prompts(4500, labeled=False, first=200))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(teacher: Path, student: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the whole study, made on this machine without a cluster."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_tiny_study(folder, teacher=teacher, student=student, data=texts, steps=STEPS)
+    run_here(folder, *STUDENTS)
+    return folder
+
+
 def kill_task(script_name: str, *, number: str) -> None:
     """As if the machine had run out of memory: SIGKILL to the command of a job of an array."""
     for process in psutil.process_iter(["cmdline"]):
@@ -59,12 +79,32 @@ def kill_task(script_name: str, *, number: str) -> None:
                 process.kill()
 
 
-def run_of(folder: Path, label: str) -> Path:
-    """The run folder of an experiment and a seed, as `combined 2`."""
+def run_of(folder: Path, label: str) -> Path | None:
+    """The run folder of an experiment and a seed, as `combined 2`; None as long as there is none."""
     experiment, seed = label.split()
     configs = folder.glob(f"runs/{experiment}-*/config.yaml")
-    (found,) = (path for path in configs if f"\nseed: {seed}\n" in path.read_text())
-    return found.parent
+    return next((path.parent for path in configs if f"\nseed: {seed}\n" in path.read_text()), None)
+
+
+def has_steps(folder: Path, label: str) -> bool:
+    """Whether a run is in the middle of its steps."""
+    run = run_of(folder, label)
+    return run is not None and (run / "metrics.jsonl").exists() and 5 < len(losses_of(run)) < STEPS
+
+
+def only_run(folder: Path) -> Path:
+    """The run of the only student."""
+    run = run_of(folder, "combined 1")
+    assert run is not None
+    return run
+
+
+def assert_same_students(found: Path, expected: Path) -> None:
+    for label in (f"{experiment} {seed}" for experiment in ("combined", "weak_only") for seed in (1, 2, 3)):
+        runs = run_of(found, label), run_of(expected, label)
+        assert runs[0] is not None
+        assert runs[1] is not None
+        assert_same_run(runs[0], runs[1])
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -81,14 +121,11 @@ def shards_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_disturbed_study_is_the_undisturbed_one(
-    cluster: Cluster, teacher: Path, student: Path, data: Path, tmp_path: Path
+    cluster: Cluster, teacher: Path, student: Path, texts: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     """Capture: of four jobs one killed, one preempted. Students: two preempted, one cancelled, then submitted again."""
-    folder, local, texts = tmp_path / "cluster", tmp_path / "local", tmp_path / "texts"
-    shutil.copytree(data, texts)
-    write_lines(texts / "corpus.jsonl", prompts(4500, labeled=False, first=200))  # 900 shards
-    for place in (folder, local):
-        write_tiny_study(place, teacher=teacher, student=student, data=texts, steps=300)
+    folder = tmp_path / "cluster"
+    write_tiny_study(folder, teacher=teacher, student=student, data=texts, steps=STEPS)
     jobs = submit(cluster, folder, *STUDENTS, "cluster.capture_jobs=4", "cluster.cpus_per_node=1")
     with pytest.raises(AssertionError, match="expected none of this study's jobs in the queue, found"):
         submit(cluster, folder, *STUDENTS)
@@ -102,6 +139,7 @@ def test_a_disturbed_study_is_the_undisturbed_one(
     cluster.wait(lambda: steps_done(folder / "runs") > 10, what="the students")
     cluster.preempt("node1", folder)
     cluster.wait(lambda: "high" not in cluster.run("squeue", "-h", "-o", "%P"), what="the preempting job")
+    cluster.wait(lambda: has_steps(folder, "weak_only 3"), what="the last student")
     cluster.run("scancel", f"{array}_5")
     cluster.wait(lambda: not cluster.in_queue(), seconds=600, what="the end")
     states = cluster.states(array)
@@ -118,12 +156,48 @@ def test_a_disturbed_study_is_the_undisturbed_one(
     submit(cluster, folder, *STUDENTS, "cluster.capture_jobs=4", "cluster.cpus_per_node=1")
     cluster.wait(lambda: not cluster.in_queue(), seconds=300, what="the second end")
     assert {path: path.stat().st_mtime_ns for path in folder.glob("caches/*/shards/*.parquet")} == written
-    run_here(local, *STUDENTS)
-    assert shards == shards_of(local)
-    for label in (f"{experiment} {seed}" for experiment in ("combined", "weak_only") for seed in (1, 2, 3)):
-        assert_same_run(run_of(folder, label), run_of(local, label))
+    assert shards == shards_of(undisturbed)
+    assert_same_students(folder, undisturbed)
     for name in ("report.html", "report.md"):
         assert (folder / "runs" / "report" / name).exists()
+
+
+def test_a_disturbed_sweep_of_submitit_is_the_undisturbed_one(
+    cluster: Cluster, teacher: Path, student: Path, texts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Two runs preempted, the login process killed, one job cancelled; the same command ends with six results."""
+    folder = tmp_path / "cluster"
+    write_tiny_study(folder, teacher=teacher, student=student, data=texts, steps=STEPS)
+    shutil.copytree(undisturbed / "caches", folder / "caches")
+    shards = {path: path.stat().st_mtime_ns for path in folder.glob("caches/*/shards/*")}
+    asked = ["study=tiny", "--config-dir", str(folder)]
+    script("train", *asked, "experiment=teacher_as_is", cwd=folder, env=cluster.variables)
+    job = {"partition": "low", "timeout_min": 60, "cpus_per_task": 1, "nodes": 1, "tasks_per_node": 1}
+    options = [f"hydra.launcher.{name}={value}" for name, value in job.items()]
+    sweep = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *asked, *STUDENTS_OF_SWEEP, *options]
+    sweep += ["hydra/launcher=submitit_slurm", "launcher.if_busy=wait"]
+
+    with (folder / "first.txt").open("w") as output:
+        login = subprocess.Popen(sweep, cwd=folder, env=cluster.variables, stdout=output, stderr=output)
+    cluster.wait(lambda: steps_done(folder / "runs") > 10, what="the runs")
+    cluster.preempt("node1", folder)
+    cluster.wait(lambda: "high" not in cluster.run("squeue", "-h", "-o", "%P"), what="the preempting job")
+    login.kill()
+    login.wait()
+    cluster.wait(lambda: has_steps(folder, "weak_only 3"), what="the last run")
+    before = cluster.run("squeue", "-h", "-r", "-t", "running", "-o", "%i").split()
+    cluster.run("scancel", before[-1])
+
+    again = subprocess.run(
+        sweep, cwd=folder, env=cluster.variables, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "6 runs: 6 finished" in again.stdout
+    cluster.wait(lambda: not cluster.in_queue(), what="the jobs of the first command")
+    assert_same_students(folder, undisturbed)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("caches/*/shards/*")} == shards
+    logs = [path.read_text() for path in folder.glob("runs/*/log.txt")]
+    assert sum("stop requested: saved at step" in log and "loading the checkpoint" in log for log in logs) >= 1
 
 
 def test_a_run_on_two_nodes_is_that_of_two_ranks(
@@ -142,7 +216,7 @@ def test_a_run_on_two_nodes_is_that_of_two_ranks(
     assert log.count("2 ranks on cpu") == 2
     assert "the same command continues from its checkpoint" in log
     run_here(local, "experiments=combined", "launcher.num_processes=2")
-    assert_same_run(run_of(folder, "combined 1"), run_of(local, "combined 1"))
+    assert_same_run(only_run(folder), only_run(local))
 
 
 def test_a_job_outside_of_slurm_has_one_node(student: Path, data: Path, tmp_path: Path) -> None:
