@@ -14,7 +14,7 @@ from pipeline.cache.sequence_files import SequenceFile, open_sequence_file, sequ
 from pipeline.cache.shards import shard_writer
 from pipeline.capture.corpus import TokenizedCorpus, cached_tokenizer, open_corpus, write_sequences
 from pipeline.capture.identity import make_manifest
-from pipeline.capture.worker import teacher_batches, write_batch
+from pipeline.capture.worker import shard_advice, teacher_batches, write_batch
 from pipeline.config.schema import CaptureConfig, Kind
 from pipeline.config.validate import check_capture
 from pipeline.core.files import is_url
@@ -79,6 +79,8 @@ def run(config: CaptureConfig) -> int:
             f"Each shard will take {readable(shard_bytes)}; for shards of at most {readable(MAX_SHARD_BYTES)} set "
             f"records_per_shard={smaller}."
         )
+    if advice := shard_advice(probe.seconds * scale / num_shards, config.records_per_shard):
+        print(f"{advice[0].upper()}{advice[1:]}.")
     return 0 if is_url(config.cache or config.caches_dir) or fits_disk(Path(config.caches_dir), cache_bytes) else 1
 
 

@@ -27,7 +27,7 @@ from pipeline.capture.completion import completed_batches
 from pipeline.capture.teacher import PendingBatch, capture_batch, finish_copy
 from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig
 from pipeline.core.object_store import Location
-from pipeline.core.progress import Progress, log, start_logging
+from pipeline.core.progress import Progress, log, readable_duration, start_logging
 from pipeline.core.runtime import bind_device, keep_allocator_memory
 from pipeline.core.stopping import EXIT_STOPPED, interrupt, stop_signals_handled_by
 from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
@@ -37,6 +37,8 @@ from pipeline.models.prepack import prepack
 
 MAX_NAMED_RECORDS = 10  # in a message
 MAX_FOOTERS = 256  # of files of sequences, which a worker opens to know the length of its work
+LONG_SHARD_SECONDS, GOOD_SHARD_SECONDS = 1800.0, 600.0  # an interruption loses the shard that is being captured
+MEASURED_SECONDS = 60.0  # of a shard, before its whole time is estimated
 MAX_PENDING_BATCHES = 3  # captured and not yet written: the teacher waits for a slow disk, so memory stays bounded
 
 
@@ -144,17 +146,22 @@ def capture_shard(
     progress: Progress,
 ) -> None:
     """Capture the sequences of one shard and commit it; a thread writes while the teacher runs on."""
-    started, tokens, forward_seconds = time.monotonic(), 0, 0.0
+    started, done, tokens, forward_seconds = time.monotonic(), 0, 0, 0.0
+    is_measured = False
     with shard_writer(cache, manifest, index) as writer, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         writes: deque[Future[tuple[int, int, float]]] = deque()
 
         def wait_until_pending(max_pending: int) -> None:
             """Wait for the oldest writes until at most `max_pending` are left, and log their progress."""
-            nonlocal tokens, forward_seconds
+            nonlocal done, tokens, forward_seconds, is_measured
             while len(writes) > max_pending:
                 num_sequences, num_tokens, seconds = writes.popleft().result()
-                tokens, forward_seconds = tokens + num_tokens, forward_seconds + seconds
+                done, tokens, forward_seconds = done + num_sequences, tokens + num_tokens, forward_seconds + seconds
                 elapsed = time.monotonic() - started
+                if elapsed > MEASURED_SECONDS and not is_measured:
+                    is_measured = True
+                    if advice := shard_advice(elapsed * shard.num_rows / done, config.records_per_shard):
+                        log.warning(advice)
                 progress.advance(
                     num_sequences,
                     tokens_per_second=tokens / elapsed,
@@ -166,6 +173,17 @@ def capture_shard(
             wait_until_pending(MAX_PENDING_BATCHES - 1)
         wait_until_pending(0)
         writer.commit(num_skipped=shard.num_skipped)
+
+
+def shard_advice(seconds: float, records_per_shard: int) -> str | None:
+    """What to say of shards that take `seconds` each; None where they are short enough."""
+    if seconds <= LONG_SHARD_SECONDS:
+        return None
+    smaller = max(int(records_per_shard * GOOD_SHARD_SECONDS / seconds), 1)
+    return (
+        f"a shard takes {readable_duration(seconds)} here, and an interruption loses the one that is being captured; "
+        f"records_per_shard={smaller} makes it about {readable_duration(GOOD_SHARD_SECONDS)} (it names another cache)"
+    )
 
 
 def teacher_batches(

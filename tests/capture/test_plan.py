@@ -336,6 +336,24 @@ def test_an_estimate_from_a_first_batch_that_takes_longer_than_the_probe(
     assert "The corpus has 60 records" in printed
 
 
+def test_shards_that_take_long_are_named_with_a_better_size(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: Any
+) -> None:
+    """An interruption loses the shard at work: the estimate says it, and so does a capture after its first minute."""
+    assert worker.shard_advice(1800.0, 20_000) is None
+    advice = worker.shard_advice(3600.0, 20_000)
+    assert advice is not None
+    assert advice.startswith("a shard takes 60 min here")
+    assert "records_per_shard=3333 makes it about 10 min" in advice
+    monkeypatch.setattr(worker, "LONG_SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "MEASURED_SECONDS", 0.0)
+    config = config_of(teacher, data / "corpus.jsonl", tmp_path / "caches")
+    assert estimate.run(config) == 0
+    assert "A shard takes" in capfd.readouterr().out
+    run(config)
+    assert sum("a shard takes" in record.message for record in caplog.records) == 3  # once in each
+
+
 def test_an_estimate_without_usable_records_is_refused(teacher: Path, tmp_path: Path) -> None:
     files = write_lines(tmp_path / "a.jsonl", ["broken", "{}"])
     corpus = TextConfig(files=[str(files)], malformed=MalformedPolicy.skip)
