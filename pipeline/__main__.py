@@ -15,6 +15,7 @@ from pipeline.config.cli import pop_action, warn_of_another_checkout
 
 COMMANDS = {
     "study": "a whole study: plan, cost, teacher, capture, students, report; `study init` writes one",
+    "search": "choose options of a study by scores on dev (Optuna)",
     "submit": "a whole study as batch jobs of SLURM",
     "capture": "stage one: the teacher's top-k logits over a corpus, as Parquet shards",
     "train": "stage two: train a student on a cache and a gold set, then score it",

@@ -14,7 +14,7 @@ is missing.
 import sys
 
 from pipeline.config.cli import hydra_main
-from pipeline.config.study import StudyConfig
+from pipeline.config.commands import StudyConfig
 
 
 def main(config: StudyConfig) -> None:

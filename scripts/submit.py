@@ -12,7 +12,7 @@ machine. The same command again continues with what is missing.
 import sys
 
 from pipeline.config.cli import hydra_main
-from pipeline.config.study import SubmitConfig
+from pipeline.config.commands import SubmitConfig
 
 
 def main(config: SubmitConfig) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from pipeline.config.commands import ROOTS, RunsConfig
 from pipeline.config.compose import study_arguments
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import options
 from pipeline.config.overrides import check_override_names
-from pipeline.config.study import ROOTS, InitConfig, RunsConfig
+from pipeline.config.study import InitConfig
 from support.commands import ROOT, composed, script
 from support.tiny import write_lines
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pipeline.cluster.jobs import jobs_of
 from pipeline.cluster.sbatch import BatchJob, script_text, submission_text
+from pipeline.config.commands import SubmitConfig
 from pipeline.config.compose import open_study
-from pipeline.config.study import Study, SubmitConfig
+from pipeline.config.study import Study
 from pipeline.core.files import write_atomically
 from pipeline.core.progress import start_logging
 from pipeline.core.types import InputError

@@ -18,12 +18,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import sweeps
+from pipeline.config.commands import ROOTS, StudyCommand
 from pipeline.config.compose import chosen_groups, register, study_arguments, take_study
 from pipeline.config.groups import CONF_DIR, PACKAGE
 from pipeline.config.help import help_text, help_words
 from pipeline.config.outcomes import EXIT_FAILED, JobOutcome, Outcome, State, ended_by, write_outcome
 from pipeline.config.overrides import completed_overrides, renamed_hint
-from pipeline.config.study import ROOTS, RunsConfig
 from pipeline.config.sweeps import Check, Sweep
 from pipeline.core.stopping import EXIT_STOPPED, Stopped, hand_over, interrupt, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
@@ -78,7 +78,7 @@ def hydra_main(root: str, story: str, body: Body, check: Check = no_check) -> No
     with _exit_codes(), stop_signals_handled_by(interrupt):
         check_checkout()
         study, sys.argv[1:] = take_study(sys.argv[1:])
-        is_of_studies = issubclass(ROOTS[root], RunsConfig)
+        is_of_studies = issubclass(ROOTS[root], StudyCommand)
         if is_of_studies:
             sys.argv[1:] = study_arguments(sys.argv[1:], ROOTS[root])
         register(study, chosen=chosen_groups(sys.argv[1:]), roots=ROOTS if is_of_studies else [root])

@@ -9,9 +9,10 @@ from typing import get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
+from pipeline.config.commands import ROOTS, StudyCommand, StudyConfig
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.layers import command_layers, experiment_layers, without_groups
-from pipeline.config.study import ROOTS, RunsConfig, Study, StudyConfig, read_study
+from pipeline.config.study import Study, read_study
 from pipeline.core.types import InputError
 
 SECTION = "section"  # a group whose one choice, used, turns a section that is null into its declared defaults
@@ -85,7 +86,7 @@ def chosen_groups(arguments: list[str]) -> list[str]:
     return [name for name in ("loss", "deepspeed", "adapter") if any(one.startswith(f"{name}=") for one in arguments)]
 
 
-def study_arguments(arguments: list[str], options: type[RunsConfig] = StudyConfig) -> list[str]:
+def study_arguments(arguments: list[str], options: type[StudyCommand] = StudyConfig) -> list[str]:
     """The arguments of scripts/study.py, or of another script with more `options`, as Hydra reads them.
 
     `seeds=1,2` is a list and no sweep; options that only scripts/train.py has are collected in `overrides`.
@@ -102,7 +103,7 @@ def study_arguments(arguments: list[str], options: type[RunsConfig] = StudyConfi
             )
         if not is_option or argument.startswith("-") or name.startswith("hydra") or name == "study":
             kept.append(argument)
-        elif name.partition(".")[0] not in hints:
+        elif name.lstrip("+").partition(".")[0] not in hints:
             of_students.append(argument)
         elif name in lists and not value.startswith("[") and value != "null":
             items = value.split(";" if name == "grid" else ",")

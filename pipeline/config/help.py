@@ -12,11 +12,11 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.config.commands import ROOTS, StudyCommand
 from pipeline.config.compose import SECTION, chosen_groups, config_dir, register, study_arguments, take_study
 from pipeline.config.groups import CONF_DIR, groups
 from pipeline.config.options import choices_of, option_types, options, sections, to_plain
 from pipeline.config.overrides import FLAGS_WITH_VALUE, completed_overrides
-from pipeline.config.study import ROOTS, RunsConfig
 from pipeline.config.synonyms import SYNONYMS, nearest_options
 from pipeline.core.types import InputError
 
@@ -71,7 +71,7 @@ def _effective(root: str, arguments: Sequence[str]) -> tuple[DictConfig | None, 
     own_folder = config_dir([*arguments])
     try:
         study, rest = take_study([*given, *(["--config-dir", own_folder] if own_folder else [])])
-        rest = study_arguments(rest, ROOTS[root]) if issubclass(ROOTS[root], RunsConfig) else rest
+        rest = study_arguments(rest, ROOTS[root]) if issubclass(ROOTS[root], StudyCommand) else rest
         register(study, chosen=chosen_groups(rest), roots=[root])
         completed, _ = completed_overrides(root, rest)
         overrides = [_first_of_sweep(word) for word in completed if "=" in word and not word.startswith("-")]

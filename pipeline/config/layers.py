@@ -7,8 +7,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pipeline.config.commands import ROOTS
 from pipeline.config.schema import ModelConfig, StudentConfig
-from pipeline.config.study import EXPERIMENTS, ROOTS, STUDENTS, Study, flat
+from pipeline.config.study import EXPERIMENTS, STUDENTS, Study, flat
 
 
 def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
@@ -50,7 +51,7 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
             "plans_dir": content.get("capture", {}).get("plans_dir"),
         },
         "import": {"caches_dir": file.caches_dir},
-        **dict.fromkeys(("study", "submit"), own),
+        **dict.fromkeys(("study", "submit", "search"), own),
     }
 
 

@@ -10,6 +10,7 @@ from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+from pipeline.config.commands import ROOTS
 from pipeline.config.compose import SECTION, chosen_groups, config_dir, register
 from pipeline.config.groups import groups, places
 from pipeline.config.options import (
@@ -21,7 +22,7 @@ from pipeline.config.options import (
     sections,
     to_typed,
 )
-from pipeline.config.study import ROOTS, Study
+from pipeline.config.study import Study
 from pipeline.config.synonyms import SYNONYMS, nearest_options
 from pipeline.config.values import check_values
 from pipeline.core.types import InputError

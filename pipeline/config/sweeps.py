@@ -19,10 +19,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import setup_globals
 
+from pipeline.config.commands import ROOTS
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import to_typed
 from pipeline.config.outcomes import JobOutcome, Outcome, State, exit_code, read_outcomes, table
-from pipeline.config.study import ROOTS
 from pipeline.config.validate import check_files, urls_in
 from pipeline.core.files import explain
 from pipeline.core.progress import readable_duration

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from pipeline.cache.manifest import load_manifest
 from pipeline.capture import driver as capture
+from pipeline.config.commands import StudyConfig
 from pipeline.config.compose import open_study, quoted
 from pipeline.config.groups import PACKAGE
 from pipeline.config.overrides import compose_job
 from pipeline.config.schema import Role, TrainConfig
-from pipeline.config.study import Study, StudyConfig
+from pipeline.config.study import Study
 from pipeline.core.object_store import one_location
 from pipeline.core.progress import log, readable_duration, start_logging
 from pipeline.core.stopping import Stopped

@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pipeline.config.commands import StudyConfig
 from pipeline.config.overrides import compose_job
 from pipeline.config.schema import CaptureConfig, ModelConfig, TextConfig, TrainConfig
-from pipeline.config.study import Study, StudyConfig, more_tests_of
+from pipeline.config.study import Study, more_tests_of
 from pipeline.config.validate import check_capture, check_files
 from pipeline.config.validate_train import check_train
 from pipeline.core.progress import readable, readable_duration

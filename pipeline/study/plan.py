@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.commands import RunsConfig
 from pipeline.config.layers import option_text
 from pipeline.config.schema import Control
-from pipeline.config.study import RunsConfig, Study, flat
+from pipeline.config.study import Study, flat
 from pipeline.core.types import InputError
 
 SHORT_NAMES = {
@@ -62,7 +63,7 @@ def student_jobs(config: RunsConfig, study: Study) -> list[Job]:
     A ready-made student, and what does not depend on a seed, is scored once. InputError for options that contradict the
     study.
     """
-    check_plan(config)
+    check_plan(config.seeds, config.overrides)
     own = tuple(config.overrides)
     untrained = tuple(one for one in own if name_of(one).split(".")[0] in UNTRAINED)
     names = experiments(config, study)
@@ -81,11 +82,11 @@ def student_jobs(config: RunsConfig, study: Study) -> list[Job]:
     return jobs
 
 
-def check_plan(config: RunsConfig) -> None:
+def check_plan(seeds: Sequence[int], overrides: Sequence[str]) -> None:
     """Refuse no seed at all, and options of students that belong to the study's file."""
-    if not config.seeds:
+    if not seeds:
         raise InputError("seeds: expected one or more, found none; give them as seeds=1,2,3")
-    for one in config.overrides:
+    for one in overrides:
         if name_of(one).split(".")[0].split("@")[-1] in OF_THE_STUDY:
             raise InputError(
                 f"{one}: expected an option of training; {name_of(one)} belongs to the study's file (seed: use seeds=)"

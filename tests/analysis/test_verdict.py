@@ -14,10 +14,10 @@ from pipeline.analysis.evidence import shortened
 from pipeline.analysis.findings import ASSUMED_SEED_SD
 from pipeline.analysis.values import ArmFigures, Example, Interval, StudyFigures, Verdict
 from pipeline.analysis.verdict import RULES, verdict
+from pipeline.config.commands import StudyConfig
 from pipeline.config.compose import study_arguments
 from pipeline.config.options import options
 from pipeline.config.schema import TrainConfig
-from pipeline.config.study import StudyConfig
 from pipeline.study.plan import grid_settings
 from support.commands import ROOT
 from support.study_values import arm, curves, imitation, interval, slice_of, study

@@ -16,8 +16,8 @@ from pipeline.cluster.jobs import jobs_of
 from pipeline.cluster.sbatch import BatchJob, script_text, submission_text
 from pipeline.cluster.submit import check_cluster
 from pipeline.config.cluster import ClusterConfig
+from pipeline.config.commands import StudyConfig, SubmitConfig
 from pipeline.config.compose import open_study
-from pipeline.config.study import StudyConfig, SubmitConfig
 from pipeline.core.types import InputError
 from pipeline.study.plan import student_jobs
 from pipeline.training.launch import check_nodes, ranks_command, rendezvous, srun

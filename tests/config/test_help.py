@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.commands import ROOTS
 from pipeline.config.help import help_text, help_words
 from pipeline.config.options import choices_of, option_types, options
-from pipeline.config.study import ROOTS
 from support.commands import ROOT, composed, script
 
 

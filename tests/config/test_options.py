@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.commands import ROOTS
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.help import help_text
 from pipeline.config.options import identity_options, load_config, options, save_config
 from pipeline.config.overrides import check_override_names
 from pipeline.config.schema import Control, Targets, TrainConfig
-from pipeline.config.study import ROOTS
 from pipeline.config.validate import check_capture
 from pipeline.config.validate_train import check_train
 from pipeline.core.types import InputError

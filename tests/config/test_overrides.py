@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.commands import ROOTS
 from pipeline.config.options import option_types
 from pipeline.config.overrides import completed_overrides
 from pipeline.config.schema import AdapterConfig, Targets, TextConfig
-from pipeline.config.study import ROOTS
 from pipeline.config.synonyms import SYNONYMS
 from pipeline.config.validate import check_files
 from pipeline.core.types import InputError

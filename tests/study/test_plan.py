@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.commands import StudyConfig
 from pipeline.config.compose import open_study, study_arguments
 from pipeline.config.schema import Control
-from pipeline.config.study import StudyConfig
 from pipeline.core.types import InputError
 from pipeline.study.plan import Job, student_jobs, teacher_job
 from support.commands import composed

@@ -18,6 +18,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from pipeline.config.commands import ROOTS
 from pipeline.config.compose import chosen_groups, register, take_study
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import save_config, to_typed
@@ -29,7 +30,6 @@ from pipeline.config.schema import (
     TextConfig,
     TrainConfig,
 )
-from pipeline.config.study import ROOTS
 from pipeline.core.files import RunPaths
 from pipeline.core.types import TokenSequence
 from pipeline.data.mixture import Mixture

@@ -1,0 +1,284 @@
+"""A search: options of one experiment, chosen by its score on dev. Optuna proposes, our runs answer and resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from pipeline.capture import driver as capture
+from pipeline.config.commands import SearchConfig
+from pipeline.config.compose import open_study, quoted
+from pipeline.config.layers import option_text
+from pipeline.config.overrides import compose_job
+from pipeline.config.schema import ExportedStep, IfBusy, TrainConfig
+from pipeline.config.study import Study
+from pipeline.core.files import content_hash
+from pipeline.core.progress import start_logging
+from pipeline.core.types import Busy, InputError, RunFailed
+from pipeline.declare.leaks import check_texts
+from pipeline.study.driver import quiet, run_teacher, with_inputs
+from pipeline.study.forecast import Composer, check_jobs, texts_of
+from pipeline.study.plan import Job, check_plan
+from pipeline.training import driver as training
+
+if TYPE_CHECKING:
+    import optuna
+
+Values = Mapping[str, Any]
+TEMPERATURE = "loss.kd.temperature"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """The values that a search may choose for one option."""
+
+    values: tuple[Any, ...] = ()
+    """To choose from; empty: a range."""
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+
+    @property
+    def ends(self) -> tuple[Any, Any]:
+        """The two values that are checked before the first run."""
+        return (self.values[0], self.values[-1]) if self.values else (self.low, self.high)
+
+
+def run(config: SearchConfig) -> None:
+    """Try settings until there are as many as asked for, then print them, best first; the same command continues."""
+    start_logging()
+    study = open_study(config.study, config.study_dir)
+    composer = Composer(study)
+    space = read_space(config.search, composer.capture("teacher.path=.").temperatures)
+    check_search(config, study, composer, space)
+    if config.dry_run:
+        return
+    search = open_search(config, study, space)
+    teacher, cache = run_teacher(study), None
+    if composer.reads_cache(job_of(config, middle(space), config.seeds[0])):
+        cache = str(capture.run(composer.capture(f"teacher.path={quoted([teacher.model])[1:-1]}")))
+    start_logging(quiet=True)
+    for number, values in trials(search, space, config):
+        print(f"==> trial {number + 1} of {config.trials}: {' '.join(overrides_of(values))}", flush=True)
+        jobs = [with_inputs(composer, job_of(config, values, seed), teacher, cache) for seed in config.seeds]
+        print(f"    {answer(search, number, study, jobs)}", flush=True)
+    print(f"\n{summary(search, study, config)}")
+
+
+# ------------------------------------------------------------------------------------------- space
+
+
+def read_space(search: Mapping[str, Any], temperatures: Sequence[float], prefix: str = "") -> dict[str, Axis]:
+    """The options to choose and their values, by name; InputError for an entry that is neither a range nor a list."""
+    found: dict[str, Axis] = {}
+    for key, value in search.items():
+        name = f"{prefix}{key}"
+        if value is None and name == TEMPERATURE:
+            value = list(temperatures)
+        if isinstance(value, Mapping) and not {"low", "high"} & value.keys():
+            found |= read_space(value, temperatures, f"{name}.")
+        else:
+            found[name] = _axis(name, value)
+    if not found and not prefix:
+        raise InputError("search: expected options to choose, found none; use search=kd, or write search/NAME.yaml")
+    return found
+
+
+def _axis(name: str, value: Any) -> Axis:
+    if isinstance(value, list) and value:
+        return Axis(values=tuple(value))
+    if isinstance(value, Mapping) and value.keys() <= {"low", "high", "log"} and len(value.keys() - {"log"}) == 2:
+        low, high, log = value["low"], value["high"], bool(value.get("log", False))
+        is_number = all(isinstance(end, (int, float)) for end in (low, high))
+        if is_number and low < high and (low > 0 or not log):
+            return Axis(low=low, high=high, log=log)
+    raise InputError(
+        f"search.{name}: expected a list of values, or {{low: NUMBER, high: a larger one}} (above 0 with log: true), "
+        f"found {value!r}; correct it"
+    )
+
+
+def middle(space: Mapping[str, Axis]) -> dict[str, Any]:
+    """One setting of the space."""
+    return {name: axis.ends[0] for name, axis in space.items()}
+
+
+def overrides_of(values: Values) -> list[str]:
+    """A setting as options of scripts/train.py; three digits are more than a score on dev can tell apart."""
+    return [
+        f"{name}={option_text(float(f'{value:.3g}') if isinstance(value, float) else value)}"
+        for name, value in values.items()
+    ]
+
+
+def job_of(config: SearchConfig, values: Values, seed: int) -> Job:
+    """The run of a setting and a seed."""
+    return Job(experiment=config.experiment, seed=seed, overrides=(*config.overrides, *overrides_of(values)))
+
+
+def check_search(config: SearchConfig, study: Study, composer: Composer, space: Mapping[str, Axis]) -> None:
+    """Refuse a search that would decide on test, and options that no run of it could have."""
+    if study.file.dev is None:
+        raise InputError(
+            f"{study.path}: expected dev, a held-out text by whose score a search decides, found none; add it, because "
+            "test is no test any more once it decides"
+        )
+    if config.trials < 1:
+        raise InputError(f"trials: expected at least 1, found {config.trials}; correct it")
+    if importlib.util.find_spec("optuna") is None:
+        raise InputError("search: expected the package optuna, found none; install it with scripts/setup search")
+    check_plan(config.seeds, config.overrides)
+    ends = [{name: axis.ends[end] for name, axis in space.items()} for end in (0, 1)]
+    check_jobs(composer, [job_of(config, values, config.seeds[0]) for values in ends])
+    check_texts(texts_of(study), allowed=study.file.allow_shared_records)
+
+
+# ------------------------------------------------------------------------------------------ Optuna
+
+
+def open_search(config: SearchConfig, study: Study, space: Mapping[str, Axis]) -> optuna.Study:
+    """The search as far as it has come, in a journal beside the study's runs: JSON lines that several may append to.
+
+    Another space, other fixed options or other seeds are another search in the same file.
+    """
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    place = folder_of(study)
+    place.mkdir(parents=True, exist_ok=True)
+    axes = {name: dataclasses.asdict(axis) for name, axis in space.items()}
+    identity = [config.experiment, config.overrides, config.seeds, config.seed, axes]
+    return optuna.create_study(
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(place / "trials.journal"))),
+        study_name=content_hash(identity)[:12],
+        direction="maximize",
+        load_if_exists=True,
+    )
+
+
+def folder_of(study: Study) -> Path:
+    """Where a search keeps its journal and its runs, apart from the runs that the study's report compares."""
+    return Path(study.file.runs_dir) / "search"
+
+
+def trials(search: optuna.Study, space: Mapping[str, Axis], config: SearchConfig) -> Iterator[tuple[int, Values]]:
+    """The settings to try, each with its number: first those that a process began and did not end, then new ones.
+
+    A setting that another process is trying is begun here too: its run is locked, so that this one passes it over.
+    """
+    from optuna.trial import TrialState
+
+    for begun in search.get_trials(states=[TrialState.RUNNING]):
+        if begun.params.keys() == space.keys():
+            yield begun.number, begun.params
+        else:  # its process was killed before it had chosen all values
+            search.tell(begun.number, state=TrialState.FAIL)
+    while len(search.get_trials(deepcopy=False)) < config.trials:
+        search.sampler = sampler_of(config.seed, len(search.get_trials(states=[TrialState.COMPLETE])))
+        trial = search.ask(distributions(space))
+        yield trial.number, trial.params
+
+
+def sampler_of(seed: int, num_complete: int) -> optuna.samplers.BaseSampler:
+    """Optuna's default sampler, so seeded that a search that was killed proposes what it would have proposed."""
+    import optuna
+
+    return optuna.samplers.TPESampler(seed=int(content_hash([seed, num_complete])[:8], 16))
+
+
+def distributions(space: Mapping[str, Axis]) -> dict[str, Any]:
+    """The space in Optuna's values; a range with whole ends has whole numbers."""
+    from optuna import distributions as of
+
+    found: dict[str, Any] = {}
+    for name, axis in space.items():
+        is_whole = isinstance(axis.low, int) and isinstance(axis.high, int)
+        range_of: Any = of.IntDistribution if is_whole else of.FloatDistribution
+        found[name] = (
+            of.CategoricalDistribution(axis.values) if axis.values else range_of(axis.low, axis.high, log=axis.log)
+        )
+    return found
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+def answer(search: optuna.Study, number: int, study: Study, jobs: Sequence[Job]) -> str:
+    """Make the runs of a setting and leave the mean of their scores in the journal; returns what became of them.
+
+    A setting whose run fails, as a learning rate may make it do, counts as tried. Another process may have answered.
+    """
+    from optuna.trial import TrialState
+
+    try:
+        score = fmean([score_of(study, job) for job in jobs])
+    except Busy:
+        return "another process is trying it"
+    except RunFailed as error:
+        search.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        return f"failed: {error}"
+    search.tell(number, score, skip_if_finished=True)
+    return f"score on dev {score:.4f}"
+
+
+def score_of(study: Study, job: Job) -> float:
+    """Bring one run to its score on dev."""
+    config = of_search(compose_job("train", job.arguments, study=study), study)
+    score = training.run_prepared(training.prepare(quiet(config)))
+    if score is None:
+        raise RunFailed(f"{job.label}: expected a score on dev, found none; look at its log.txt")
+    return score
+
+
+def of_search(config: TrainConfig, study: Study) -> TrainConfig:
+    """A run that is scored on dev alone and keeps no weights: the study makes the best one again."""
+    launcher = dataclasses.replace(config.launcher, if_busy=IfBusy.skip)
+    what = ExportedStep.none if config.export.what is ExportedStep.last else config.export.what
+    return dataclasses.replace(
+        config,
+        runs_dir=str(folder_of(study)),
+        test=None,
+        more_tests={},
+        out_of_domain=[],
+        scoring=dataclasses.replace(config.scoring, teacher_predictions=None),
+        launcher=launcher,
+        export=dataclasses.replace(config.export, what=what),
+    )
+
+
+# ----------------------------------------------------------------------------------------- summary
+
+
+def summary(search: optuna.Study, study: Study, config: SearchConfig) -> str:
+    """All settings, best first; how much each option mattered; and how the best enters the study."""
+    from optuna.trial import TrialState
+
+    done = sorted(search.get_trials(states=[TrialState.COMPLETE]), key=lambda trial: -(trial.value or 0.0))
+    if not done:
+        return "no setting has a score yet; other processes are at work on this search"
+    lines = [f"{len(done)} of {config.trials} settings have a score on dev:", "", "score    trial  setting"]
+    lines += [f"{one.value:.4f}  {one.number + 1:>5}  {' '.join(overrides_of(one.params))}" for one in done]
+    lines += ["", importance(search, len(done))]
+    best = ", ".join(override.replace("=", ": ", 1) for override in overrides_of(done[0].params))
+    lines += [f"The best, for `experiments` in {study.path}:", f"  {config.experiment}: {{{best}}}"]
+    lines.append(f"Then test it, with new seeds: {study.command} seeds=11,12,13")
+    return "\n".join(lines)
+
+
+def importance(search: optuna.Study, num_done: int) -> str:
+    """The share of the scores' variance that each option explains (functional ANOVA, Hutter et al. 2014)."""
+    import optuna
+
+    scores = {trial.value for trial in search.get_trials() if trial.value is not None}
+    if num_done < 4 or len(scores) < 2:
+        return "Which option matters most shows after four settings with different scores."
+    found = optuna.importance.get_param_importances(
+        search, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+    )
+    shown = ", ".join(f"{name} {share:.0%}" for name, share in found.items())
+    return f"Share of the differences explained by: {shown}" + " (a guess from few settings)" * (num_done < 20)
