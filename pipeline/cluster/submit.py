@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ def run(config: SubmitConfig) -> None:
             print(f"==> {file}\n\n{file.read_text()}")
         return
     check_queue(study, jobs)
+    check_arrays(jobs)
     subprocess.run(["bash", str(files[-1])], check=True)
     names = ",".join(f"{study.name}-{job.name}" for job in jobs)
     print(f"files and logs: {files[-1].parent}; what they do: squeue --name={names}, and scripts/status.py")
@@ -85,3 +87,14 @@ def check_queue(study: Study, jobs: list[BatchJob]) -> None:
             f"expected none of this study's jobs in the queue, found {len(found)}, such as {found[0].strip()}; wait "
             f"for them, or cancel them with scancel --name={names}"
         )
+
+
+def check_arrays(jobs: list[BatchJob]) -> None:
+    """Refuse an array that is larger than the cluster allows: sbatch would say only that the specification is invalid."""
+    shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
+    limit = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    for job in jobs:
+        size = job.workers or len(job.tasks)
+        if limit is not None and size > int(limit[1]):
+            what = "choose a smaller cluster.capture_jobs" if job.workers else "submit a part of the seeds at a time"
+            raise InputError(f"{job.name}: expected at most {limit[1]} jobs (MaxArraySize), found {size}; {what}")

@@ -126,6 +126,8 @@ def test_a_disturbed_study_is_the_undisturbed_one(
     """Capture: of four jobs one killed, one preempted. Students: two preempted, one cancelled, then submitted again."""
     folder = tmp_path / "cluster"
     write_tiny_study(folder, teacher=teacher, student=student, data=texts, steps=STEPS)
+    with pytest.raises(AssertionError, match="capture: expected at most 1001 jobs"):
+        submit(cluster, folder, *STUDENTS, "cluster.capture_jobs=1002")
     jobs = submit(cluster, folder, *STUDENTS, "cluster.capture_jobs=4", "cluster.cpus_per_node=1")
     with pytest.raises(AssertionError, match="expected none of this study's jobs in the queue, found"):
         submit(cluster, folder, *STUDENTS)
