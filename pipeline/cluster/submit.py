@@ -90,7 +90,7 @@ def check_queue(study: Study, jobs: list[BatchJob]) -> None:
 
 
 def check_arrays(jobs: list[BatchJob]) -> None:
-    """Refuse an array that is larger than the cluster allows: sbatch would say only that the specification is invalid."""
+    """Refuse an array that is larger than the cluster allows: sbatch would only call its specification invalid."""
     shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
     limit = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
     for job in jobs:
