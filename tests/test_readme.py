@@ -119,6 +119,7 @@ def test_every_file_that_is_named_exists(document: Path) -> None:
         "conf/quiet.yaml",  # the old name, in the decision that renamed it
         "conf/study/NAME.yaml",  # what the reader is to write
         "cluster/ours.yaml",  # the same
+        "search/ours.yaml",
         "conf/study/mine.yaml",  # what the reader's `scripts/study.py init` writes
     }
     for name in files_named(document):
@@ -206,7 +207,7 @@ def test_every_option_that_is_named_exists(document: Path) -> None:
     groups = {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()}
     for name in option_names(document):
         is_file = name == "log.txt" or name.endswith((".md", ".py", ".jsonl", ".json", ".yaml", ".parquet", ".html"))
-        is_free = name.startswith(("deepspeed.overrides.", "hydra."))
+        is_free = name.startswith(("deepspeed.overrides.", "hydra.", "search."))
         # a text's options are named by the last parts: targets, end_token
         is_part = any(option.endswith(f".{name}") for option in names)
         assert name in names | sections | groups or is_file or is_free or is_part, f"{document.name}: {name}"

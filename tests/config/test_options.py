@@ -46,6 +46,7 @@ USES = [
     ("train", "text@test", "text"),
     ("evaluate", "text", "text"),
     ("submit", "cluster", "cluster"),
+    ("search", "search", "search"),
 ]
 
 
