@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.schema import EvaluateConfig, MalformedPolicy, ModelConfig, ScoringConfig, Targets, TextConfig
+from pipeline.config.schema import (
+    Dtype,
+    EvaluateConfig,
+    MalformedPolicy,
+    ModelConfig,
+    ScoringConfig,
+    Targets,
+    TextConfig,
+)
 from pipeline.config.validate_train import check_train
 from pipeline.core.types import InputError
 from pipeline.evaluation import scoring
@@ -117,7 +125,8 @@ def test_any_model_is_scored_with_examples(student: Path, gold: Path, tmp_path: 
     test = write_lines(tmp_path / "test.jsonl", prompts(4, labeled=True))
     options = ScoringConfig(few_shot=2, few_shot_from=TextConfig(files=[str(gold)]), batch_tokens=300)
     text = TextConfig(files=[str(test)], targets=Targets.completion)
-    config = EvaluateConfig(model=ModelConfig(path=str(student)), text=text, scoring=options, out=str(tmp_path))
+    model = ModelConfig(path=str(student), dtype=Dtype.float32)  # auto: bfloat16 where the machine has it
+    config = EvaluateConfig(model=model, text=text, scoring=options, out=str(tmp_path))
     expected, _ = scored(student, test, examples=examples_from(gold))
     assert scoring.run(config).accuracy == expected.accuracy
     assert json.loads((tmp_path / "scores.json").read_text())["nll"] == pytest.approx(expected.nll, rel=1e-5)
