@@ -22,6 +22,7 @@ from hydra.core.utils import setup_globals
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import to_typed
 from pipeline.config.outcomes import JobOutcome, Outcome, State, exit_code, read_outcomes, table
+from pipeline.config.schema import IfBusy
 from pipeline.config.study import ROOTS
 from pipeline.config.validate import check_files, urls_in
 from pipeline.core.files import explain
@@ -50,6 +51,12 @@ class Sweep:
     num_jobs: int | None
     """None: not known before the end."""
     launcher: str
+    jobs_at_once: int
+    """Of launcher.jobs; 1: one after the other, or as another launcher does it."""
+    of_all_jobs: tuple[str, ...]
+    """Overrides that a process of each job gets beside its own."""
+    job_overrides: tuple[tuple[str, ...], ...]
+    """Of each job; empty where a sweeper chooses them one after the other."""
     dry_run: bool
     started: float
     """Seconds since 1970."""
@@ -89,7 +96,8 @@ def begin(root: str, arguments: Sequence[str], check: Check) -> Sweep | None:
         hydra = node.hydra
         params = [f"{name}={value}" for name, value in (hydra.sweeper.get("params") or {}).items()]
         parsed = [*parser.parse_overrides(params), *parsed]
-        sweep = _sweep(hydra, parsed)
+        sweep = _sweep(node, parsed)
+        check_at_once(sweep, hydra.runtime.choices["hydra/sweeper"])
         if hydra.runtime.choices["hydra/sweeper"] == BASIC:
             jobs = BasicSweeper.split_arguments(parsed, None)[0]
             sweep = _checked(root, sweep, jobs, place, check)
@@ -99,7 +107,8 @@ def begin(root: str, arguments: Sequence[str], check: Check) -> Sweep | None:
     return sweep
 
 
-def _sweep(hydra: Any, parsed: Sequence[Override]) -> Sweep:
+def _sweep(node: Any, parsed: Sequence[Override]) -> Sweep:
+    hydra, launcher = node.hydra, node.get("launcher") or {}
     name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{secrets.token_hex(3)}"  # several commands may share hydra.sweep.dir
     return Sweep(
         folder=Path(hydra.sweep.dir).resolve() / name,
@@ -107,9 +116,17 @@ def _sweep(hydra: Any, parsed: Sequence[Override]) -> Sweep:
         job_labels=(),
         num_jobs=hydra.sweeper.get("n_trials"),
         launcher=hydra.runtime.choices["hydra/launcher"],
+        jobs_at_once=launcher.get("jobs", 1),
+        of_all_jobs=jobs_side_by_side(launcher.get("if_busy")),
+        job_overrides=(),
         dry_run=False,
         started=time.time(),
     )
+
+
+def jobs_side_by_side(if_busy: IfBusy | None) -> tuple[str, ...]:
+    """What jobs at the same time need: two may be the same run, trained once, and the second waits for the first."""
+    return ("launcher.if_busy=wait",) if if_busy is IfBusy.fail else ()
 
 
 # ------------------------------------------------------------------------------------------- checks
@@ -137,6 +154,25 @@ def check_search(root: str, sweeper: str, node: Any) -> None:
         )
 
 
+def check_at_once(sweep: Sweep, sweeper: str) -> None:
+    """Refuse several jobs at a time where this command does not start them itself, or does not know them before."""
+    if "launcher.jobs" in sweep.varied:
+        raise InputError("launcher.jobs: expected one number for all jobs of a sweep, found several; give one")
+    if sweep.jobs_at_once <= 1:
+        return
+    given = f"launcher.jobs={sweep.jobs_at_once}: expected"
+    if sweep.launcher != BASIC:
+        raise InputError(
+            f"{given} Hydra's own launcher, whose jobs run on this machine, found hydra/launcher={sweep.launcher}, "
+            "which decides itself how many work at a time (submitit: hydra.launcher.array_parallelism); leave out one"
+        )
+    if sweeper != BASIC:
+        raise InputError(
+            f"{given} jobs that are known before, found a search ({sweeper}), which waits for the score of each; "
+            "leave out one of the two"
+        )
+
+
 def _checked(root: str, sweep: Sweep, jobs: Sequence[Sequence[str]], place: list[str], check: Check) -> Sweep:
     """The sweep with its jobs. A reason is printed once, and of jobs that differ in the seed alone one is checked."""
     job_labels = [sweep.label(overrides) for overrides in jobs]
@@ -154,7 +190,13 @@ def _checked(root: str, sweep: Sweep, jobs: Sequence[Sequence[str]], place: list
     if reasons:
         num_wrong = sum(map(len, reasons.values()))
         raise InputError(f"expected {len(jobs)} jobs that can run, found {num_wrong} that cannot; none was started")
-    return dataclasses.replace(sweep, job_labels=tuple(job_labels), num_jobs=len(jobs), dry_run=dry_run)
+    return dataclasses.replace(
+        sweep,
+        job_labels=tuple(job_labels),
+        job_overrides=tuple((*overrides, *sweep.of_all_jobs) for overrides in jobs),
+        num_jobs=len(jobs),
+        dry_run=dry_run,
+    )
 
 
 def _reason_against(root: str, node: Any, check: Check) -> str:
