@@ -109,9 +109,8 @@ def begin(root: str, arguments: Sequence[str], check: Check) -> Sweep | None:
 
 def _sweep(node: Any, parsed: Sequence[Override]) -> Sweep:
     hydra, launcher = node.hydra, node.get("launcher") or {}
-    name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{secrets.token_hex(3)}"  # several commands may share hydra.sweep.dir
     return Sweep(
-        folder=Path(hydra.sweep.dir).resolve() / name,
+        folder=new_folder(Path(hydra.sweep.dir)),
         varied=tuple(override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()),
         job_labels=(),
         num_jobs=hydra.sweeper.get("n_trials"),
@@ -122,6 +121,11 @@ def _sweep(node: Any, parsed: Sequence[Override]) -> Sweep:
         dry_run=False,
         started=time.time(),
     )
+
+
+def new_folder(place: Path) -> Path:
+    """For the outcomes of one sweep; several commands may share the place."""
+    return place.resolve() / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 def jobs_side_by_side(if_busy: IfBusy | None) -> tuple[str, ...]:
