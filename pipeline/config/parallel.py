@@ -22,7 +22,7 @@ from pipeline.config.groups import PACKAGE
 from pipeline.config.outcomes import JobOutcome, Outcome, State, read_outcomes, write_outcome
 from pipeline.config.overrides import flags_and_options
 from pipeline.config.study import Study
-from pipeline.config.sweeps import Sweep, is_new
+from pipeline.config.sweeps import JOBS_OPTION, Sweep, is_new
 from pipeline.core.processes import cores_in_order, end_with
 from pipeline.core.stopping import EXIT_STOPPED, STOP_SIGNALS, stop_signals_handled_by
 from pipeline.core.types import InputError
@@ -117,7 +117,8 @@ def job_commands(root: str, study: Study | None, arguments: Sequence[str], sweep
     flags = [flag for flag in flags_and_options(arguments)[0] if flag not in MULTIRUN_FLAGS]
     script = [sys.executable, str(PACKAGE / "scripts" / f"{root}.py"), *flags]
     of_study = [] if study is None else [f"study={study.given}"]
-    return [[*script, *of_study, *overrides] for overrides in sweep.job_overrides]
+    own = [[one for one in overrides if not one.startswith(JOBS_OPTION)] for overrides in sweep.job_overrides]
+    return [[*script, *of_study, *overrides] for overrides in own]
 
 
 # ------------------------------------------------------------------------------------------ the sweep

@@ -35,6 +35,7 @@ the outcomes of one sweep, a JSON file for each of its jobs. All of this may be 
 beside this one.
 """
 Check = Callable[[Any], None]
+JOBS_OPTION = "launcher.jobs="
 BASIC = "basic"  # the name of Hydra's own launcher, and of its own sweeper
 
 
@@ -84,7 +85,10 @@ def begin(root: str, arguments: Sequence[str], check: Check) -> Sweep | None:
     what all have in common can be checked.
     """
     given = get_args_parser().parse_args([*arguments])
-    if not given.multirun or given.cfg or given.info or given.hydra_help:
+    if given.cfg or given.info or given.hydra_help:
+        return None
+    if not given.multirun:
+        check_one_run(given.overrides)
         return None
     place = [] if given.config_dir is None else [f"hydra.searchpath=[file://{Path(given.config_dir).resolve()}]"]
     setup_globals()  # the resolvers of Hydra, such as ${now:}
@@ -156,6 +160,13 @@ def check_search(root: str, sweeper: str, node: Any) -> None:
             f"dev: expected a held-out text by whose score the search ({sweeper}) decides, found null; give dev, "
             "because test is no test any more once it decides"
         )
+
+
+def check_one_run(overrides: Sequence[str]) -> None:
+    """Refuse several runs at a time on the command line of one; in a study's file it waits for a sweep."""
+    for override in overrides:
+        if override.startswith(JOBS_OPTION) and override != f"{JOBS_OPTION}1":
+            raise InputError(f"{override}: expected a sweep (-m), found one run; add -m, or leave it out")
 
 
 def check_at_once(sweep: Sweep, sweeper: str) -> None:

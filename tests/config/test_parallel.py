@@ -14,7 +14,7 @@ from pipeline.config.outcomes import State, read_outcomes
 from pipeline.config.overrides import completed_overrides
 from pipeline.config.parallel import divided, job_commands, run_jobs
 from pipeline.config.schema import IfBusy
-from pipeline.config.sweeps import Sweep, check_at_once, jobs_side_by_side
+from pipeline.config.sweeps import Sweep, check_at_once, check_one_run, jobs_side_by_side
 from pipeline.core.processes import cores_in_order, process_exists, started
 from pipeline.core.runtime import visible_gpus
 from pipeline.core.types import InputError
@@ -95,7 +95,8 @@ def test_the_cores_are_those_that_this_process_may_use() -> None:
 
 def test_a_job_gets_the_flags_of_its_sweep_and_its_own_options(tmp_path: Path) -> None:
     arguments = ["--config-dir", "mine", "-m", "experiment=combined", "seed=1,2"]
-    first, second = job_commands("train", None, arguments, sweep_of(tmp_path, 2))
+    sweep = sweep_of(tmp_path, 2, job_overrides=(("seed=1", "launcher.jobs=2"), ("launcher.jobs=2", "seed=2")))
+    first, second = job_commands("train", None, arguments, sweep)
     assert first[1].endswith("/scripts/train.py")
     assert first[2:] == ["--config-dir", "mine", "seed=1"]
     assert second[2:] == ["--config-dir", "mine", "seed=2"]
@@ -138,6 +139,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     return tmp_path
+
+
+def test_one_run_alone_is_no_sweep() -> None:
+    check_one_run(["launcher.jobs=1", "seed=1"])
+    with pytest.raises(InputError, match=r"^launcher.jobs=2: expected a sweep \(-m\), found one run"):
+        check_one_run(["launcher.jobs=2", "seed=1"])
 
 
 @needs_two_cores
