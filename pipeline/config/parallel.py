@@ -136,8 +136,8 @@ class RunningJob:
 def run_jobs(sweep: Sweep, commands: Sequence[Sequence[str]], *, started: float) -> bool:
     """Run the jobs of a sweep, some at a time; whether a request to stop has ended it.
 
-    A request to this process or to one of its jobs is passed on to all that run, and none is started any more. A
-    command that `started` then counts the minutes of launcher.time_limit for all.
+    A request to this process, or to one of the jobs, is passed on to all that run, and no further one is started.
+    `started`: when this command did, in seconds since 1970, for the time limit that its jobs share.
     """
     free = places_here(sweep.jobs_at_once)
     waiting = deque(enumerate(commands, 1))

@@ -113,3 +113,11 @@ def test_students_that_cannot_work_side_by_side_are_refused_before_the_teacher(
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}")
     assert not (tmp_path / "runs").exists()
+
+
+def test_batch_jobs_have_no_runs_side_by_side(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
+    write_tiny_study(tmp_path, teacher=teacher, student=student, data=data)
+    arguments = ["--config-dir", str(tmp_path), "study=tiny", "cluster.partition=gpu", "launcher.jobs=2", "--print"]
+    done = script("submit", *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: launcher.jobs: expected 1, because each student is a batch job of its own")

@@ -1,14 +1,19 @@
-"""What a run took beside its steps: only steps of the same command are subtracted."""
+"""What a run took beside its steps, of which only those of the same command count; and when its command began."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.config.parallel import STARTED_VARIABLE
 from pipeline.core.files import RunPaths
 from pipeline.training.finish import steps_kept, time_taken
+from support.commands import ROOT
 
 
 @pytest.fixture
@@ -35,3 +40,17 @@ def test_all_steps_are_repeated_without_a_checkpoint_and_none_once_the_model_is_
 
 def test_a_model_scored_as_it_is_has_no_steps(tmp_path: Path) -> None:
     assert time_taken(RunPaths(folder=tmp_path), 6.25, 0).startswith("6.2 s, 6.2 s of them beside")
+
+
+def test_a_run_of_a_sweep_has_the_time_limit_of_its_command() -> None:
+    """launcher.time_limit counts from the start of the sweep's process, not of the run's."""
+    code = "import pipeline.training.driver as driver; print(driver.STARTED)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {STARTED_VARIABLE: "1000.5"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["1000.5"]
