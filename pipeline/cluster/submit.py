@@ -18,7 +18,7 @@ from pipeline.core.files import write_atomically
 from pipeline.core.progress import start_logging
 from pipeline.core.types import InputError
 from pipeline.declare.leaks import check_texts
-from pipeline.study.forecast import Composer, check_jobs, texts_of, with_curve_length
+from pipeline.study.forecast import Composer, check_jobs, jobs_at_once, texts_of, with_curve_length
 from pipeline.study.plan import student_jobs
 
 
@@ -32,6 +32,11 @@ def run(config: SubmitConfig) -> None:
     check_jobs(composer, students)
     check_texts(texts_of(study), allowed=study.file.allow_shared_records)
     students = [with_curve_length(composer, job) for job in students]
+    if (num_jobs := jobs_at_once(composer, students)) > 1:
+        raise InputError(
+            f"launcher.jobs: expected 1, because each student is a batch job of its own, found {num_jobs}; leave it "
+            "out, or run scripts/study.py on one machine"
+        )
     jobs = jobs_of(study, students, config.cluster, captures=any(map(composer.reads_cache, students)))
     files = write_files(config, study, jobs)
     if config.dry_run:

@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import sweeps
+from pipeline.config import parallel, sweeps
 from pipeline.config.commands import ROOTS, StudyCommand
 from pipeline.config.compose import chosen_groups, register, study_arguments, take_study
 from pipeline.config.groups import CONF_DIR, PACKAGE
@@ -29,6 +29,7 @@ from pipeline.core.stopping import EXIT_STOPPED, Stopped, hand_over, interrupt, 
 from pipeline.core.types import InputError, RunFailed
 
 Body = Callable[[Any], "Outcome | float | None"]
+ENDS_HERE = "the sweep ends here, as requested; the same command continues with its other runs"
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # the place is to blame, and not this code
 
 
@@ -76,6 +77,7 @@ def hydra_main(root: str, story: str, body: Body, check: Check = no_check) -> No
     # Hydra would wrap errors in its own messages; this way ours reach the user
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with _exit_codes(), stop_signals_handled_by(interrupt):
+        placed = parallel.take_place()
         check_checkout()
         study, sys.argv[1:] = take_study(sys.argv[1:])
         is_of_studies = issubclass(ROOTS[root], StudyCommand)
@@ -90,14 +92,17 @@ def hydra_main(root: str, story: str, body: Body, check: Check = no_check) -> No
             sweep = dataclasses.replace(sweep, launcher=sweeps.BASIC)
             others = [argument for argument in sys.argv[1:] if not argument.startswith("hydra/launcher=")]
             sys.argv[1:] = [*others, f"hydra/launcher={sweeps.BASIC}"]
-        one = functools.partial(_run_alone, root, body)
+        one = functools.partial(_run_alone, root, body, placed)
         job = one if sweep is None else functools.partial(_run_job, root, body, sweep)
         functools.update_wrapper(job, _run_job)  # Hydra reads the name of the function
         call = hydra.main(config_path=str(CONF_DIR), config_name=root, version_base="1.3")(job)
         if sweep is None:
             call()
-        else:
+        elif sweep.jobs_at_once == 1 or sweep.dry_run:
             _run_sweep(sweep, call)
+        else:
+            commands = parallel.job_commands(root, study, sys.argv[1:], sweep)
+            _run_sweep(sweep, functools.partial(_run_side_by_side, sweep, commands))
 
 
 @contextlib.contextmanager
@@ -117,9 +122,11 @@ def _exit_codes() -> Iterator[None]:
         sys.exit(EXIT_STOPPED)
 
 
-def _run_alone(root: str, body: Body, node: Any) -> float | None:
-    """The only job of a command: its end is the end of the process."""
-    outcome = _outcome(root, body, node)
+def _run_alone(root: str, body: Body, placed: parallel.PlacedJob | None, node: Any) -> float | None:
+    """The only job of a command: its end is the end of the process. One of a sweep leaves its outcome there."""
+    outcome = _outcome(root, body, node, in_sweep=placed is not None)
+    if placed is not None:
+        placed.write(outcome)
     if outcome.state is State.failed:
         exit_with_error(RunFailed(outcome.note))
     if outcome.state is State.stopped:
@@ -147,7 +154,7 @@ def _run_job(root: str, body: Body, sweep: Sweep, node: Any) -> float | None:
     if not sweep.dry_run:
         print(f"    {sweep.progress(outcome)}", flush=True)
     if outcome.asked_to_stop and job.runtime.choices["hydra/launcher"] == sweeps.BASIC:
-        print("the sweep ends here, as requested; the same command continues with its other runs", file=sys.stderr)
+        print(ENDS_HERE, file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     if outcome.state is State.stopped:
         try:
@@ -188,6 +195,13 @@ def _run_sweep(sweep: Sweep, call: Callable[[], None]) -> NoReturn:
         sweeps.end(sweep, is_complete=False)
         sys.exit(EXIT_FAILED)
     sys.exit(sweeps.end(sweep, is_complete=True))
+
+
+def _run_side_by_side(sweep: Sweep, commands: Sequence[Sequence[str]]) -> None:
+    """The jobs of a sweep in processes of their own; SystemExit where a request to stop ended it."""
+    if parallel.run_jobs(sweep, commands, started=sweep.started):
+        print(ENDS_HERE, file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
 
 
 @contextlib.contextmanager

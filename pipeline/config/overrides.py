@@ -54,7 +54,8 @@ def completed_overrides(root: str, arguments: Sequence[str]) -> tuple[list[str],
     parsed = check_override_names(root, arguments)
     names = [override.key_or_group.replace("/", ".") for override in parsed.values()]
     optional = [name for name, may_be_null, _ in sections(ROOTS[root]) if may_be_null]
-    completed, notes, turned_on = list[str](), list[str](), set[str]()
+    completed, notes = list[str](), list[str]()
+    turned_on = {one.package for one in parsed.values() if one.key_or_group == SECTION}  # of a completed command line
     for argument in arguments:
         key = parsed[argument].key_or_group if argument in parsed else ""
         for section in optional:
@@ -73,10 +74,16 @@ def completed_overrides(root: str, arguments: Sequence[str]) -> tuple[list[str],
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
     """The flags with their values, then the options, each in the order in which they are given."""
+    flags, others = flags_and_options(arguments)
+    return flags + others
+
+
+def flags_and_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags with their values, and the options."""
     flags, others = list[str](), list[str]()
     for before, word in zip(["", *arguments], arguments, strict=False):
         (flags if word.startswith("-") or before in FLAGS_WITH_VALUE else others).append(word)
-    return flags + others
+    return flags, others
 
 
 def compose_job(root: str, overrides: Iterable[str], study: Study | None = None) -> Any:

@@ -435,6 +435,9 @@ class LauncherConfig:
         "a step with its checkpoint that takes longer is taken for a hanging rank and ends the run",
         result=False,
     )
+    jobs: int = option(
+        1, "runs of a sweep at a time on this machine, its cores and GPUs divided among them", result=False
+    )
     log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
     quiet: bool = option(False, "show progress and warnings alone; log.txt has every line", result=False)
 

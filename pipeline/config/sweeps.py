@@ -23,6 +23,7 @@ from pipeline.config.commands import ROOTS
 from pipeline.config.groups import CONF_DIR
 from pipeline.config.options import to_typed
 from pipeline.config.outcomes import JobOutcome, Outcome, State, exit_code, read_outcomes, table
+from pipeline.config.schema import IfBusy
 from pipeline.config.validate import check_files, urls_in
 from pipeline.core.files import explain
 from pipeline.core.progress import readable_duration
@@ -34,6 +35,7 @@ the outcomes of one sweep, a JSON file for each of its jobs. All of this may be 
 beside this one.
 """
 Check = Callable[[Any], None]
+JOBS_OPTION = "launcher.jobs="
 BASIC = "basic"  # the name of Hydra's own launcher, and of its own sweeper
 
 
@@ -50,6 +52,12 @@ class Sweep:
     num_jobs: int | None
     """None: not known before the end."""
     launcher: str
+    jobs_at_once: int
+    """Of launcher.jobs; 1: one after the other, or as another launcher does it."""
+    of_all_jobs: tuple[str, ...]
+    """Overrides that a process of each job gets beside its own."""
+    job_overrides: tuple[tuple[str, ...], ...]
+    """Of each job; empty where a sweeper chooses them one after the other."""
     dry_run: bool
     started: float
     """Seconds since 1970."""
@@ -77,7 +85,10 @@ def begin(root: str, arguments: Sequence[str], check: Check) -> Sweep | None:
     what all have in common can be checked.
     """
     given = get_args_parser().parse_args([*arguments])
-    if not given.multirun or given.cfg or given.info or given.hydra_help:
+    if given.cfg or given.info or given.hydra_help:
+        return None
+    if not given.multirun:
+        check_one_run(given.overrides)
         return None
     place = [] if given.config_dir is None else [f"hydra.searchpath=[file://{Path(given.config_dir).resolve()}]"]
     setup_globals()  # the resolvers of Hydra, such as ${now:}
@@ -89,7 +100,8 @@ def begin(root: str, arguments: Sequence[str], check: Check) -> Sweep | None:
         hydra = node.hydra
         params = [f"{name}={value}" for name, value in (hydra.sweeper.get("params") or {}).items()]
         parsed = [*parser.parse_overrides(params), *parsed]
-        sweep = _sweep(hydra, parsed)
+        sweep = _sweep(node, parsed)
+        check_at_once(sweep, hydra.runtime.choices["hydra/sweeper"])
         if hydra.runtime.choices["hydra/sweeper"] == BASIC:
             jobs = BasicSweeper.split_arguments(parsed, None)[0]
             sweep = _checked(root, sweep, jobs, place, check)
@@ -99,17 +111,30 @@ def begin(root: str, arguments: Sequence[str], check: Check) -> Sweep | None:
     return sweep
 
 
-def _sweep(hydra: Any, parsed: Sequence[Override]) -> Sweep:
-    name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{secrets.token_hex(3)}"  # several commands may share hydra.sweep.dir
+def _sweep(node: Any, parsed: Sequence[Override]) -> Sweep:
+    hydra, launcher = node.hydra, node.get("launcher") or {}
     return Sweep(
-        folder=Path(hydra.sweep.dir).resolve() / name,
+        folder=new_folder(Path(hydra.sweep.dir)),
         varied=tuple(override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()),
         job_labels=(),
         num_jobs=hydra.sweeper.get("n_trials"),
         launcher=hydra.runtime.choices["hydra/launcher"],
+        jobs_at_once=launcher.get("jobs", 1),
+        of_all_jobs=jobs_side_by_side(launcher.get("if_busy")),
+        job_overrides=(),
         dry_run=False,
         started=time.time(),
     )
+
+
+def new_folder(place: Path) -> Path:
+    """For the outcomes of one sweep; several commands may share the place."""
+    return place.resolve() / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def jobs_side_by_side(if_busy: IfBusy | None) -> tuple[str, ...]:
+    """What jobs at the same time need: two may be the same run, trained once, and the second waits for the first."""
+    return ("launcher.if_busy=wait",) if if_busy is IfBusy.fail else ()
 
 
 # ------------------------------------------------------------------------------------------- checks
@@ -137,6 +162,32 @@ def check_search(root: str, sweeper: str, node: Any) -> None:
         )
 
 
+def check_one_run(overrides: Sequence[str]) -> None:
+    """Refuse several runs at a time on the command line of one; in a study's file it waits for a sweep."""
+    for override in overrides:
+        if override.startswith(JOBS_OPTION) and override != f"{JOBS_OPTION}1":
+            raise InputError(f"{override}: expected a sweep (-m), found one run; add -m, or leave it out")
+
+
+def check_at_once(sweep: Sweep, sweeper: str) -> None:
+    """Refuse several jobs at a time where this command does not start them itself, or does not know them before."""
+    if "launcher.jobs" in sweep.varied:
+        raise InputError("launcher.jobs: expected one number for all jobs of a sweep, found several; give one")
+    if sweep.jobs_at_once <= 1:
+        return
+    given = f"launcher.jobs={sweep.jobs_at_once}: expected"
+    if sweep.launcher != BASIC:
+        raise InputError(
+            f"{given} Hydra's own launcher, whose jobs run on this machine, found hydra/launcher={sweep.launcher}, "
+            "which decides itself how many work at a time (submitit: hydra.launcher.array_parallelism); leave out one"
+        )
+    if sweeper != BASIC:
+        raise InputError(
+            f"{given} jobs that are known before, found a search ({sweeper}), which waits for the score of each; "
+            "leave out one of the two"
+        )
+
+
 def _checked(root: str, sweep: Sweep, jobs: Sequence[Sequence[str]], place: list[str], check: Check) -> Sweep:
     """The sweep with its jobs. A reason is printed once, and of jobs that differ in the seed alone one is checked."""
     job_labels = [sweep.label(overrides) for overrides in jobs]
@@ -154,7 +205,13 @@ def _checked(root: str, sweep: Sweep, jobs: Sequence[Sequence[str]], place: list
     if reasons:
         num_wrong = sum(map(len, reasons.values()))
         raise InputError(f"expected {len(jobs)} jobs that can run, found {num_wrong} that cannot; none was started")
-    return dataclasses.replace(sweep, job_labels=tuple(job_labels), num_jobs=len(jobs), dry_run=dry_run)
+    return dataclasses.replace(
+        sweep,
+        job_labels=tuple(job_labels),
+        job_overrides=tuple((*overrides, *sweep.of_all_jobs) for overrides in jobs),
+        num_jobs=len(jobs),
+        dry_run=dry_run,
+    )
 
 
 def _reason_against(root: str, node: Any, check: Check) -> str:

@@ -41,11 +41,21 @@ def check_train(config: TrainConfig) -> None:
     if (config.steps is None) == (config.epochs is None):
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
     _check_more_tests(config)
+    _check_jobs(config)
     if config.steps != 0:
         _check_training(config)
     elif config.dev is None and config.test is None and not config.more_tests:
         raise InputError(
             "steps=0: expected dev, test or more_tests, because the student is scored as it is, found none of them"
+        )
+
+
+def _check_jobs(config: TrainConfig) -> None:
+    at_least(1, jobs=config.launcher.jobs)
+    if config.launcher.jobs > 1 and config.launcher.num_nodes > 1:
+        raise InputError(
+            f"launcher.jobs={config.launcher.jobs}: expected runs on this machine alone, found launcher.num_nodes="
+            f"{config.launcher.num_nodes}, which are whole nodes; leave out one of the two"
         )
 
 

@@ -1,8 +1,13 @@
-"""Which process wrote a file: a name for it that is unique over machines and time, and whether it has ended."""
+"""Which process wrote a file: a name for it that is unique over machines and time, and whether it has ended.
+
+And what processes beside each other on one machine need: the order of its cores, and an end with their parent."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -63,3 +68,28 @@ def started(pid: int) -> str:
     except OSError:
         return UNKNOWN
     return "ended" if state in "ZX" else fields[18]  # a zombie does no more work
+
+
+# --------------------------------------------------------------------------- processes side by side
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel send SIGTERM to this process when `parent`, whose main thread started it, ends in any way."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG of prctl.h
+    if os.getppid() != parent:  # it ended before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def cores_in_order() -> list[int]:
+    """The cores that this process may use, neighbours beside each other: of a socket, then threads of one core."""
+    return sorted(os.sched_getaffinity(0), key=_place_of_core)
+
+
+def _place_of_core(number: int) -> tuple[int, int, int]:
+    topology = Path(f"/sys/devices/system/cpu/cpu{number}/topology")
+    try:
+        socket_id, core_id = (int((topology / name).read_text()) for name in ("physical_package_id", "core_id"))
+    except (OSError, ValueError):  # a machine that does not show it
+        return 0, 0, number
+    return socket_id, core_id, number

@@ -67,6 +67,14 @@ def compute_device(local_rank: int = 0) -> torch.device:
     )
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it."""
+    num_gpus = torch.cuda.device_count()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(num_gpus)) if chosen is None else (name.strip() for name in chosen.split(","))
+    return [*names][:num_gpus]  # CUDA reads no further than the first name that it does not know
+
+
 def bind_device(local_rank: int = 0) -> torch.device:
     """The device of this local rank, as the current one of this process: CUDA's calls that name no device mean it."""
     device = compute_device(local_rank)

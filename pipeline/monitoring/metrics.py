@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ def engine_metrics(engine: Any, ranks: Ranks, batches: Sequence[Batch]) -> StepM
         "skipped_steps": engine.skipped_steps,
         "sequences": f"{int(keys) % 2**64:016x}",
     }
+
+
+def seconds_of(rows: Iterable[StepMetrics]) -> float:
+    """What steps took: themselves, waiting for their data, and the evaluations on dev after them."""
+    durations = ("seconds", "data_wait_seconds", "dev_seconds")
+    return sum((row.get(name, 0.0) for row in rows for name in durations), 0.0)
 
 
 class StepLogger:

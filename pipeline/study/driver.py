@@ -13,12 +13,15 @@ from pathlib import Path
 
 from pipeline.cache.manifest import load_manifest
 from pipeline.capture import driver as capture
+from pipeline.config import parallel
 from pipeline.config.commands import StudyConfig
 from pipeline.config.compose import open_study, quoted
 from pipeline.config.groups import PACKAGE
+from pipeline.config.outcomes import State, read_outcomes
 from pipeline.config.overrides import compose_job
-from pipeline.config.schema import Role, TrainConfig
+from pipeline.config.schema import IfBusy, Role, TrainConfig
 from pipeline.config.study import Study
+from pipeline.config.sweeps import BASIC, Sweep, jobs_side_by_side, new_folder
 from pipeline.core.object_store import one_location
 from pipeline.core.progress import log, readable_duration, start_logging
 from pipeline.core.stopping import Stopped
@@ -30,6 +33,7 @@ from pipeline.study.forecast import (
     ADAPTIVE,
     Composer,
     check_jobs,
+    jobs_at_once,
     print_plan,
     texts_of,
     with_curve_length,
@@ -60,6 +64,7 @@ def run(config: StudyConfig) -> None:
     check_jobs(composer, jobs)
     check_texts(texts_of(study), allowed=study.file.allow_shared_records)
     jobs = [with_curve_length(composer, job) for job in jobs]
+    check_at_once(config, jobs_at_once(composer, jobs))
     print_plan(config, composer, jobs)
     if config.dry_run:
         return
@@ -81,8 +86,12 @@ def make(config: StudyConfig, composer: Composer, jobs: Sequence[Job]) -> None:
         cache = str(capture.run(composer.capture(place)))
         start_logging(quiet=True)
     students = [with_inputs(composer, job, teacher, cache) for job in jobs]
-    local = config.hydra_launcher is None
-    made, failed = run_students(study, students) if local else launch(str(config.hydra_launcher), study, students)
+    if config.hydra_launcher is not None:
+        made, failed = launch(config.hydra_launcher, study, students)
+    elif (num_places := jobs_at_once(composer, jobs)) > 1:
+        made, failed = run_side_by_side(study, students, num_places, composer.train(jobs[0]).launcher.if_busy)
+    else:
+        made, failed = run_students(study, students)
     print(f"\n==> report  ({command('report', study, [])})")
     again = " ".join([config.command, *map(shlex.quote, config.overrides)])
     runs = [str(folder) for folder in folders_of(study, [teacher.folder, *made], cache)]
@@ -160,6 +169,43 @@ def run_students(study: Study, jobs: Sequence[Job]) -> tuple[list[Path], list[st
         if score is not None:
             print(f"    score {score:.4f}; {readable_duration(time.monotonic() - started)} so far")
     return made, failed
+
+
+def check_at_once(config: StudyConfig, num_places: int) -> None:
+    """Refuse several students at a time where the machine cannot be divided, or another launcher starts them."""
+    if num_places == 1:
+        return
+    if config.hydra_launcher is not None:
+        raise InputError(
+            f"launcher.jobs={num_places}: expected students on this machine, found hydra_launcher="
+            f"{config.hydra_launcher}, which starts them its own way; leave out one of the two"
+        )
+    parallel.places_here(num_places)
+
+
+def run_side_by_side(
+    study: Study, jobs: Sequence[Job], num_places: int, if_busy: IfBusy
+) -> tuple[list[Path], list[str]]:
+    """Several runs at a time, each in a process of its own: their folders, and the labels of those that failed."""
+    sweep = Sweep(
+        folder=new_folder(Path(study.file.runs_dir) / ".multirun"),
+        varied=(),
+        job_labels=tuple(job.label for job in jobs),
+        num_jobs=len(jobs),
+        launcher=BASIC,
+        jobs_at_once=num_places,
+        of_all_jobs=(),
+        job_overrides=tuple((*job.arguments, *jobs_side_by_side(if_busy)) for job in jobs),
+        dry_run=False,
+        started=time.time(),
+    )
+    flags = [] if study.config_dir is None else ["--config-dir", study.config_dir]
+    commands = parallel.job_commands("train", study, flags, sweep)
+    if parallel.run_jobs(sweep, commands, started=training.STARTED):
+        raise Stopped("stopped: the students", is_finished=False)
+    outcomes = read_outcomes(sweep.folder).values()
+    made = [Path(one.outcome.folder) for one in outcomes if one.outcome.state is State.finished and one.outcome.folder]
+    return made, [one.label for one in outcomes if one.outcome.state is not State.finished]
 
 
 def launch(launcher: str, study: Study, jobs: Sequence[Job]) -> tuple[list[Path], list[str]]:

@@ -15,6 +15,7 @@ from pipeline.config.study import Study, more_tests_of
 from pipeline.config.validate import check_capture, check_files
 from pipeline.config.validate_train import check_train
 from pipeline.core.progress import readable, readable_duration
+from pipeline.core.types import InputError
 from pipeline.declare.shown import show_texts
 from pipeline.models.tokenizer import check_tokenizers, open_tokenizer
 from pipeline.study import cost
@@ -79,6 +80,15 @@ def check_jobs(composer: Composer, jobs: Sequence[Job]) -> None:
         kd = dataclasses.replace(config.loss.kd, adaptive_weight=dataclasses.replace(adaptive, teacher_predictions="."))
         loss = dataclasses.replace(config.loss, kd=kd)
         check_train(dataclasses.replace(config, loss=loss, cache="." if composer.reads_cache(job) else None))
+
+
+def jobs_at_once(composer: Composer, jobs: Sequence[Job]) -> int:
+    """How many students work at a time; InputError where those that train have different numbers."""
+    configs = [composer.train(job) for job in jobs]
+    found = sorted({config.launcher.jobs for config in [one for one in configs if one.steps != 0] or configs})
+    if len(found) > 1:
+        raise InputError(f"launcher.jobs: expected one number for all students, found {found}; give one")
+    return found[0]
 
 
 def with_curve_length(composer: Composer, job: Job) -> Job:

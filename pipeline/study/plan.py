@@ -20,8 +20,8 @@ SHORT_NAMES = {
     "learning_rate": "optimizer.learning_rate",
 }
 """Names for the options that are compared most; a grid takes the full name of any other."""
-UNSHOWN = ("gold.", "cache", "scoring.teacher_", "loss.kd.adaptive_weight.teacher_")
-"""Inputs, which a label does not name."""
+UNSHOWN = ("gold.", "cache", "scoring.teacher_", "loss.kd.adaptive_weight.teacher_", "launcher.")
+"""Inputs, and how ranks are started: a label does not name them."""
 OF_THE_STUDY = ("seed", "runs_dir", "experiment", "name", "role", "study", "cache", "dev", "test", "more_tests")
 """Options that a student may not be given beside the study: its runs would not belong to it."""
 UNTRAINED = ("student", "scoring", "trackers", "launcher")

@@ -21,7 +21,7 @@ from pipeline.core.progress import start_logging
 from pipeline.core.types import Busy, InputError, RunFailed
 from pipeline.declare.leaks import check_texts
 from pipeline.study.driver import quiet, run_teacher, with_inputs
-from pipeline.study.forecast import Composer, check_jobs, texts_of
+from pipeline.study.forecast import Composer, check_jobs, jobs_at_once, texts_of
 from pipeline.study.plan import Job, check_plan
 from pipeline.training import driver as training
 
@@ -133,7 +133,10 @@ def check_search(config: SearchConfig, study: Study, composer: Composer, space: 
         raise InputError("search: expected the package optuna, found none; install it with scripts/setup search")
     check_plan(config.seeds, config.overrides)
     ends = [{name: axis.ends[end] for name, axis in space.items()} for end in (0, 1)]
-    check_jobs(composer, [job_of(config, values, config.seeds[0]) for values in ends])
+    jobs = [job_of(config, values, config.seeds[0]) for values in ends]
+    if jobs_at_once(composer, jobs) > 1:
+        raise InputError("launcher.jobs: expected 1, found more; several commands at once share a search")
+    check_jobs(composer, jobs)
     check_texts(texts_of(study), allowed=study.file.allow_shared_records)
 
 

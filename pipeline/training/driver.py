@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.config.options import load_config, save_config
+from pipeline.config.parallel import STARTED_VARIABLE
 from pipeline.config.schema import ExportedStep, TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.file_systems import check_folder
@@ -34,14 +35,14 @@ from pipeline.models.loading import check_trained_dtype, resolve_dtype
 from pipeline.models.lora import check_adapter
 from pipeline.models.paths import pinned
 from pipeline.training import checkpoints
-from pipeline.training.finish import read_result
+from pipeline.training.finish import read_result, steps_kept, time_taken
 from pipeline.training.held_out import SPLITS, entry_of, is_missing, needs_model
 from pipeline.training.identity import identity_of
 from pipeline.training.inputs import RunInputs, save_inputs
 from pipeline.training.launch import check_nodes, ranks_command
 from pipeline.training.run_lock import run_lock
 
-STARTED = time.time()  # when this command started; its time may be limited
+STARTED = float(os.environ.get(STARTED_VARIABLE) or time.time())  # when this command started; its time may be limited
 
 
 # On a CPU an optimizer step moves gigabytes. An allocator that returns them to the kernel after each step pays a page
@@ -65,6 +66,8 @@ class PreparedRun:
     identity: dict[str, Any]
     inputs: RunInputs
     num_ranks: int
+    began: float
+    """When this command began with the run, by time.monotonic."""
 
     def missing(self) -> list[str]:
         """The held-out texts of which a finished run has no scores, or the agreement with another teacher."""
@@ -163,6 +166,7 @@ def can_be_scored(prepared: PreparedRun) -> bool:
 
 def prepare(config: TrainConfig) -> PreparedRun:
     """Check the options, read and check every input, and find the run's folder; nothing is written."""
+    began = time.monotonic()
     check_train(config)
     batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
     revision = config.student.revision
@@ -176,7 +180,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
     if is_hub_name(config.student.path):  # as it was given: the files' content is hashed, so a name needs no commit
         identity["options"]["student"]["revision"] = revision
     paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
-    return PreparedRun(config=config, paths=paths, identity=identity, inputs=inputs, num_ranks=num_ranks)
+    return PreparedRun(config=config, paths=paths, identity=identity, inputs=inputs, num_ranks=num_ranks, began=began)
 
 
 def run_to_result(prepared: PreparedRun, lock: int) -> None:
@@ -190,13 +194,14 @@ def run_to_result(prepared: PreparedRun, lock: int) -> None:
         else:
             convert_checkpoints(prepared.config, paths, prepared.num_ranks)
             log.info("%s: %s", "resuming" if paths.published.exists() else "starting", paths.folder)
+        kept = steps_kept(paths)
         exit_code = run_ranks(prepared.config, paths, prepared.num_ranks, lock)
     is_complete = prepared.is_complete()
     # a rank may have stopped because of a signal of its own, or because of the time limit
     is_stopped = paths.stop.exists() or (exit_code == 0 and not is_complete)
     paths.stop.unlink(missing_ok=True)
     if is_complete:
-        log.info("finished: %s", paths.folder)
+        log.info("finished: %s; %s", paths.folder, time_taken(paths, time.monotonic() - prepared.began, kept))
         if is_stopped:  # asked for after the last step: the run needs no more of it, but a sweep has to know
             score = sweep_objective(prepared)
             raise Stopped(f"finished: {paths.folder}", is_finished=True, score=score, signals=tuple(signals))

@@ -17,7 +17,7 @@ from pipeline.evaluation.scoring import score
 from pipeline.models.loading import open_model
 from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer
-from pipeline.monitoring.metrics import MetricsFile
+from pipeline.monitoring.metrics import MetricsFile, seconds_of
 from pipeline.monitoring.trackers import record_result
 from pipeline.training import checkpoints
 from pipeline.training.card import card
@@ -102,6 +102,24 @@ def write_table(table: Any, file: Path) -> None:
 def training_summary(config: TrainConfig, paths: RunPaths) -> dict[str, Any]:
     """Steps, seconds and the exported step of a run, for result.json; all 0 without training."""
     rows = [] if config.steps == 0 else MetricsFile.read(paths.metrics)
-    durations = ("seconds", "data_wait_seconds", "dev_seconds")
-    seconds = sum((row.get(name, 0.0) for row in rows for name in durations), 0.0)
-    return {"steps": len(rows), "train_seconds": seconds, **dev_summary(rows, what=config.export.what)}
+    return {"steps": len(rows), "train_seconds": seconds_of(rows), **dev_summary(rows, what=config.export.what)}
+
+
+# -------------------------------------------------------------------------------------- time taken
+
+
+def steps_kept(paths: RunPaths) -> int | None:
+    """Steps whose rows of metrics.jsonl the ranks will keep, because they do not make them again; None: all."""
+    if paths.model.exists() or paths.result.exists():
+        return None
+    newest = checkpoints.published(paths)
+    return 0 if newest is None else newest.step
+
+
+def time_taken(paths: RunPaths, seconds: float, kept: int | None) -> str:
+    """The seconds of a command that finished a run, and how many of them were not steps that it made itself."""
+    rows = [] if kept is None or not paths.metrics.exists() else MetricsFile.read(paths.metrics)
+    beside = seconds - seconds_of(row for row in rows if row["step"] > (kept or 0))
+    return (
+        f"{seconds:.1f} s, {beside:.1f} s of them beside its steps (start, imports, load, checkpoints, score, export)"
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,3 +74,50 @@ def test_a_study_killed_in_each_part_is_the_undisturbed_one(
     assert shards[0] == shards[1]
     for name in ("report.html", "report.md", "arms.parquet"):
         assert (folder / "runs" / "report" / name).exists()
+
+
+@pytest.mark.slow(minutes=2)
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two places need two cores")
+def test_students_side_by_side_are_in_the_report_and_share_no_core(
+    teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    write_tiny_study(tmp_path, teacher=teacher, student=student, data=data, steps=3)
+    done = script("study", "--config-dir", str(tmp_path), *CHOSEN, "launcher.jobs=2", cwd=tmp_path)
+    assert [line for line in done.stdout.splitlines() if line.startswith("==> [")] == [
+        "==> [1/2] gold_only seed 1",
+        "==> [2/2] combined seed 1",
+    ]
+    assert (tmp_path / "runs" / "report" / "report.html").exists()
+    cores = {}
+    for result in tmp_path.glob("runs/*/result.json"):
+        hardware = json.loads((result.parent / "environment.json").read_text())["hardware"]
+        cores[result.parent.name.split("-")[0]] = int(re.findall(r"(\d+) cores", hardware)[0])
+    whole = len(os.sched_getaffinity(0))
+    assert cores["teacher"] == whole
+    assert cores["gold_only"] + cores["combined"] == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hydra_launcher=submitit_local", "launcher.jobs=2"], "launcher.jobs=2: expected students on this machine"),
+        (["grid=launcher.jobs:1,2"], "launcher.jobs: expected one number for all students, found [1, 2]"),
+        (["launcher.jobs=500"], "launcher.jobs=500: expected at least one core for each"),
+    ],
+)
+def test_students_that_cannot_work_side_by_side_are_refused_before_the_teacher(
+    arguments: list[str], message: str, teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    write_tiny_study(tmp_path, teacher=teacher, student=student, data=data)
+    done = script("study", "--config-dir", str(tmp_path), *CHOSEN, *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_batch_jobs_have_no_runs_side_by_side(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
+    write_tiny_study(tmp_path, teacher=teacher, student=student, data=data)
+    arguments = ["--config-dir", str(tmp_path), "study=tiny", "cluster.partition=gpu", "launcher.jobs=2", "--print"]
+    done = script("submit", *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: launcher.jobs: expected 1, because each student is a batch job of its own")

@@ -60,8 +60,13 @@ def result_of(runs: Path) -> dict[str, Any]:
 def test_a_run_from_start_to_result_and_again(student: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     arguments = train_arguments(student, data, str(cache), steps=8)
     (tmp_path / "pipeline.py").write_text("raise SystemExit('a file of the user, which no rank may import')")
-    script("train", *arguments, cwd=tmp_path)
+    shown = script("train", *arguments, cwd=tmp_path).stderr
     (run,) = (tmp_path / "runs").iterdir()
+    (whole, beside) = re.findall(rf"finished: runs/{run.name}; ([\d.]+) s, ([\d.]+) s of them beside its steps", shown)[
+        0
+    ]
+    result = json.loads((run / "result.json").read_text())
+    assert float(whole) - float(beside) == pytest.approx(result["train_seconds"], abs=0.11)  # each is rounded
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "environment.json", "identity.json", "lock", "log.txt", "metrics.jsonl", "model"),
         *("predictions-dev.parquet", "predictions-test.parquet", "result.json", "state.json"),
