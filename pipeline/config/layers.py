@@ -24,6 +24,7 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
     test = content.get("test")
     train = {
         "study": study.name,
+        "command": study.command,
         "runs_dir": file.runs_dir,
         "student": _complete(StudentConfig, content["student"]),
         "window": file.window,

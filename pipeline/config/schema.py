@@ -469,6 +469,7 @@ class TrainConfig:
         None, "part in a study, by which the report compares runs: the experiment sets it; null: none", result=False
     )
     study: str | None = option(None, "name of the study, set by study=", result=False)
+    command: str | None = option(None, "how its study is run, set by study=", result=False)
     runs_dir: str = option("runs", "folder that holds all runs", result=False)
     seed: int = option(1, "seed of the data order and of every other draw")
     student: StudentConfig = option(StudentConfig, "the strong model, before training")

@@ -106,24 +106,38 @@ def positive(**values: float) -> None:
             raise InputError(f"{name}: expected more than 0, found {value}")
 
 
-def check_files(config: Any, prefix: str = "") -> None:
-    """Reject paths and globs that match nothing, within the first second; hub names and URLs are checked later."""
+def check_files(config: Any, prefix: str = "", command: str | None = None) -> None:
+    """Reject paths and globs that match nothing, within the first second; hub names and URLs are checked later.
+
+    `command`: how the study is run whose teacher and cache the globs may mean; of a run's options it is found there.
+    """
+    command = command or getattr(config, "command", None)
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            check_files(value, f"{prefix}{item.name}.")
+            check_files(value, f"{prefix}{item.name}.", command)
         elif isinstance(value, dict):
             for name, one in value.items():
                 if dataclasses.is_dataclass(one):
-                    check_files(one, f"{prefix}{item.name}.{name}.")
+                    check_files(one, f"{prefix}{item.name}.{name}.", command)
         elif item.metadata["content"] and value is not None:
             for pattern in [value] if isinstance(value, str) else value:
                 is_hub_model = isinstance(config, ModelConfig) and is_hub_name(pattern)
                 is_address = item.metadata["address"] and is_url(pattern)
                 if not (is_hub_model or is_address or matching_paths(pattern)):
                     raise InputError(
-                        f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; {_nearest(pattern)}"
+                        f"{prefix}{item.name}: expected {pattern!r} to exist, found nothing there; "
+                        f"{_made_by(command, pattern) or _nearest(pattern)}"
                     )
+
+
+def _made_by(command: str | None, pattern: str) -> str:
+    """What makes the teacher or the cache of a study, which a glob of its layers means; empty for anything else."""
+    if command is None or "-*" not in pattern:
+        return ""
+    if "/teacher-*/" in pattern:
+        return f"train or score the teacher first; {command} makes all that is missing"
+    return f"capture first: {command.replace('study.py', 'capture.py')}; {command} makes all that is missing"
 
 
 def _nearest(pattern: str) -> str:

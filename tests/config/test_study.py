@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.compose import find_study, open_study, take_study
+from pipeline.config.validate import check_files
 from pipeline.core.types import InputError
 from support.commands import composed, script
 
@@ -56,6 +57,24 @@ def test_every_command_takes_its_part(study: str) -> None:
     assert (status.runs, status.caches) == (["out/runs/*"], ["out/caches/*"])
     assert composed("audit", study).cache == "out/caches/mine-*"
     assert composed("evaluate", study, "model.path=m").text.files == ["e.jsonl"]
+
+
+def test_what_a_study_lacks_is_named_with_the_command_that_makes_it(study: str, tmp_path: Path) -> None:
+    files = dict.fromkeys(("gold", "dev", "test"), f"[{tmp_path / 'mine.yaml'}]")
+    given = [f"{name}.files={file}" for name, file in files.items()] + [f"student.path={tmp_path}"]
+    train = composed("train", study, "experiment=combined", *given)
+    with pytest.raises(InputError, match=rf"cache: .*capture first: python scripts/capture\.py study={tmp_path}/mine"):
+        check_files(train)
+    train.cache = str(tmp_path)
+    with pytest.raises(
+        InputError, match=r"teacher first; python scripts/study\.py study=\S+ makes all that is missing"
+    ):
+        check_files(train)
+    train.cache = "out/other"  # not the study's
+    with pytest.raises(
+        InputError, match="cache: expected 'out/other' to exist, found nothing there; the current folder"
+    ):
+        check_files(train)
 
 
 def test_every_experiment_takes_its_texts(study: str) -> None:
