@@ -28,14 +28,14 @@ transformers.utils.logging.disable_progress_bar()
 def resolve_dtype(config: C) -> C:
     """The same options with `dtype=auto` replaced by the dtype for this machine: what is recorded, hashed and run.
 
-    A CPU without bfloat16 instructions multiplies bfloat16 at an eighth of float32's speed (measured on AVX2).
+    A CPU without fast bfloat16 instructions multiplies it at an eighth of float32's speed (measured on AVX2).
     """
     if config.dtype is Dtype.auto:
         is_fast = has_fast_matmul(torch.bfloat16, compute_device())
         return dataclasses.replace(config, dtype=Dtype.bfloat16 if is_fast else Dtype.float32)
     dtype = config.dtype.name
     if not has_fast_matmul(getattr(torch, dtype), compute_device()):
-        log.warning("%s: %s is slow on this machine; dtype=float32 would be many times faster", config.path, dtype)
+        log.warning("%s: %s is slow on this machine; dtype=float32 would be faster", config.path, dtype)
     return config
 
 

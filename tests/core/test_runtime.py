@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline.core import processes, seeds
-from pipeline.core.runtime import StopRequest, module_command
+from pipeline.core import processes, runtime, seeds
+from pipeline.core.runtime import StopRequest, has_fast_matmul, module_command
 from support.commands import ROOT
 
 SHOW = """
@@ -130,3 +131,28 @@ def test_a_module_runs_with_this_package_wherever_it_is_started(tmp_path: Path) 
         module_command("named", "-c", "a b"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"{seeds.__file__} __main__ ['-c', 'a b']"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "has_instructions", "has_amx", "is_fast"),
+    [
+        ("GenuineIntel", True, True, True),
+        ("GenuineIntel", True, False, False),  # half as fast as float32, measured
+        ("AuthenticAMD", True, False, True),  # twice as fast
+        ("AuthenticAMD", False, False, False),
+        ("", True, False, True),  # ARM names no vendor
+    ],
+)
+def test_which_cpus_multiply_bfloat16_fast(
+    vendor: str, has_instructions: bool, has_amx: bool, is_fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {vendor}\n")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert runtime._has_fast_bfloat16_cpu(tmp_path / "cpuinfo") is is_fast
+
+
+def test_a_gpu_that_emulates_bfloat16_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As V100 and T4 do."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not has_fast_matmul(torch.bfloat16, torch.device("cuda"))

@@ -95,7 +95,7 @@ def test_a_float32_head_gives_the_same_bits() -> None:
 
 def test_a_prepacked_head_gives_the_same_bits() -> None:
     if not has_fast_matmul(torch.bfloat16, torch.device("cpu")):
-        pytest.skip("this CPU has no bfloat16 instructions: nothing is prepacked")
+        pytest.skip("this CPU has no fast bfloat16 instructions: nothing is prepacked")
     model, hidden_NH = HEADS["bias"]().to(torch.bfloat16), torch.randn(5, HIDDEN).bfloat16()
     prepacked = prepack(copy.deepcopy(model))
     assert type(prepacked.lm_head) is PrepackedLinear

@@ -248,7 +248,7 @@ def test_a_model_path_that_does_not_exist_is_rejected() -> None:
 def test_prepacked_weights_give_the_same_bits(name: str) -> None:
     """With and without biases, tied and untied heads; one token and many. GPT-2's Conv1D layers are not replaced."""
     if not has_fast_matmul(torch.bfloat16, CPU):
-        pytest.skip("this CPU has no bfloat16 instructions: nothing is prepacked")
+        pytest.skip("this CPU has no fast bfloat16 instructions: nothing is prepacked")
     model = tiny(name, tie_word_embeddings=name == "Llama").to(torch.bfloat16)
     prepacked = prepack(copy.deepcopy(model))
     assert any(isinstance(module, PrepackedLinear) for module in prepacked.modules())
