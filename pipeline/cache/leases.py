@@ -69,12 +69,20 @@ def share_lease(place: Path, *, lease_seconds: float, on_loss: Callable[[], None
 
 
 def _keep_renewing(place: Location, owner: str, lease_seconds: float, done: threading.Event) -> None:
-    """Renew a lease until `done`, or until somebody else holds it."""
+    """Renew a lease until `done`, or until somebody else holds it or has released it."""
+    num_missing = 0
     while not done.wait(lease_seconds / RENEWALS_PER_LEASE):
-        with contextlib.suppress(OSError, InputError):  # the disk or store may answer at the next renewal
+        try:
             if place.read_text() != owner:
                 return
             _renew(place, owner)
+            num_missing = 0
+        except FileNotFoundError:  # once: it may be taken over just now
+            num_missing += 1
+            if num_missing == 2:
+                return
+        except (OSError, InputError):  # the disk or store may answer at the next renewal
+            continue
 
 
 def process_of(owner: str) -> str:

@@ -87,6 +87,11 @@ class ShardWriter:
         if self._rows_bytes >= ROW_GROUP_BYTES:
             self._write_row_group()
 
+    def show_work(self) -> None:
+        """Renew the time of the temporary file, as a sign of work: a row group may take long to fill."""
+        with contextlib.suppress(OSError):
+            os.utime(self._temporary)
+
     def _write_row_group(self) -> None:
         if self._rows:
             self._histogram += retained_mass_histogram(TopK.cat([captured.top for _, captured in self._rows]))

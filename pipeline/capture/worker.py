@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import multiprocessing
 import os
 import secrets
 import signal
@@ -27,6 +28,7 @@ from pipeline.capture.completion import completed_batches
 from pipeline.capture.teacher import PendingBatch, capture_batch, finish_copy
 from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig
 from pipeline.core.object_store import Location
+from pipeline.core.processes import end_with
 from pipeline.core.progress import Progress, log, readable_duration, start_logging
 from pipeline.core.runtime import bind_device, keep_allocator_memory
 from pipeline.core.stopping import EXIT_STOPPED, interrupt, stop_signals_handled_by
@@ -176,7 +178,7 @@ def capture_shard(
 
 
 def shard_advice(seconds: float, records_per_shard: int) -> str | None:
-    """What to say of shards that take `seconds` each; None where they are short enough."""
+    """The warning where shards take `seconds` each; None where they are short enough."""
     if seconds <= LONG_SHARD_SECONDS:
         return None
     smaller = max(int(records_per_shard * GOOD_SHARD_SECONDS / seconds), 1)
@@ -206,6 +208,7 @@ def write_batch(writer: ShardWriter, pending: PendingBatch) -> tuple[int, int, f
     for sequence, captured_sequence in zip(pending.sequences, captured, strict=True):
         check_finite(sequence, captured_sequence)
         writer.write(sequence, captured_sequence)
+    writer.show_work()
     return len(captured), sum(len(sequence.input_ids_S) for sequence in pending.sequences), forward_seconds
 
 
@@ -228,7 +231,10 @@ def worker_process(config: CaptureConfig, cache: Location, sequences: Path, shar
 
     A signal that asks it to stop ends it with EXIT_STOPPED, after it has released its lease.
     """
+    parent = multiprocessing.parent_process()
     with stop_signals_handled_by(interrupt):
+        if parent is not None and parent.pid is not None:  # a killed driver leaves nobody at work
+            end_with(parent.pid)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
         start_logging()
         set_num_threads(max(len(os.sched_getaffinity(0)) // config.num_workers, 1))

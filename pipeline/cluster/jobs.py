@@ -22,7 +22,8 @@ def jobs_of(study: Study, students: Sequence[Job], cluster: ClusterConfig, *, ca
     """
     teacher = teacher_job(study)
     ranks = (f"launcher.num_processes={cluster.gpus_per_node}",) if cluster.gpus_per_node > 1 else ()
-    train = command("train", study, cluster, *ranks)
+    # two jobs may be one run, as combined and its own value in a grid, and a job may meet what it left behind
+    train = command("train", study, cluster, *ranks, "launcher.if_busy=wait")
     jobs = [BatchJob(name="teacher", purpose="train and score the teacher.", command=(*train, *teacher.arguments))]
     if captures:
         workers = (f"num_workers={cluster.gpus_per_node}",) if cluster.gpus_per_node > 1 else ()

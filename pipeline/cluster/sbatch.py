@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pipeline.config.cluster import ClusterConfig
 
 RUN_AND_REQUEUE = """\
-# A signal ends the command with its work saved and exit code 75. USR1 comes before the time limit: the job is queued
-# again, and goes on. TERM comes at a preemption, after which SLURM itself queues the job again, and at scancel.
+# A signal ends the command with its work saved and exit code 75, and so does launcher.time_limit: the job is queued
+# again, and goes on. USR1 comes before the time limit. After TERM, which comes at a preemption and at scancel, it is
+# left to SLURM, which queues a preempted job again. The id of an array alone would mean all its jobs.
 signal="" code=0
 trap 'signal=USR1; kill -s USR1 "$command"' USR1
 trap 'signal=TERM; kill -s TERM "$command"' TERM
@@ -21,8 +22,10 @@ while kill -s 0 "$command" 2>/dev/null; do # a signal ends `wait`, and not the c
     code=0
     wait "$command" || code=$?
 done
-if [ "$signal" = USR1 ] && [ "$code" = 75 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+if [ "$code" = 75 ] && [ "$signal" != TERM ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
+    scontrol requeue "$job"
 fi
 exit "$code"
 """
@@ -55,21 +58,22 @@ def script_text(job: BatchJob, cluster: ClusterConfig, *, study: str, folder: st
 
     It runs in `folder`, and writes to a file in the folder `logs`; `origin` is the command that wrote it.
     """
-    head = [f"# Study {study}: {job.purpose}", f"# Written by: {origin}"]
+    head = [f"# Study {study}: {job.purpose}", f"# Written by: {' '.join(origin.split())}"]
     options = [f"#SBATCH {option}" for option in sbatch_options(job, cluster, study=study, logs=logs)]
     words = [*shlex.split(cluster.prefix or ""), *job.command]
-    body = ["set -euo pipefail", f"cd {shlex.quote(folder)}", *cluster.setup, f"run=({shlex.join(words)})"]
+    # many a script that activates an environment reads variables that are not set
+    body = ["set -eo pipefail", f"cd {shlex.quote(folder)}", *cluster.setup, "set -u", f"run=({shlex.join(words)})"]
     return "\n".join(["#!/usr/bin/env bash", *head, *options, "", *body, *_cases(job.tasks), "", RUN_AND_REQUEUE])
 
 
 def sbatch_options(job: BatchJob, cluster: ClusterConfig, *, study: str, logs: str) -> Iterator[str]:
     """What stands after `#SBATCH`, one line each."""
-    yield f"--job-name={study}-{job.name}"
+    yield f"--job-name={shlex.quote(f'{study}-{job.name}')}"
     size = job.workers or len(job.tasks)
     if size:
         limit = "" if cluster.max_running is None else f"%{cluster.max_running}"
         yield f"--array=0-{size - 1}{limit}"
-    yield f"--output={logs}/%x-{'%A_%a' if size else '%j'}.log"
+    yield f"--output={shlex.quote(logs)}/%x-{'%A_%a' if size else '%j'}.log"
     yield "--open-mode=append"
     asked: dict[str, str | int | None] = {
         "partition": cluster.partition,
@@ -93,7 +97,8 @@ def _cases(tasks: Sequence[Sequence[str]]) -> list[str]:
     if not tasks:
         return []
     lines = [f"    {number}) run+=({shlex.join(words)}) ;;" for number, words in enumerate(tasks)]
-    return ['case "$SLURM_ARRAY_TASK_ID" in', *lines, "esac"]
+    other = '    *) echo "no run has the number $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;'
+    return ['case "$SLURM_ARRAY_TASK_ID" in', *lines, other, "esac"]
 
 
 def submission_text(jobs: Sequence[BatchJob], *, study: str, folder: str, files: Sequence[str]) -> str:

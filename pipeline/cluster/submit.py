@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -12,14 +13,14 @@ from pathlib import Path
 from pipeline.cluster.jobs import jobs_of
 from pipeline.cluster.sbatch import BatchJob, script_text, submission_text
 from pipeline.config.commands import SubmitConfig
-from pipeline.config.compose import open_study
+from pipeline.config.compose import open_study, quoted
 from pipeline.config.study import Study
-from pipeline.core.files import write_atomically
+from pipeline.core.files import is_url, matching_paths, write_atomically
 from pipeline.core.progress import start_logging
 from pipeline.core.types import InputError
 from pipeline.declare.leaks import check_texts
-from pipeline.study.forecast import Composer, check_jobs, jobs_at_once, texts_of, with_curve_length
-from pipeline.study.plan import student_jobs
+from pipeline.study.forecast import ADAPTIVE, Composer, check_jobs, jobs_at_once, texts_of, with_curve_length
+from pipeline.study.plan import Job, student_jobs
 
 
 def run(config: SubmitConfig) -> None:
@@ -31,7 +32,8 @@ def run(config: SubmitConfig) -> None:
     students = student_jobs(config, study)
     check_jobs(composer, students)
     check_texts(texts_of(study), allowed=study.file.allow_shared_records)
-    students = [with_curve_length(composer, job) for job in students]
+    students = [with_teacher_on_dev(composer, with_curve_length(composer, job)) for job in students]
+    check_one_teacher(study)
     if (num_jobs := jobs_at_once(composer, students)) > 1:
         raise InputError(
             f"launcher.jobs: expected 1, because each student is a batch job of its own, found {num_jobs}; leave it "
@@ -45,8 +47,9 @@ def run(config: SubmitConfig) -> None:
         return
     check_queue(study, jobs)
     check_arrays(jobs)
-    subprocess.run(["bash", str(files[-1])], check=True)
     names = ",".join(f"{study.name}-{job.name}" for job in jobs)
+    advice = f"cancel what it has submitted before: scancel --me --name={names}"
+    print(answer_of("bash", str(files[-1]), advice=advice))
     print(f"files and logs: {files[-1].parent}; what they do: squeue --name={names}, and scripts/status.py")
 
 
@@ -75,6 +78,11 @@ def check_cluster(config: SubmitConfig) -> None:
     ):
         if value < least:
             raise InputError(f"cluster.{name}: expected at least {least}, found {value}; correct it")
+    if cluster.time is not None and cluster.time.isdigit():
+        raise InputError(
+            f"cluster.time: expected HOURS:MINUTES:SECONDS or DAYS-HOURS, found {cluster.time}; write it in quotes "
+            '("12:00:00"): without them YAML reads a number of seconds, which SLURM takes for minutes'
+        )
     if not config.dry_run and shutil.which("sbatch") is None:
         raise InputError(
             "cluster: expected the command sbatch, found none on this machine; run this on a login node of the "
@@ -85,8 +93,7 @@ def check_cluster(config: SubmitConfig) -> None:
 def check_queue(study: Study, jobs: list[BatchJob]) -> None:
     """Refuse a study that is in the queue already: its jobs would only wait for each other."""
     names = ",".join(f"{study.name}-{job.name}" for job in jobs)
-    asked = ["squeue", "--noheader", "--me", f"--name={names}", "--format=%j %i %T"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = answer_of("squeue", "--noheader", "--me", f"--name={names}", "--format=%j %i %T").splitlines()
     if found:
         raise InputError(
             f"expected none of this study's jobs in the queue, found {len(found)}, such as {found[0].strip()}; wait "
@@ -96,10 +103,44 @@ def check_queue(study: Study, jobs: list[BatchJob]) -> None:
 
 def check_arrays(jobs: list[BatchJob]) -> None:
     """Refuse an array that is larger than the cluster allows: sbatch would only call its specification invalid."""
-    shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
-    limit = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    limit = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer_of("scontrol", "show", "config"), re.MULTILINE)
     for job in jobs:
         size = job.workers or len(job.tasks)
         if limit is not None and size > int(limit[1]):
             what = "choose a smaller cluster.capture_jobs" if job.workers else "submit a part of the seeds at a time"
             raise InputError(f"{job.name}: expected at most {limit[1]} jobs (MaxArraySize), found {size}; {what}")
+
+
+def answer_of(*words: str, advice: str = "see whether this machine reaches the cluster") -> str:
+    """What a command prints; InputError with its own words where it fails."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise InputError(f"{words[0]}: expected success, found: {reason}; {advice}")
+    return done.stdout.strip()
+
+
+# ------------------------------------------------------------------------------------------- inputs
+
+
+def with_teacher_on_dev(composer: Composer, job: Job) -> Job:
+    """The job with the teacher's predictions on dev, which a weight that adapts reads and the teacher's job makes."""
+    adaptive = composer.train(job).loss.kd.adaptive_weight
+    if adaptive.every_steps == 0 or any(override.startswith(f"{ADAPTIVE}=") for override in job.overrides):
+        return job
+    place = f"{composer.study.file.runs_dir}/teacher-*/predictions-dev.parquet"
+    return dataclasses.replace(job, overrides=(f"{ADAPTIVE}={quoted([place])[1:-1]}", *job.overrides))
+
+
+def check_one_teacher(study: Study) -> None:
+    """Refuse a study with several teachers or caches in its folders: its jobs find theirs by a glob."""
+    for what, pattern in (
+        ("teacher", f"{study.file.runs_dir}/teacher-*"),
+        ("cache", f"{study.file.caches_dir}/{study.name}-*"),
+    ):
+        found = [] if is_url(pattern) else matching_paths(pattern)
+        if len(found) > 1:
+            raise InputError(
+                f"{what}: expected at most one, because the jobs take what matches {pattern}, found {len(found)} "
+                f"({', '.join(str(path) for path in found[:3])}); move the others away, or give the study other folders"
+            )

@@ -33,6 +33,8 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
     }
     if file.more_tests:
         train |= {"more_tests": content["more_tests"], "out_of_domain": file.out_of_domain}
+    leases = {name: content.get("capture", {}).get(name) for name in ("plans_dir", "lease_seconds")}
+    leases = {name: value for name, value in leases.items() if value is not None}
     own = {"study": study.given, "command": study.command, "study_dir": study.config_dir}
     capture = {"name": study.name, "caches_dir": file.caches_dir, "teacher": teacher, "corpus": content["corpus"]}
     return {
@@ -46,11 +48,7 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
             "runs": [f"{file.runs_dir}/*"],
             "out": study.report_dir,
         },
-        "status": {
-            "runs": [f"{file.runs_dir}/*"],
-            "caches": [f"{file.caches_dir}/*"],
-            "plans_dir": content.get("capture", {}).get("plans_dir"),
-        },
+        "status": {"runs": [f"{file.runs_dir}/*"], "caches": [f"{file.caches_dir}/*"], **leases},
         "import": {"caches_dir": file.caches_dir},
         **dict.fromkeys(("study", "submit", "search"), own),
     }

@@ -48,7 +48,7 @@ class FolderAbilities:
     sync_folder: bool
     """The names in a folder are flushed to disk (fsync): they survive a power loss."""
     clock_skew_seconds: float
-    """How far the clock of the file system is ahead of this machine's. Nothing compares the two."""
+    """How far the clock of the file system is ahead of this machine's. Only scripts/status.py compares the two."""
 
 
 NEEDED = {

@@ -214,8 +214,11 @@ def modified(place: Location) -> float:
 
 
 def age_seconds(place: Location) -> float:
-    """How long ago a file or object was last written, compared with one written now beside it, so by one clock."""
-    now = sibling(place, "now")
+    """How long ago a file or object was last written, compared with one written now, so by one clock.
+
+    That one appears a folder above: a change of the folder itself is a sign of work in it (scripts/status.py).
+    """
+    now = sibling(place.parent, "now")
     try:
         now.write_text("")
         return modified(now) - modified(place)

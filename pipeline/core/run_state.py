@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import RunPaths, write_json
-from pipeline.core.processes import this_process
+from pipeline.core.processes import has_ended, this_process
 from pipeline.core.stopping import Stopped
 
 ERROR = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n)+(\S.*)$", re.MULTILINE)
@@ -78,16 +78,21 @@ def recorded_state(paths: RunPaths) -> Iterator[None]:
 
 
 def record_end(paths: RunPaths, running: RunState, state: str, *, reason: str | None = None) -> None:
-    """Replace the state of a run that this process worked on."""
+    """Replace the state of a run that this process worked on, unless another command has taken the run over."""
+    with contextlib.suppress(ValueError):
+        found = read_state(paths)
+        if found is not None and found.process != running.process:
+            return
     steps = known_steps(paths)
     write_state(paths, dataclasses.replace(running, state=state, since=time.time(), num_steps=steps, reason=reason))
 
 
 def record_finished(paths: RunPaths) -> None:
-    """Nothing is left to do: a run that failed to add scores on a text that is no longer asked for is finished."""
+    """Nothing is left to do: a run that did not add scores on a text that is no longer asked for is finished."""
     with contextlib.suppress(ValueError):
         state = read_state(paths)
-        if state is not None and state.state == "failed":
+        is_at_work = state is not None and state.state == "running" and not has_ended(state.process)
+        if state is not None and state.state != "finished" and not is_at_work:
             write_state(paths, dataclasses.replace(state, state="finished", reason=None))
 
 

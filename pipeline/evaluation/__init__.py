@@ -1,1 +1,1 @@
-"""Scores of any model on held-out text, per-record predictions, and the report over finished runs."""
+"""Scores of any model on held-out text and per-record predictions."""

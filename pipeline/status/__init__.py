@@ -1,0 +1,1 @@
+"""Runs and captures from their folders alone: at work, silent, failed, finished."""

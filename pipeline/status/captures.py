@@ -29,7 +29,7 @@ LEASE_FILE = re.compile(r"\.(\d{5,})\.lease")
 TEMPORARY_FILE = re.compile(r"\.\d{5,}\.\d+\.[0-9a-f]+\.tmp")
 BETWEEN_SHARDS_SECONDS = 10.0  # a worker that has just committed a shard holds no lease for a moment
 LAST_SHARDS = 20  # the speed is that of so many
-PAUSE = 10.0  # a time between two shards that is so many times the median is a pause, and no sign of speed
+PAUSE = 10.0  # a time between two shards that is so many times that of a shard is a pause, and no sign of speed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,7 +118,7 @@ def judge(manifest: Manifest, shards: Shards, *, silent_seconds: float, lease_se
 def described(folder: Path, manifest: Manifest, shards: Shards, *, state: str, note: str) -> CaptureStatus:
     """The status of a cache."""
     infos = [info for _, info in shards.infos]
-    per_second = shards_per_second([time for time, _ in shards.infos])
+    per_second = shards_per_second([time for time, _ in shards.infos], num_workers=len(shards.leases))
     left, speed = None, None
     if state == "running" and per_second is not None:
         left = (manifest.num_shards - len(infos)) / per_second
@@ -139,13 +139,18 @@ def described(folder: Path, manifest: Manifest, shards: Shards, *, state: str, n
     )
 
 
-def shards_per_second(times: Sequence[float]) -> float | None:
-    """The speed of the last shards, from the times of their commits, pauses left out; None below two shards."""
-    last = times[-LAST_SHARDS:]
+def shards_per_second(times: Sequence[float], *, num_workers: int = 1) -> float | None:
+    """The speed of the last shards, from the times of their commits, pauses left out; None below two shards.
+
+    Equal workers that began together commit in bursts: a pause is measured by the time of as many commits as workers.
+    """
+    num_workers = max(num_workers, 1)
+    last = times[-max(LAST_SHARDS, 2 * num_workers + 1) :]
     gaps = [later - earlier for earlier, later in itertools.pairwise(last)]
     if not gaps or max(gaps) <= 0.0:
         return None
-    limit = PAUSE * median(gaps)
+    rounds = [later - earlier for earlier, later in zip(last, last[num_workers:], strict=False)]
+    limit = PAUSE * median(rounds) if rounds else 0.0
     worked = [gap for gap in gaps if gap <= limit] if limit > 0.0 else gaps  # several workers may commit at once
     return len(worked) / sum(worked) if sum(worked) > 0.0 else None
 
@@ -163,6 +168,13 @@ def label_of(manifest: Manifest) -> str:
 
 def find_plan(folder: Path, *, silent_seconds: float, lease_seconds: float) -> CaptureStatus | None:
     """A plan that is being made, or was left unfinished; None for one that is made: its cache shows what follows."""
+    try:
+        return _find_plan(folder, silent_seconds=silent_seconds, lease_seconds=lease_seconds)
+    except OSError as error:
+        return CaptureStatus(kind="plan", folder=str(folder), state="unreadable", note=trouble(folder, error))
+
+
+def _find_plan(folder: Path, *, silent_seconds: float, lease_seconds: float) -> CaptureStatus | None:
     unfinished, place = folder / ".unfinished", folder / "lease"
     try:
         age = age_of(newest_write(unfinished))

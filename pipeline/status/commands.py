@@ -78,7 +78,7 @@ def find(config: StatusConfig) -> list[Status]:
 
         def each(read: Callable[[Path], T], folders: Iterable[Path], is_one: Callable[[Path], bool]) -> list[T]:
             folders = list(folders)
-            chosen = pool.map(is_one, folders)
+            chosen = pool.map(partial(may_be, is_one), folders)
             return list(pool.map(read, [folder for folder, is_it in zip(folders, chosen, strict=True) if is_it]))
 
         runs = each(partial(find_run, silent_seconds=config.silent_seconds), folders_of(config.runs), is_run)
@@ -95,6 +95,14 @@ def find(config: StatusConfig) -> list[Status]:
             "the globs, or start a run"
         )
     return found
+
+
+def may_be(is_one: Callable[[Path], bool], folder: Path) -> bool:
+    """Whether a folder is a run, or a cache; True where that cannot be seen: its reader finds the reason."""
+    try:
+        return is_one(folder)
+    except OSError:  # another user's
+        return True
 
 
 def folders_of(patterns: Sequence[str]) -> list[Path]:

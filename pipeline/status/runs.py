@@ -31,6 +31,8 @@ from pipeline.status.evidence import Evidence, json_object, read_evidence, step_
 from pipeline.status.folders import age_of, trouble
 from pipeline.status.values import RunStatus
 
+LOADING = "loading"
+SCORES_LEFT = "the same command makes the scores that are missing"
 MAX_VALUE = 24  # characters of an option's value in a label
 
 
@@ -65,6 +67,8 @@ def _find_run(paths: RunPaths, silent_seconds: float) -> FoundRun:
     if any(problem.startswith(f"{paths.result.name}: ") for problem in problems):
         name = "unreadable"
     described, seed = _described(json_object(paths.identity, problems) or {}, problems)
+    if note == LOADING and described.get("steps") == 0:
+        note = "loading or scoring"  # without training nothing is written before the scores
     status = RunStatus(
         folder=str(paths.folder),
         state=name,
@@ -116,7 +120,7 @@ def _alive(found: Evidence) -> tuple[str, str]:
     if found.paths.model.exists():
         return "running", "scoring"
     is_loading = found.state is not None and not any_since(found.paths.metrics, found.state.since)
-    return "running", "loading" if is_loading else ""
+    return "running", LOADING if is_loading else ""
 
 
 def any_since(file: Path, since: float) -> bool:
@@ -129,8 +133,9 @@ def any_since(file: Path, since: float) -> bool:
 
 def _ended(found: Evidence) -> tuple[str, str]:
     """A run that its driver ended, without an error."""
+    is_stopped = found.state is not None and found.state.state == "stopped"
     if found.result is not None:
-        return "finished", ""
+        return ("stopped", SCORES_LEFT) if is_stopped else ("finished", "")
     if found.checkpoint_step is not None:
         return "stopped", f"the same command goes on from step {found.checkpoint_step}"
     return "waiting", "stopped before its first checkpoint"
@@ -142,10 +147,12 @@ def _killed(found: Evidence) -> tuple[str, str]:
     if any_since(found.paths.result, found.state.since):
         return "finished", ""
     step = found.checkpoint_step
-    where = "from the beginning" if step is None else f"from step {step}"
+    goes_on = f"the same command goes on from {'the beginning' if step is None else f'step {step}'}"
+    if found.result is not None or found.paths.model.exists():
+        goes_on = SCORES_LEFT
     reason = last_error(found.paths.log) if any_since(found.paths.log, found.state.since) else None
     last = f"; last error in the log: {reason}" if reason else ""
-    return "failed", f"killed, or the machine restarted; the same command goes on {where}{last}"
+    return "failed", f"killed, or the machine restarted; {goes_on}{last}"
 
 
 def _without_state(found: Evidence) -> tuple[str, str]:

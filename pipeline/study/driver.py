@@ -128,11 +128,14 @@ def _finished(study: Study) -> list[Path]:
 # ------------------------------------------------------------------------------------------- steps
 
 
-def run_teacher(study: Study) -> Teacher:
-    """Train and score the teacher, or score the ready-made one."""
+def run_teacher(study: Study, *, if_busy: IfBusy | None = None) -> Teacher:
+    """Train and score the teacher, or score the ready-made one; `if_busy` replaces that of its options."""
     job = teacher_job(study)
     print(f"\n==> {job.experiment}  ({command('train', study, job.arguments)})")
-    prepared = training.prepare(quiet(compose_job("train", job.arguments, study=study)))
+    config = quiet(compose_job("train", job.arguments, study=study))
+    if if_busy is not None:
+        config = dataclasses.replace(config, launcher=dataclasses.replace(config.launcher, if_busy=if_busy))
+    prepared = training.prepare(config)
     training.run_prepared(prepared)
     folder = prepared.paths.folder
     model = str(prepared.paths.model) if study.trains_teacher else study.file.teacher.path

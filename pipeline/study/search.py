@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -12,44 +13,37 @@ from typing import TYPE_CHECKING, Any
 from pipeline.capture import driver as capture
 from pipeline.config.commands import SearchConfig
 from pipeline.config.compose import open_study, quoted
-from pipeline.config.layers import option_text
 from pipeline.config.overrides import compose_job
 from pipeline.config.schema import ExportedStep, IfBusy, TrainConfig
 from pipeline.config.study import Study
 from pipeline.core.files import content_hash
 from pipeline.core.progress import start_logging
+from pipeline.core.stopping import Stopped
 from pipeline.core.types import Busy, InputError, RunFailed
+from pipeline.data.text_files import open_text
+from pipeline.data.tokenize import text_hash
 from pipeline.declare.leaks import check_texts
 from pipeline.study.driver import quiet, run_teacher, with_inputs
 from pipeline.study.forecast import Composer, check_jobs, jobs_at_once, texts_of
 from pipeline.study.plan import Job, check_plan
+from pipeline.study.space import Axis, Values, middle, overrides_of, read_space
 from pipeline.training import driver as training
 
 if TYPE_CHECKING:
     import optuna
 
-Values = Mapping[str, Any]
-TEMPERATURE = "loss.kd.temperature"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """The values that a search may choose for one option."""
-
-    values: tuple[Any, ...] = ()
-    """To choose from; empty: a range."""
-    low: float = 0.0
-    high: float = 0.0
-    log: bool = False
-
-    @property
-    def ends(self) -> tuple[Any, Any]:
-        """The two values that are checked before the first run."""
-        return (self.values[0], self.values[-1]) if self.values else (self.low, self.high)
+CHOICE_SECONDS = 60.0  # far longer than a process takes to choose the values of a setting
 
 
 def run(config: SearchConfig) -> None:
     """Try settings until there are as many as asked for, then print them, best first; the same command continues."""
+    try:
+        _run(config)
+    except Stopped as stopped:  # a run that finished all the same is not the end of its search
+        raise Stopped(str(stopped), is_finished=False) from stopped
+
+
+def _run(config: SearchConfig) -> None:
     start_logging()
     study = open_study(config.study, config.study_dir)
     composer = Composer(study)
@@ -58,7 +52,7 @@ def run(config: SearchConfig) -> None:
     if config.dry_run:
         return
     search = open_search(config, study, space)
-    teacher, cache = run_teacher(study), None
+    teacher, cache = run_teacher(study, if_busy=IfBusy.wait), None  # several commands may begin together
     if composer.reads_cache(job_of(config, middle(space), config.seeds[0])):
         cache = str(capture.run(composer.capture(f"teacher.path={quoted([teacher.model])[1:-1]}")))
     start_logging(quiet=True)
@@ -69,50 +63,7 @@ def run(config: SearchConfig) -> None:
     print(f"\n{summary(search, study, config)}")
 
 
-# ------------------------------------------------------------------------------------------- space
-
-
-def read_space(search: Mapping[str, Any], temperatures: Sequence[float], prefix: str = "") -> dict[str, Axis]:
-    """The options to choose and their values, by name; InputError for an entry that is neither a range nor a list."""
-    found: dict[str, Axis] = {}
-    for key, value in search.items():
-        name = f"{prefix}{key}"
-        if value is None and name == TEMPERATURE:
-            value = list(temperatures)
-        if isinstance(value, Mapping) and not {"low", "high"} & value.keys():
-            found |= read_space(value, temperatures, f"{name}.")
-        else:
-            found[name] = _axis(name, value)
-    if not found and not prefix:
-        raise InputError("search: expected options to choose, found none; use search=kd, or write search/NAME.yaml")
-    return found
-
-
-def _axis(name: str, value: Any) -> Axis:
-    if isinstance(value, list) and value:
-        return Axis(values=tuple(value))
-    if isinstance(value, Mapping) and value.keys() <= {"low", "high", "log"} and len(value.keys() - {"log"}) == 2:
-        low, high, log = value["low"], value["high"], bool(value.get("log", False))
-        is_number = all(isinstance(end, (int, float)) for end in (low, high))
-        if is_number and low < high and (low > 0 or not log):
-            return Axis(low=low, high=high, log=log)
-    raise InputError(
-        f"search.{name}: expected a list of values, or {{low: NUMBER, high: a larger one}} (above 0 with log: true), "
-        f"found {value!r}; correct it"
-    )
-
-
-def middle(space: Mapping[str, Axis]) -> dict[str, Any]:
-    """One setting of the space."""
-    return {name: axis.ends[0] for name, axis in space.items()}
-
-
-def overrides_of(values: Values) -> list[str]:
-    """A setting as options of scripts/train.py; three digits are more than a score on dev can tell apart."""
-    return [
-        f"{name}={option_text(float(f'{value:.3g}') if isinstance(value, float) else value)}"
-        for name, value in values.items()
-    ]
+# ------------------------------------------------------------------------------------------ checks
 
 
 def job_of(config: SearchConfig, values: Values, seed: int) -> Job:
@@ -132,8 +83,9 @@ def check_search(config: SearchConfig, study: Study, composer: Composer, space: 
     if importlib.util.find_spec("optuna") is None:
         raise InputError("search: expected the package optuna, found none; install it with scripts/setup search")
     check_plan(config.seeds, config.overrides)
-    ends = [{name: axis.ends[end] for name, axis in space.items()} for end in (0, 1)]
-    jobs = [job_of(config, values, config.seeds[0]) for values in ends]
+    first = middle(space)
+    settings = [first | {name: value} for name, axis in space.items() for value in axis.values or axis.ends]
+    jobs = [job_of(config, values, config.seeds[0]) for values in settings]
     if jobs_at_once(composer, jobs) > 1:
         raise InputError("launcher.jobs: expected 1, found more; several commands at once share a search")
     check_jobs(composer, jobs)
@@ -146,7 +98,8 @@ def check_search(config: SearchConfig, study: Study, composer: Composer, space: 
 def open_search(config: SearchConfig, study: Study, space: Mapping[str, Axis]) -> optuna.Study:
     """The search as far as it has come, in a journal beside the study's runs: JSON lines that several may append to.
 
-    Another space, other fixed options or other seeds are another search in the same file.
+    Another space, other fixed options or seeds, another file of the study or text of dev are another search in it:
+    their scores cannot be compared.
     """
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -155,7 +108,9 @@ def open_search(config: SearchConfig, study: Study, space: Mapping[str, Axis]) -
     place = folder_of(study)
     place.mkdir(parents=True, exist_ok=True)
     axes = {name: dataclasses.asdict(axis) for name, axis in space.items()}
-    identity = [config.experiment, config.overrides, config.seeds, config.seed, axes]
+    assert study.file.dev is not None
+    dev = text_hash(open_text(study.file.dev, "dev"))
+    identity = [config.experiment, config.overrides, config.seeds, config.seed, axes, study.content, dev]
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(JournalFileBackend(str(place / "trials.journal"))),
         study_name=content_hash(identity)[:12],
@@ -170,42 +125,45 @@ def folder_of(study: Study) -> Path:
 
 
 def trials(search: optuna.Study, space: Mapping[str, Axis], config: SearchConfig) -> Iterator[tuple[int, Values]]:
-    """The settings to try, each with its number: first those that a process began and did not end, then new ones.
+    """The settings to try, each with its number: those that a process began and did not end, then new ones.
 
-    A setting that another process is trying is begun here too: its run is locked, so that this one passes it over.
+    A setting that another process is trying is begun here too: its run is locked, so that this one passes it over. At
+    the end it is asked for once more: that process may have been killed.
     """
+    yield from begun_trials(search, space)
+    while len(search.get_trials(deepcopy=False)) < config.trials:
+        trial = search.ask()
+        search.sampler = sampler_of(config.seed, trial.number)
+        yield trial.number, {name: chosen(trial, name, axis) for name, axis in space.items()}
+    yield from begun_trials(search, space)
+
+
+def begun_trials(search: optuna.Study, space: Mapping[str, Axis]) -> Iterator[tuple[int, Values]]:
+    """The settings without an answer."""
     from optuna.trial import TrialState
 
     for begun in search.get_trials(states=[TrialState.RUNNING]):
+        age = datetime.now() - (begun.datetime_start or datetime.now())
         if begun.params.keys() == space.keys():
             yield begun.number, begun.params
-        else:  # its process was killed before it had chosen all values
-            search.tell(begun.number, state=TrialState.FAIL)
-    while len(search.get_trials(deepcopy=False)) < config.trials:
-        search.sampler = sampler_of(config.seed, len(search.get_trials(states=[TrialState.COMPLETE])))
-        trial = search.ask(distributions(space))
-        yield trial.number, trial.params
+        elif age.total_seconds() > CHOICE_SECONDS:  # its process was killed before it had chosen all values
+            search.tell(begun.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def sampler_of(seed: int, num_complete: int) -> optuna.samplers.BaseSampler:
-    """Optuna's default sampler, so seeded that a search that was killed proposes what it would have proposed."""
+def sampler_of(seed: int, number: int) -> optuna.samplers.BaseSampler:
+    """Optuna's default sampler, seeded for one trial: a search that was killed proposes what it would have proposed."""
     import optuna
 
-    return optuna.samplers.TPESampler(seed=int(content_hash([seed, num_complete])[:8], 16))
+    return optuna.samplers.TPESampler(seed=int(content_hash([seed, number])[:8], 16))
 
 
-def distributions(space: Mapping[str, Axis]) -> dict[str, Any]:
-    """The space in Optuna's values; a range with whole ends has whole numbers."""
-    from optuna import distributions as of
-
-    found: dict[str, Any] = {}
-    for name, axis in space.items():
-        is_whole = isinstance(axis.low, int) and isinstance(axis.high, int)
-        range_of: Any = of.IntDistribution if is_whole else of.FloatDistribution
-        found[name] = (
-            of.CategoricalDistribution(axis.values) if axis.values else range_of(axis.low, axis.high, log=axis.log)
-        )
-    return found
+def chosen(trial: optuna.Trial, name: str, axis: Axis) -> Any:
+    """The sampler's value for one option; a range with whole ends has whole numbers."""
+    if axis.values:
+        return trial.suggest_categorical(name, axis.values)
+    if isinstance(axis.low, int) and isinstance(axis.high, int):
+        return trial.suggest_int(name, axis.low, axis.high, log=axis.log)
+    return trial.suggest_float(name, axis.low, axis.high, log=axis.log)
 
 
 # -------------------------------------------------------------------------------------------- runs

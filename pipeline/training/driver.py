@@ -196,6 +196,8 @@ def run_to_result(prepared: PreparedRun, lock: int) -> None:
             log.info("%s: %s", "resuming" if paths.published.exists() else "starting", paths.folder)
         kept = steps_kept(paths)
         exit_code = run_ranks(prepared.config, paths, prepared.num_ranks, lock)
+        if exit_code == 0 and paths.model.exists() and not paths.result.exists():  # the ranks of several nodes
+            exit_code = run_ranks(prepared.config, paths, prepared.num_ranks, lock)
     is_complete = prepared.is_complete()
     # a rank may have stopped because of a signal of its own, or because of the time limit
     is_stopped = paths.stop.exists() or (exit_code == 0 and not is_complete)
@@ -237,8 +239,8 @@ def num_processes(config: TrainConfig) -> int:
 
 def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> int:
     """Start the ranks under torchrun, or the one that only scores; wait for them; returns the exit code."""
-    only_scores = config.steps == 0 or paths.result.exists()
     nodes = config.launcher.num_nodes
+    only_scores = config.steps == 0 or paths.result.exists() or (nodes > 1 and paths.model.exists())
     on_this_node = 1 if only_scores else ranks // nodes
     threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // on_this_node, 1))}
     defaults = threads if torch.cuda.is_available() else threads | ALLOCATOR_SETTINGS

@@ -50,6 +50,7 @@ def unhandled_signals() -> list[str]:
 def srun(variables: Mapping[str, str], num_nodes: int) -> list[str]:
     """One task a node; the ranks of a node that fails do not leave those of the others waiting."""
     words = ["srun", f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    words.append("--wait=0")  # nodes may end minutes before the last one
     # since release 22.05 srun does not take this from the job
     return words + [f"--cpus-per-task={cpus}" for cpus in [variables.get("SLURM_CPUS_PER_TASK")] if cpus]
 

@@ -16,6 +16,7 @@ from pipeline.core.types import Busy, InputError
 from pipeline.training import run_lease
 
 LOCK_WAIT_SECONDS = 60.0  # the ranks of a driver that was killed notice it, save and leave within this time
+PROBE_SECONDS = 0.2  # scripts/status.py holds a lock for a moment to see whether it is free
 SHOW_WAITING_SECONDS = 60.0  # between two lines of a process that waits for a lock
 
 
@@ -33,9 +34,12 @@ def run_lock(paths: RunPaths, if_busy: IfBusy = IfBusy.fail) -> Iterator[int]:
                 break
             except BlockingIOError:
                 held = f"{paths.folder}: {paths.lock.read_text().partition(chr(10))[0] or 'locked'}"
-                if if_busy is IfBusy.skip:
-                    raise Busy(held) from None
                 now = time.monotonic()
+                if if_busy is IfBusy.skip:
+                    if now > began + PROBE_SECONDS:
+                        raise Busy(held) from None
+                    time.sleep(PROBE_SECONDS)
+                    continue
                 if if_busy is IfBusy.fail and now > began + LOCK_WAIT_SECONDS:
                     raise InputError(
                         f"{paths.folder}: expected a free run folder, found {paths.lock.name} held by another "

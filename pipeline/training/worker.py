@@ -52,7 +52,9 @@ def run(folder: Path) -> None:
         except Exception:
             log.exception("rank %d failed", ranks.rank)
             raise
-    if is_trained and is_first:  # the exported folder is scored, as its users will load it
+    # the exported folder is scored, as its users will load it; where there are several nodes, by the driver: torchrun
+    # waits five minutes for a node that goes on, and then ends it
+    if is_trained and is_first and config.launcher.num_nodes == 1:
         release_memory()
         finish(config, paths)
 

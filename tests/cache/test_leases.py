@@ -16,6 +16,7 @@ import pytest
 from pipeline.cache import leases
 from pipeline.cache.leases import hold_lease, holder, share_lease
 from pipeline.core import processes
+from pipeline.core.object_store import age_seconds
 from pipeline.core.types import InputError
 from support.commands import mounted, needs_root
 
@@ -147,6 +148,27 @@ def test_a_lease_whose_holder_ended_and_left_others_at_work(left_behind: str, tm
     with hold_lease(place, lease_seconds=60) as held:
         assert held
         assert lost.wait(10)
+
+
+def test_a_lease_that_its_successor_has_released_is_lost(left_behind: str, tmp_path: Path) -> None:
+    """As for a machine that was frozen while another one took the run over and finished it."""
+    place = tmp_path / "lease"
+    place.write_text(left_behind)
+    lost = threading.Event()
+    share_lease(place, lease_seconds=0.4, on_loss=lost.set)
+    place.unlink()
+    assert lost.wait(10)
+
+
+def test_the_age_of_a_lease_is_measured_without_a_change_of_its_folder(tmp_path: Path) -> None:
+    """A change of the folder is a sign of work in it; processes that wait for a lease ask for its age all the time."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "lease").write_text("x")
+    os.utime(folder, (1, 1))
+    assert 0 <= age_seconds(folder / "lease") < 60
+    assert folder.stat().st_mtime == 1
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_no_lease_is_shared_where_there_is_none(tmp_path: Path) -> None:

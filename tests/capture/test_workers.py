@@ -187,6 +187,24 @@ def test_a_worker_frozen_for_longer_than_its_lease_changes_nothing_when_it_resum
     assert shards_of(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_worker_and_no_lease(
+    teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As by the kernel for want of memory: workers that stayed would hold their GPUs beside those of the next try."""
+    process = start(arguments(teacher, many, num_workers=2), tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("caches/*/shards/*.parquet"))) > 5, process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(worker.is_running() for worker in workers), seconds=60)
+    assert not list(tmp_path.glob("caches/*/shards/.*.lease"))
+    assert not list(tmp_path.glob("caches/*/shards/.*.tmp"))
+    script("capture", *arguments(teacher, many), cwd=tmp_path, env=one_thread())
+    assert shards_of(tmp_path) == undisturbed
+
+
 def test_a_killed_capture_resumes_where_it_stopped(
     teacher: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -9,19 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from pipeline.cluster.jobs import jobs_of
 from pipeline.cluster.sbatch import BatchJob, script_text, submission_text
-from pipeline.cluster.submit import check_cluster
+from pipeline.cluster.submit import answer_of, check_cluster, check_one_teacher, with_teacher_on_dev
 from pipeline.config.cluster import ClusterConfig
 from pipeline.config.commands import StudyConfig, SubmitConfig
 from pipeline.config.compose import open_study
 from pipeline.core.types import InputError
-from pipeline.study.plan import student_jobs
+from pipeline.study.forecast import ADAPTIVE, Composer
+from pipeline.study.plan import Job, student_jobs
 from pipeline.training.launch import check_nodes, ranks_command, rendezvous, srun
-from support.commands import ROOT, script
+from support.commands import ROOT, composed, script
 
 EXPECTED = Path(__file__).parent / "expected"
 LARGE = ClusterConfig(
@@ -102,26 +105,39 @@ for one in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(one, stop)
 pathlib.Path("started").touch()
 time.sleep(float(os.environ["SECONDS_OF_WORK"]))
+sys.exit(int(os.environ["CODE"]))
 """
 
 
 @pytest.mark.parametrize(
-    ("sent", "code", "requeued"),
-    [("SIGUSR1", 75, True), ("SIGTERM", 75, False), ("SIGUSR1", 0, False), ("SIGUSR1", 2, False), (None, 0, False)],
+    ("sent", "code", "state", "requeued"),
+    [
+        ("SIGUSR1", 75, "RUNNING", True),
+        (None, 75, "RUNNING", True),  # launcher.time_limit, or a signal to its steps alone
+        (None, 75, "COMPLETING", False),  # cancelled meanwhile
+        ("SIGTERM", 75, "RUNNING", False),
+        ("SIGUSR1", 0, "RUNNING", False),
+        ("SIGUSR1", 2, "RUNNING", False),
+        (None, 0, "RUNNING", False),
+    ],
 )
-def test_a_job_is_queued_again_before_its_time_limit_alone(
-    sent: str | None, code: int, requeued: bool, tmp_path: Path
+@pytest.mark.parametrize("task", [None, 3])
+def test_a_job_that_was_asked_to_stop_is_queued_again(
+    sent: str | None, code: int, state: str, requeued: bool, task: int | None, tmp_path: Path
 ) -> None:
-    """The command gets the signal, its exit code is the job's; `scontrol requeue` only after USR1 and 75."""
+    """The command gets the signal, its exit code is the job's; of an array its one job is queued, never all of them."""
     (tmp_path / "train.py").write_text(TRAINING)
     (tmp_path / "bin").mkdir()
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.write_text('#!/bin/sh\necho "$@" > requeued\n')
-    scontrol.chmod(0o755)
+    for name, line in (("scontrol", 'echo "$@" > requeued'), ("squeue", f'echo {state}; echo "$@" > asked')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
     job = BatchJob(name="x", purpose="p.", command=(sys.executable, "train.py"))
     batch = tmp_path / "job.sbatch"
     batch.write_text(script_text(job, ClusterConfig(), logs="logs", **(PLACES | {"folder": str(tmp_path)})))
     variables = os.environ | {"SLURM_JOB_ID": "17", "CODE": str(code), "SECONDS_OF_WORK": "60" if sent else "0"}
+    if task is not None:  # the job that begins last has the number of the whole array
+        variables |= {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": str(task)}
+    name = "17" if task is None else f"17_{task}"
     variables["PATH"] = f"{tmp_path / 'bin'}:{variables['PATH']}"
     with subprocess.Popen(["bash", str(batch)], env=variables) as process:
         if sent is not None:
@@ -131,7 +147,8 @@ def test_a_job_is_queued_again_before_its_time_limit_alone(
         assert process.wait(60) == code
     assert sent is None or (tmp_path / "signal").read_text() == sent
     assert (tmp_path / "requeued").exists() == requeued
-    assert not requeued or (tmp_path / "requeued").read_text() == "requeue 17\n"
+    assert not requeued or (tmp_path / "requeued").read_text() == f"requeue {name}\n"
+    assert not requeued or f"--jobs={name} " in (tmp_path / "asked").read_text()
 
 
 # --------------------------------------------------------------------------------------- several nodes
@@ -180,9 +197,43 @@ def test_what_cannot_be_submitted_is_refused(monkeypatch: pytest.MonkeyPatch, tm
     check_cluster(SubmitConfig(study="demo", dry_run=True))
     with pytest.raises(InputError, match="expected the command sbatch, found none on this machine.*add --print"):
         check_cluster(SubmitConfig(study="demo"))
+    with pytest.raises(InputError, match="cluster.time: expected HOURS:MINUTES:SECONDS or DAYS-HOURS, found 43200"):
+        check_cluster(SubmitConfig(study="demo", cluster=ClusterConfig(time="43200")))  # YAML's 12:00:00
     for name in ("nodes", "capture_jobs", "leave_seconds"):
         with pytest.raises(InputError, match=f"cluster.{name}: expected at least 1, found 0"):
             check_cluster(SubmitConfig(study="demo", cluster=ClusterConfig(**{name: 0})))  # type: ignore[arg-type]
+
+
+def test_several_teachers_in_the_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = open_study("demo", None)
+    check_one_teacher(study)
+    (tmp_path / study.file.runs_dir / "teacher-1").mkdir(parents=True)
+    check_one_teacher(study)
+    (tmp_path / study.file.runs_dir / "teacher-2").mkdir()
+    with pytest.raises(
+        InputError, match="teacher: expected at most one, because the jobs take what matches .* found 2"
+    ):
+        check_one_teacher(study)
+
+
+def test_a_weight_that_adapts_reads_the_teacher_on_dev() -> None:
+    study = open_study("demo", None)
+    composed_job = SimpleNamespace(study=study, train=lambda job: composed("train", "study=demo", *job.arguments))
+    composer = cast(Composer, composed_job)
+    adaptive = Job(experiment="combined", seed=1, overrides=("loss.kd.adaptive_weight.every_steps=5",))
+    found = with_teacher_on_dev(composer, adaptive)
+    assert found.overrides[0] == f"{ADAPTIVE}='{study.file.runs_dir}/teacher-*/predictions-dev.parquet'"
+    assert found.overrides[1:] == adaptive.overrides
+    assert with_teacher_on_dev(composer, found) == found
+    plain = Job(experiment="combined", seed=1, overrides=())
+    assert with_teacher_on_dev(composer, plain) == plain
+
+
+def test_what_a_command_of_slurm_says_is_shown() -> None:
+    with pytest.raises(InputError, match="bash: expected success, found: Invalid account; ask"):
+        answer_of("bash", "-c", "echo Invalid account >&2; exit 1", advice="ask")
+    assert answer_of("echo", "42") == "42"
 
 
 def test_an_own_cluster_and_an_option_of_training(tmp_path: Path) -> None:

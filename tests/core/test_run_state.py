@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -13,7 +14,15 @@ import pytest
 from pipeline.core.files import RunPaths
 from pipeline.core.processes import description, has_ended, this_process
 from pipeline.core.progress import log, start_logging
-from pipeline.core.run_state import known_steps, read_state, record_finished, record_steps, recorded_state
+from pipeline.core.run_state import (
+    RunState,
+    known_steps,
+    read_state,
+    record_finished,
+    record_steps,
+    recorded_state,
+    write_state,
+)
 from pipeline.core.stopping import Stopped
 from pipeline.core.types import RunFailed
 
@@ -53,6 +62,33 @@ def test_a_process_is_seen_at_work_and_its_steps_stay(paths: RunPaths) -> None:
     assert (state.state, state.num_steps, state.reason) == ("finished", 600, None)
     with recorded_state(paths):
         assert known_steps(paths) == 600
+
+
+def test_the_state_of_a_command_that_took_the_run_over_stays(paths: RunPaths) -> None:
+    with contextlib.suppress(RunFailed), recorded_state(paths):
+        own = read_state(paths)
+        assert own is not None
+        theirs = dataclasses.replace(own, process="node7 boot/pid 12 345")
+        write_state(paths, theirs)
+        raise RunFailed("this machine was frozen")
+    assert read_state(paths) == theirs
+
+
+def test_a_killed_command_whose_work_is_no_longer_asked_for_leaves_a_finished_run(paths: RunPaths) -> None:
+    ended = " ".join([*this_process().split()[:3], "1"])  # this PID, given again
+    at_work = RunState(state="running", since=1.0, process=this_process())
+    for state, expected in (
+        (dataclasses.replace(at_work, process=ended), "finished"),
+        (dataclasses.replace(at_work, state="stopped"), "finished"),
+        (dataclasses.replace(at_work, state="failed", reason="x"), "finished"),
+        (at_work, "running"),
+        (dataclasses.replace(at_work, process="node7 boot/pid 12 345"), "running"),  # unknown from here
+    ):
+        write_state(paths, state)
+        record_finished(paths)
+        found = read_state(paths)
+        assert found is not None
+        assert (found.state, found.reason) == (expected, None)
 
 
 @pytest.mark.parametrize(("is_finished", "expected"), [(False, "stopped"), (True, "finished")])

@@ -104,6 +104,17 @@ def test_speed_leaves_pauses_out() -> None:
     assert shards_per_second([index * 100.0 for index in range(30)] + [2901.0 + index for index in range(20)]) == 1.0
 
 
+@pytest.mark.parametrize(("num_workers", "spread"), [(2, 5.0), (4, 20.0), (8, 60.0), (16, 10.0), (40, 10.0)])
+def test_speed_of_workers_that_commit_in_bursts(num_workers: int, spread: float) -> None:
+    """Each takes ten minutes for a shard, and all began within `spread` seconds."""
+    starts = [spread * worker / num_workers for worker in range(num_workers)]
+    times = sorted(start + 600.0 * number for start in starts for number in range(1, 6))
+    for num_seen in range(2 * num_workers + 1, len(times)):
+        found = shards_per_second(times[:num_seen], num_workers=num_workers)
+        assert found is not None
+        assert 0.5 * num_workers / 600 < found < 2.1 * num_workers / 600
+
+
 def test_time_left_by_the_committed_shards(cache: Path) -> None:
     info_path(cache, 0).write_text(info_path(cache, 1).read_text().replace('"index": 1', '"index": 0'))
     now = time.time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,23 @@ def test_killed_here(paths: RunPaths) -> None:
     assert found(paths).note.endswith("goes on from step 10")
     write_result(paths)  # it was killed after its last work
     assert found(paths).state == "finished"
+
+
+@pytest.mark.parametrize(("state", "expected"), [("stopped", "stopped"), ("running", "failed")])
+def test_stopped_or_killed_while_a_further_text_was_scored(paths: RunPaths, state: str, expected: str) -> None:
+    write_result(paths)
+    let_age(paths.folder, 100)
+    write_state(paths, state, process=ended_process())
+    status = found(paths)
+    assert status.state == expected
+    assert status.note.endswith("the same command makes the scores that are missing")
+
+
+def test_without_training_nothing_shows_when_loading_ends(paths: RunPaths) -> None:
+    paths.identity.write_text(json.dumps({"options": {"steps": 0, "seed": 1}}))
+    with locked(paths):
+        write_state(paths, "running")
+        assert (found(paths).state, found(paths).note) == ("running", "loading or scoring")
 
 
 def test_on_another_machine_the_age_decides_where_no_lock_is_seen(paths: RunPaths) -> None:

@@ -18,8 +18,10 @@ import yaml
 from pipeline.config.commands import SearchConfig
 from pipeline.config.compose import open_study
 from pipeline.core.types import InputError
-from pipeline.study.search import Axis, folder_of, open_search, overrides_of, read_space, summary, trials
+from pipeline.study.search import begun_trials, folder_of, open_search, summary, trials
+from pipeline.study.space import Axis, overrides_of, read_space
 from support.commands import ROOT, composed, script, wait_for
+from support.tiny import prompts, write_lines
 from support.tiny_study import write_tiny_study
 
 SPACE = {
@@ -35,8 +37,9 @@ def config_of(folder: Path, **changes: Any) -> SearchConfig:
 
 @pytest.fixture
 def study_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A study's file; its models and texts are never read."""
+    """A study's file; of its models and texts only dev is read."""
     write_tiny_study(tmp_path, teacher=tmp_path, student=tmp_path, data=tmp_path)
+    write_lines(tmp_path / "dev.jsonl", prompts(4, labeled=True))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -99,16 +102,49 @@ def test_two_processes_share_a_search(study_folder: Path) -> None:
     study = open_study(config.study, None)
     mine, theirs = (open_search(config, study, SPACE) for _ in range(2))
     shared = itertools.zip_longest(trials(mine, SPACE, config), trials(theirs, SPACE, config))
-    numbers = []
+    tried: dict[int, Any] = {}
     for pair in shared:
         for search, one in zip((mine, theirs), pair, strict=True):
-            if one is not None and one[0] not in numbers:  # else its run is locked: passed over
-                numbers.append(one[0])
+            if one is not None and one[0] not in tried:  # else its run is locked: passed over
+                tried[one[0]] = one[1]
                 search.tell(one[0], score(one[1]))
-    assert sorted(numbers) == list(range(9))
+    assert sorted(tried) == list(range(9))
+    assert len({str(values) for values in tried.values()}) == 9
 
 
-def test_another_space_or_seed_is_another_search(study_folder: Path) -> None:
+def test_a_failure_and_a_setting_at_work_elsewhere_are_not_proposed_again(study_folder: Path) -> None:
+    config = config_of(study_folder)
+    study = open_study(config.study, None)
+    search = open_search(config, study, SPACE)
+    found: list[int] = []
+    for number, values in trials(search, SPACE, config):
+        if number in found:
+            break  # once more at the end
+        found.append(number)
+        settings = [trial.params for trial in search.get_trials()]
+        assert settings.count(values) == 1
+        if number % 3 == 0:
+            search.tell(number, state=optuna.trial.TrialState.FAIL)
+        elif number % 3 == 1:
+            search.tell(number, score(values))  # the others stay at work
+    assert found == list(range(9))
+
+
+def test_a_setting_whose_process_was_killed_before_it_had_all_values(
+    study_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(study_folder, trials=1)
+    study = open_study(config.study, None)
+    search = open_search(config, study, SPACE)
+    search.ask().suggest_float("loss.kd.weight", 0.01, 10.0, log=True)
+    assert list(begun_trials(search, SPACE)) == []
+    assert search.trials[0].state is optuna.trial.TrialState.RUNNING  # its process may be choosing just now
+    monkeypatch.setattr("pipeline.study.search.CHOICE_SECONDS", -1.0)
+    assert list(begun_trials(search, SPACE)) == []
+    assert search.trials[0].state is optuna.trial.TrialState.FAIL
+
+
+def test_another_space_seed_file_or_dev_is_another_search(study_folder: Path) -> None:
     config = config_of(study_folder)
     study = open_study(config.study, None)
     names = {
@@ -122,6 +158,12 @@ def test_another_space_or_seed_is_another_search(study_folder: Path) -> None:
         )
     }
     assert len(names) == 4
+    write_lines(study_folder / "dev.jsonl", prompts(5, labeled=True))
+    names.add(open_search(config, study, SPACE).study_name)
+    file = study_folder / "study" / "tiny.yaml"
+    file.write_text(file.read_text().replace("steps: 20", "steps: 21"))
+    names.add(open_search(config, open_study(config.study, None), SPACE).study_name)
+    assert len(names) == 6
 
 
 def test_the_summary_shows_the_best_and_what_mattered(study_folder: Path) -> None:
