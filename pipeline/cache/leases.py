@@ -51,21 +51,29 @@ def hold_lease(place: Location, *, lease_seconds: float, ends_with_holder: bool 
                 place.unlink(missing_ok=True)
 
 
-def share_lease(place: Path, *, lease_seconds: float, on_loss: Callable[[], None]) -> None:
-    """Renew the lease that another process holds, until this process ends; does nothing where there is no lease.
+@contextlib.contextmanager
+def share_lease(place: Path, *, lease_seconds: float, on_loss: Callable[[], None]) -> Iterator[None]:
+    """Renew the lease that another process holds, while the body runs; does nothing where there is no lease.
 
     `on_loss` is called, in a thread, once a third process has taken the lease over.
     """
     try:
         owner = place.read_text()
     except FileNotFoundError:
+        yield
         return
+    done = threading.Event()
 
     def keep() -> None:
-        _keep_renewing(place, owner, lease_seconds, threading.Event())
-        on_loss()
+        _keep_renewing(place, owner, lease_seconds, done)
+        if not done.is_set():
+            on_loss()
 
     threading.Thread(target=keep, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _keep_renewing(place: Location, owner: str, lease_seconds: float, done: threading.Event) -> None:

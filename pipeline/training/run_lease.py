@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import TextIO
 
 from pipeline.cache.leases import hold_lease, share_lease
@@ -30,11 +31,16 @@ def take(paths: RunPaths, file: TextIO, held: contextlib.ExitStack) -> None:
         raise BlockingIOError(f"{paths.lease} is held by another process")
 
 
-def renew_from_rank(paths: RunPaths) -> None:
-    """In the first rank: renew the driver's lease, also when the driver was killed; exit if it is taken over."""
+@contextlib.contextmanager
+def renewed_by_rank(paths: RunPaths) -> Iterator[None]:
+    """In the first rank: renew the driver's lease while the body runs, also when the driver was killed.
+
+    The process exits if the lease is taken over.
+    """
 
     def leave() -> None:
         log.error("%s: another command has taken over this run, because this one was frozen; leaving", paths.folder)
         os._exit(1)
 
-    share_lease(paths.lease, lease_seconds=LEASE_SECONDS, on_loss=leave)
+    with share_lease(paths.lease, lease_seconds=LEASE_SECONDS, on_loss=leave):
+        yield

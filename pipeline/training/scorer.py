@@ -13,7 +13,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import log, start_logging
 from pipeline.training.finish import finish
-from pipeline.training.run_lease import renew_from_rank
+from pipeline.training.run_lease import renewed_by_rank
 
 
 def run(folder: Path) -> None:
@@ -21,9 +21,9 @@ def run(folder: Path) -> None:
     paths = RunPaths(folder=folder)
     config = load_config(paths.config, TrainConfig)
     start_logging(paths.log, quiet=config.launcher.quiet)
-    renew_from_rank(paths)
     try:
-        finish(config, paths)
+        with renewed_by_rank(paths):
+            finish(config, paths)
     except Exception:
         log.exception("scoring failed")
         raise

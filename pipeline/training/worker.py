@@ -5,6 +5,7 @@ Started by torchrun as `python -m pipeline.training.worker RUN_FOLDER`; everythi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ from pipeline.training.finish import finish
 from pipeline.training.inputs import load_gold
 from pipeline.training.options_read import reads_gold_text
 from pipeline.training.run import Run, TrainState
-from pipeline.training.run_lease import renew_from_rank
+from pipeline.training.run_lease import renewed_by_rank
 from pipeline.training.steps import take_steps
 
 
@@ -41,22 +42,23 @@ def run(folder: Path) -> None:
     paths = RunPaths(folder=folder)
     config = load_config(paths.config, TrainConfig)
     stop = StopRequest(paths.stop)
-    with ranks_from_environment() as ranks:
-        is_first = ranks.rank == 0
-        level = logging.INFO if is_first else logging.ERROR
-        start_logging(paths.log if is_first else None, level=level, quiet=config.launcher.quiet)
-        if is_first:
-            renew_from_rank(paths)
-        try:
-            is_trained = paths.model.exists() or train(config, paths, ranks, stop)
-        except Exception:
-            log.exception("rank %d failed", ranks.rank)
-            raise
-    # the exported folder is scored, as its users will load it; where there are several nodes, by the driver: torchrun
-    # waits five minutes for a node that goes on, and then ends it
-    if is_trained and is_first and config.launcher.num_nodes == 1:
-        release_memory()
-        finish(config, paths)
+    with contextlib.ExitStack() as lease:
+        with ranks_from_environment() as ranks:
+            is_first = ranks.rank == 0
+            level = logging.INFO if is_first else logging.ERROR
+            start_logging(paths.log if is_first else None, level=level, quiet=config.launcher.quiet)
+            if is_first:
+                lease.enter_context(renewed_by_rank(paths))
+            try:
+                is_trained = paths.model.exists() or train(config, paths, ranks, stop)
+            except Exception:
+                log.exception("rank %d failed", ranks.rank)
+                raise
+        # the exported folder is scored, as its users will load it; after several nodes by the driver, because torchrun
+        # waits five minutes for a node that goes on, and then ends it
+        if is_trained and is_first and config.launcher.num_nodes == 1:
+            release_memory()
+            finish(config, paths)
 
 
 def train(config: TrainConfig, paths: RunPaths, ranks: Ranks, stop: StopRequest) -> bool:

@@ -138,16 +138,16 @@ def test_a_lease_whose_holder_ended_and_left_others_at_work(left_behind: str, tm
     place = tmp_path / "lease"
     place.write_text(left_behind)
     lost = threading.Event()
-    share_lease(place, lease_seconds=0.4, on_loss=lost.set)
-    with hold_lease(place, lease_seconds=60, ends_with_holder=False) as held:
-        assert not held
-    time.sleep(1)  # longer than the lease: it was renewed
-    with hold_lease(place, lease_seconds=0.9, ends_with_holder=False) as held:
-        assert not held
-    assert not lost.is_set()
-    with hold_lease(place, lease_seconds=60) as held:
-        assert held
-        assert lost.wait(10)
+    with share_lease(place, lease_seconds=0.4, on_loss=lost.set):
+        with hold_lease(place, lease_seconds=60, ends_with_holder=False) as held:
+            assert not held
+        time.sleep(1)  # longer than the lease: it was renewed
+        with hold_lease(place, lease_seconds=0.9, ends_with_holder=False) as held:
+            assert not held
+        assert not lost.is_set()
+        with hold_lease(place, lease_seconds=60) as held:
+            assert held
+            assert lost.wait(10)
 
 
 def test_a_lease_that_its_successor_has_released_is_lost(left_behind: str, tmp_path: Path) -> None:
@@ -155,9 +155,19 @@ def test_a_lease_that_its_successor_has_released_is_lost(left_behind: str, tmp_p
     place = tmp_path / "lease"
     place.write_text(left_behind)
     lost = threading.Event()
-    share_lease(place, lease_seconds=0.4, on_loss=lost.set)
+    with share_lease(place, lease_seconds=0.4, on_loss=lost.set):
+        place.unlink()
+        assert lost.wait(10)
+
+
+def test_a_lease_that_is_released_after_the_work_is_not_lost(left_behind: str, tmp_path: Path) -> None:
+    place = tmp_path / "lease"
+    place.write_text(left_behind)
+    with share_lease(place, lease_seconds=0.2, on_loss=lambda: pytest.fail("lost")):
+        pass
     place.unlink()
-    assert lost.wait(10)
+    time.sleep(0.5)
+    assert not [thread for thread in threading.enumerate() if thread.name.endswith("(keep)")]
 
 
 def test_the_age_of_a_lease_is_measured_without_a_change_of_its_folder(tmp_path: Path) -> None:
@@ -172,7 +182,8 @@ def test_the_age_of_a_lease_is_measured_without_a_change_of_its_folder(tmp_path:
 
 
 def test_no_lease_is_shared_where_there_is_none(tmp_path: Path) -> None:
-    share_lease(tmp_path / "lease", lease_seconds=0.1, on_loss=lambda: pytest.fail("lost"))
+    with share_lease(tmp_path / "lease", lease_seconds=0.1, on_loss=lambda: pytest.fail("lost")):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 

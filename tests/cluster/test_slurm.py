@@ -20,7 +20,7 @@ from support.slurm import Cluster, start_cluster, stop_cluster
 from support.tiny import prompts, write_lines
 from support.tiny_study import write_tiny_study
 
-pytestmark = [pytest.mark.slow(minutes=5), pytest.mark.alone, needs_root]
+pytestmark = [pytest.mark.slow(minutes=5), pytest.mark.cluster, needs_root]
 STUDENTS = ("experiments=combined,weak_only", "seeds=1,2,3")
 STUDENTS_OF_SWEEP = ("experiment=combined,weak_only", "seed=1,2,3")
 STEPS = 300
@@ -143,7 +143,7 @@ def test_a_disturbed_study_is_the_undisturbed_one(
     cluster.wait(lambda: "high" not in cluster.run("squeue", "-h", "-o", "%P"), what="the preempting job")
     cluster.wait(lambda: has_steps(folder, "weak_only 3"), what="the last student")
     cluster.run("scancel", f"{array}_5")
-    cluster.wait(lambda: not cluster.in_queue(), seconds=600, what="the end")
+    cluster.wait(lambda: not cluster.in_queue(), what="the end")
     states = cluster.states(array)
     (killed,) = folder.glob("runs/submit/logs/tiny-capture-*_1.log")
     assert " Killed " in killed.read_text()  # it may have been queued again by the preemption of its node
@@ -156,7 +156,7 @@ def test_a_disturbed_study_is_the_undisturbed_one(
     written = {path: path.stat().st_mtime_ns for path in folder.glob("caches/*/shards/*.parquet")}
 
     submit(cluster, folder, *STUDENTS, "cluster.capture_jobs=4", "cluster.cpus_per_node=1")
-    cluster.wait(lambda: not cluster.in_queue(), seconds=300, what="the second end")
+    cluster.wait(lambda: not cluster.in_queue(), what="the second end")
     assert {path: path.stat().st_mtime_ns for path in folder.glob("caches/*/shards/*.parquet")} == written
     assert shards == shards_of(undisturbed)
     assert_same_students(folder, undisturbed)
@@ -191,7 +191,7 @@ def test_a_disturbed_sweep_of_submitit_is_the_undisturbed_one(
     cluster.run("scancel", before[-1])
 
     again = subprocess.run(
-        sweep, cwd=folder, env=cluster.variables, capture_output=True, text=True, timeout=600, check=False
+        sweep, cwd=folder, env=cluster.variables, capture_output=True, text=True, timeout=1200, check=False
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "6 runs: 6 finished" in again.stdout
@@ -213,7 +213,7 @@ def test_a_run_on_two_nodes_is_that_of_two_ranks(
     jobs = submit(cluster, folder, *chosen, "cluster.nodes=2", "cluster.capture_jobs=1")
     cluster.wait(lambda: steps_done(folder / "runs") > 10, what="the first steps")
     cluster.run("scancel", "--signal=USR1", "--batch", f"{jobs['students']}_0")
-    cluster.wait(lambda: not cluster.in_queue(), seconds=400, what="the end")
+    cluster.wait(lambda: not cluster.in_queue(), what="the end")
     log = next(folder.glob("runs/submit/logs/tiny-students-*.log")).read_text()
     assert log.count("2 ranks on cpu") == 2
     assert "the same command continues from its checkpoint" in log

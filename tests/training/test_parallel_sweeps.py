@@ -60,11 +60,11 @@ def strike(victim: str, process: subprocess.Popen[bytes], folder: Path, draw: ra
 
 
 @needs_two_cores
-@pytest.mark.slow(minutes=8)
+@pytest.mark.slow(minutes=6)
 def test_a_sweep_side_by_side_killed_three_times_is_the_undisturbed_one(
     student: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Twelve runs, two at a time, against the same runs one after the other: equal to the last bit."""
+    """Twelve runs, two at a time; four of them against the same runs one after the other: equal to the last bit."""
     common, draw = twelve_runs(student, data, cache, steps=STEPS), random.Random(3)
     folder, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
     for place in (folder, undisturbed):
@@ -84,14 +84,14 @@ def test_a_sweep_side_by_side_killed_three_times_is_the_undisturbed_one(
     logs = [log.read_text() for log in folder.glob("runs/.multirun/*/*.log")]
     assert any("resuming: " in log for log in logs)
 
-    seconds_of_train(common, undisturbed)
+    assert all(len(losses_of(result.parent)) == STEPS for result in folder.glob("runs/*/result.json"))
+    seconds_of_train([one.replace("seed=1,2,3,4,5,6", "seed=1,2") for one in common], undisturbed)
     found, expected = (
         {run.parent.name: run.parent for run in place.glob("runs/*/result.json")} for place in (folder, undisturbed)
     )
-    assert found.keys() == expected.keys()
-    assert len(found) == 12
-    for name, run in found.items():
-        assert len(losses_of(run)) == STEPS
+    assert found.keys() >= expected.keys()
+    assert (len(found), len(expected)) == (12, 4)
+    for name, run in ((name, found[name]) for name in expected):
         assert losses_of(run) == losses_of(expected[name])
         for part in BIT_BY_BIT:
             assert (run / "model" / part).read_bytes() == (expected[name] / "model" / part).read_bytes()

@@ -112,7 +112,7 @@ def test_a_rank_renews_the_lease_of_its_killed_driver_and_leaves_when_it_is_take
 ) -> None:
     code = "import sys, time; from pathlib import Path; from pipeline.core.files import RunPaths\n"
     code += "from pipeline.training import run_lease; run_lease.LEASE_SECONDS = 0.4\n"
-    code += "run_lease.renew_from_rank(RunPaths(folder=Path(sys.argv[1]))); print('', flush=True); time.sleep(120)"
+    code += "with run_lease.renewed_by_rank(RunPaths(folder=Path(sys.argv[1]))): print('', flush=True); time.sleep(120)"
     command = [sys.executable, "-c", code, str(paths.folder)]
     rank = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

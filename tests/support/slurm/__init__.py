@@ -39,8 +39,8 @@ class Cluster:
         """Names of the jobs that wait or run."""
         return self.run("squeue", "-h", "-r", "-o", "%j").split()
 
-    def wait(self, condition: Callable[[], object], *, seconds: float = 300, what: str = "the cluster") -> None:
-        """Until a condition holds."""
+    def wait(self, condition: Callable[[], object], *, seconds: float = 1200, what: str = "the cluster") -> None:
+        """Until a condition holds; so long only where something hangs, since other tests run beside these."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited for {what}: {self.run('squeue', '-r')}"
