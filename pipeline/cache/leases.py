@@ -112,8 +112,10 @@ def _stale_owner(place: Location, lease_seconds: float, *, ends_with_holder: boo
         found = place.read_text()
         is_free = age_seconds(place) > lease_seconds or (ends_with_holder and has_ended(process_of(found)))
         return found if is_free else None
+    except FileNotFoundError:  # released meanwhile; of an object store it has no errno
+        return None
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):  # released meanwhile; ESTALE is NFS's word for it
+        if error.errno != errno.ESTALE:  # NFS's word for the same
             raise
         return None
 

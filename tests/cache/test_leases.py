@@ -133,6 +133,21 @@ def test_a_lease_that_was_replaced_on_the_server_while_it_is_read(
     assert place.read_text() == "another"
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError("s3://bucket/x"), OSError(errno.ESTALE, "stale handle")])
+def test_a_lease_that_is_released_while_its_age_is_asked_for(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object store's error has no errno; another worker may take the lease at its next try."""
+
+    def released(place: Path) -> float:
+        raise error
+
+    monkeypatch.setattr(leases, "age_seconds", released)
+    (tmp_path / "lease").write_text("somebody")
+    with hold_lease(tmp_path / "lease", lease_seconds=60) as held:
+        assert not held
+
+
 def test_a_lease_whose_holder_ended_and_left_others_at_work(left_behind: str, tmp_path: Path) -> None:
     """They renew it, until it is taken over: then they are told."""
     place = tmp_path / "lease"

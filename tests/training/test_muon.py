@@ -25,8 +25,8 @@ from support.gradient_worker import GLOBAL_BATCH, STEPS, VOCABULARY, options, ro
 from support.muon_worker import changed
 
 Weights = dict[str, torch.Tensor]
-# Muon's iteration multiplies in bfloat16. Where a CPU has instructions for it, how a product rounds depends on its shape,
-# which is another one at ZeRO 3: the stages are compared with the kernels that every machine has.
+# Muon's iteration multiplies in bfloat16. Where a CPU has instructions for it, the rounding of a product depends on its
+# shape, which is another one at ZeRO 3: the stages are compared with the kernels that every machine has.
 ONE_KERNEL = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
