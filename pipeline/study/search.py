@@ -50,6 +50,7 @@ def _run(config: SearchConfig) -> None:
     space = read_space(config.search, composer.capture("teacher.path=.").temperatures)
     check_search(config, study, composer, space)
     if config.dry_run:
+        print(f"a search over {', '.join(space)}; both ends of each are valid")
         return
     search = open_search(config, study, space)
     teacher, cache = run_teacher(study, if_busy=IfBusy.wait), None  # several commands may begin together
