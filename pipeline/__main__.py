@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.config.cli import pop_action, warn_of_another_checkout
 
 COMMANDS = {
-    "study": "a whole study: plan, cost, teacher, capture, students, report; `study init` writes one",
+    "study": "a whole study, from teacher to report; `study init` writes one, `study preview` ranks recipes",
     "search": "choose options of a study by scores on dev (Optuna)",
     "submit": "a whole study as batch jobs of SLURM",
     "capture": "stage one: the teacher's top-k logits over a corpus, as Parquet shards",
@@ -22,7 +22,9 @@ COMMANDS = {
     "evaluate": "score any model folder on held-out text",
     "report": "what finished runs found: a verdict, tables, report.html",
     "status": "runs and captures: what works, what hangs, what failed, what is finished",
+    "selftest": "does this machine, with its GPUs, do what the pipeline relies on",
     "audit": "inspect a cache: verify, summary, replay, show, plan",
+    "pool": "make one cache of several captures of a corpus: a pool of their distributions",
     "import": "convert the teacher outputs of another project into a cache",
 }
 

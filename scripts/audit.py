@@ -20,7 +20,8 @@ be read or an option is wrong.
 import sys
 
 from pipeline.config.cli import hydra_main, pop_action
-from pipeline.config.schema import AuditConfig, CaptureConfig
+from pipeline.config.commands import AuditConfig
+from pipeline.config.schema import CaptureConfig
 
 ACTIONS = {
     line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1]

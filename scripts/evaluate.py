@@ -5,7 +5,7 @@ python scripts/evaluate.py model.path=runs/demo/RUN/model out=scores/RUN
 """
 
 from pipeline.config.cli import hydra_main
-from pipeline.config.schema import EvaluateConfig
+from pipeline.config.commands import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:

@@ -7,7 +7,7 @@ python scripts/report.py 'runs=[runs/demo/*]'           prints only
 """
 
 from pipeline.config.cli import hydra_main
-from pipeline.config.schema import ReportConfig
+from pipeline.config.commands import ReportConfig
 
 
 def main(config: ReportConfig) -> None:

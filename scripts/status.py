@@ -13,7 +13,7 @@ wrong or nothing was found, 3 something is not finished and nothing failed.
 import sys
 
 from pipeline.config.cli import hydra_main
-from pipeline.config.schema import StatusConfig
+from pipeline.config.commands import StatusConfig
 
 
 def main(config: StatusConfig) -> None:

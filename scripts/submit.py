@@ -5,8 +5,8 @@
     python scripts/submit.py study=mine seeds=1,2,3 --print      show the files, and submit nothing
     python scripts/submit.py study=mine cluster=ours --config-dir conf-of-mine     options of cluster/ours.yaml
 
-The options are those of scripts/study.py. The files are plain sbatch scripts; nothing has to stay alive on this
-machine. The same command again continues with what is missing.
+The options are those of scripts/study.py, but for rounds and launchers. The files are plain sbatch scripts; nothing has
+to stay alive on this machine. The same command again continues with what is missing.
 """
 
 import sys

@@ -22,6 +22,13 @@ def minutes(item: pytest.Item) -> float:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    num_gpus = torch.cuda.device_count()
+    for item in items:
+        mark = item.get_closest_marker("gpu")
+        needed = 0 if mark is None else int(mark.kwargs.get("devices", 1))
+        if num_gpus < needed:
+            reason = f"needs {needed} GPU{'s' * (needed > 1)}, found {num_gpus or 'no GPU'}"
+            item.add_marker(pytest.mark.skip(reason=reason))
     if os.environ.get("RUN_SLOW") == "1":
         items.sort(key=minutes, reverse=True)  # long ones first, so that no core is left with one
         return

@@ -17,7 +17,7 @@ PIPELINE = ROOT / "pipeline"
 FILES = sorted(path for path in PIPELINE.glob("*/*.py") if path.stem != "__init__" and not path.parent.is_symlink())
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-LONGER_FILES = {"config/schema.py": 600}  # every option in one place
+LONGER_FILES = {"config/schema.py": 660}  # every option in one place
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 300, 45, 7
 
 

@@ -154,7 +154,9 @@ def test_every_command_composes(arguments: list[str]) -> None:
     if root == "audit":
         root = "capture" if arguments[2] == "plan" else "audit"
     overrides = [word for word in arguments[2:] if "=" in word and not word.startswith("-")]
-    if arguments[2] == "init":
+    if arguments[2:3] == ["preview"]:
+        root = "preview"
+    if arguments[2:3] == ["init"]:
         assert {word.partition("=")[0] for word in overrides} <= {item.name for item in dataclasses.fields(InitConfig)}
         return
     overrides = [word.replace("study=mine", "study=demo") for word in overrides]  # the reader's own

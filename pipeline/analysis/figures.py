@@ -26,6 +26,8 @@ from pipeline.analysis.values import (
 
 REFERENCES = ("teacher", "zero_shot", "gold_only", "weak_only")
 """Roles whose main arms all others are compared to."""
+PLAIN = "combined"
+"""The experiment that others of its role (a gate, a pool) have to beat."""
 KD_WEIGHT = "loss.kd.weight"
 
 
@@ -83,16 +85,35 @@ def _arm_figures(measured: Measured, position: int) -> ArmFigures:
 
 
 def _comparisons(measured: Measured, own: Scored) -> Iterator[Comparison]:
-    """To the main arms of other roles and, for a combined arm, to the next lower KD weight and to all controls."""
+    """To the main arms of other roles; a combined arm also to `PLAIN`, the next lower KD weight and all controls."""
     arm = own.predictions.arm
     others = [(role, measured.main[role]) for role in REFERENCES if role in measured.main]
     if arm.role == "combined":
+        plain = _plain(measured, arm)
+        others += [] if plain is None else [(PLAIN, plain)]
         lower = _lower_kd(measured, arm)
         others += [] if lower is None else [("lower kd", lower)]
         others += [(one.predictions.arm.label, one) for one in measured.arms if one.predictions.arm.role == "control"]
     for against, other in others:
         if other.predictions.arm.label != arm.label:
             yield compare(own.predictions, other.predictions, own.score, other.score, against=against)
+
+
+def _plain(measured: Measured, arm: Arm) -> Scored | None:
+    """The arm of the experiment `PLAIN` that another combined experiment is compared with; None where it is not clear.
+
+    Of several the one of the same weights, else the main one.
+    """
+    if arm.name == PLAIN:
+        return None
+    plain = [one for one in measured.arms if (one.predictions.arm.role, one.predictions.arm.name) == (PLAIN, PLAIN)]
+    same = [one for one in plain if _weights(one.predictions.arm) == _weights(arm)]
+    main = [one for one in plain if one.predictions.arm.is_main]
+    return next((found[0] for found in (same, main, plain) if len(found) == 1), None)
+
+
+def _weights(arm: Arm) -> tuple[object, ...]:
+    return arm.kd_weight, arm.lm_weight, arm.gold_fraction, arm.num_gold
 
 
 def _lower_kd(measured: Measured, arm: Arm) -> Scored | None:
@@ -107,7 +128,8 @@ def _differs_only_in_kd(arm: Arm, other: Arm) -> bool:
     def rest(of: Arm) -> dict[str, object]:
         return {name: value for name, value in of.differing.items() if name != KD_WEIGHT}
 
-    return (rest(arm), arm.lm_weight, arm.gold_fraction, arm.num_gold) == (
+    return (arm.is_pool, rest(arm), arm.lm_weight, arm.gold_fraction, arm.num_gold) == (
+        other.is_pool,
         rest(other),
         other.lm_weight,
         other.gold_fraction,

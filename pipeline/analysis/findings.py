@@ -139,7 +139,7 @@ def judged_arm(study: StudyFigures) -> ArmFigures | None:
     if main is None or main.arm.kd_weight > 0:
         return main
     others = [arm for arm in arms if arm.arm.kd_weight > 0]
-    return min(others, key=lambda arm: arm.arm.kd_weight, default=main)
+    return min(others, key=lambda arm: (arm.arm.is_pool != main.arm.is_pool, arm.arm.kd_weight), default=main)
 
 
 def _main(study: StudyFigures, role: str) -> ArmFigures | None:
@@ -180,7 +180,7 @@ def _rest(figures: ArmFigures) -> tuple[object, ...]:
     """All settings but the KD weight."""
     arm = figures.arm
     differing = {name: value for name, value in arm.differing.items() if name != KD_WEIGHT}
-    return (differing, arm.lm_weight, arm.gold_fraction, arm.num_gold)
+    return (differing, arm.lm_weight, arm.gold_fraction, arm.num_gold, arm.is_pool)
 
 
 # --------------------------------------------------------------------------------------- differences

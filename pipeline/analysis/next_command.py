@@ -18,14 +18,16 @@ ENOUGH_SEEDS = 5
 """More seeds narrow an interval little: the test records then decide its width."""
 FEW_SEEDS = 3
 """The fewest seeds from which the noise between seeds is estimated with some confidence."""
-INPUTS = ("gold", "gold_cache", "cache", "more_caches", "student", "dev", "dev_goal", "test", "few_shot")
+INPUTS = ("gold", "gold_cache", "cache", "more_caches", "student", "dev", "dev_goal", "test", "few_shot", "pool")
 """What an arm was made of: the study's file gives it, no grid does."""
 SHORT_NAMES = {"kd_weight": "loss.kd.weight"}
 """Of the options of a grid here."""
+OF_POOLS = ("folds", "stop_after_pool", "pool.")
+"""Options of a study's command that only the experiment pooled reads."""
+POOL_OPTIONS = ("pool.kind", "pool.weights", "pool.temperature")
+"""What tells two pools apart and is an option."""
 LENGTH = {"epochs", "steps"}
 """One of them decides how long a training is; the other has to be null."""
-ALONE = {"experiments": "[combined]"}
-"""Options for every student then reach the judged one and its controls alone."""
 
 
 def more_seeds(found: Findings) -> str:
@@ -102,7 +104,7 @@ def train_longer(found: Findings) -> str:
         return _command(found, {"grid": f"epochs:{2 * epochs:g},{4 * epochs:g}"})
     steps = num_steps(found.study, found.combined) if found.combined else None
     assert steps is not None, "a loss that still falls was read off a curve"
-    return _command(found, {**ALONE, "epochs": "null", "steps": str(2 * steps)})
+    return _command(found, {**_alone(found), "epochs": "null", "steps": str(2 * steps)})
 
 
 def missing_runs(found: Findings) -> str:
@@ -111,6 +113,22 @@ def missing_runs(found: Findings) -> str:
 
 
 # --------------------------------------------------------------------------------------- the command
+
+
+def _alone(found: Findings) -> dict[str, str]:
+    """Options for every student then reach the judged one and its controls alone; of a pool also what makes it."""
+    return _of_pool(found) or {"experiments": "[combined]"}
+
+
+def _of_pool(found: Findings) -> dict[str, str]:
+    """The options that ask for the judged arm's pool: those that tell it from others; none where it reads none."""
+    if found.combined is None or not found.combined.arm.is_pool:
+        return {}
+    differing = found.combined.arm.differing
+    values = {name: _text(differing[name]) for name in POOL_OPTIONS if name in differing}
+    if "pool.weights" in values:  # 0.3/0.7
+        values["pool.weights"] = f"[{values['pool.weights'].replace('/', ',')}]"
+    return {"experiments": "[pooled]", **values}
 
 
 def _kd_weight(found: Findings) -> float:
@@ -139,12 +157,15 @@ def _command(found: Findings, options: Mapping[str, str]) -> str:
     students stay as they are; else they are options of combined and its controls, which are then trained alone.
     """
     chosen = dict(_settings(found, options))
+    is_repeated = "grid" in options or "seeds" in options
+    if is_repeated:  # a grid is of combined, unless only the pool's students are asked for
+        options = {**_of_pool(found), **options}
     if not chosen:
         return _written(found, options)
-    if "grid" in options or "seeds" in options:
+    if is_repeated:
         axes = [options["grid"]] if "grid" in options else []
         return _written(found, {**options, "grid": ";".join([*axes, *(f"{n}:{value}" for n, value in chosen.items())])})
-    return _written(found, {**ALONE, **options, **chosen}, without=("grid",))
+    return _written(found, {**_alone(found), **options, **chosen}, without=("grid",))
 
 
 def _settings(found: Findings, options: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -175,6 +196,9 @@ def _written(found: Findings, options: Mapping[str, str], without: tuple[str, ..
     if seeds not in ((), (1,)) and not any(_name(part) == "seeds" for part in own):
         options = {"seeds": ",".join(map(str, seeds)), **options}
     kept = [part for part in own if _name(part) not in (*options, *without)]
+    asked = options.get("experiments") or next((part for part in own if _name(part) == "experiments"), "")
+    if "pooled" not in asked:
+        kept = [part for part in kept if not _name(part).startswith(OF_POOLS)]
     return shlex.join([*kept, *(f"{name}={value}" for name, value in options.items())])
 
 

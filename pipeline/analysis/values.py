@@ -45,6 +45,8 @@ class Arm:
     """Options, by dotted name, in which the arms of this role differ, with the value of this one."""
     is_main: bool = True
     """Whether conclusions on this role rest on this arm: one for each role."""
+    is_pool: bool = False
+    """Whether it learnt from a pool of several captures, not from the teacher's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -155,7 +157,8 @@ class ArmFigures:
     num_ties: float = 0.0
     """Records with tied choices, mean over seeds."""
     comparisons: tuple[Comparison, ...] = ()
-    """To the main arms of teacher, zero_shot, gold_only, weak_only, and to the next lower KD weight (`lower kd`)."""
+    """To the main arms of teacher, zero_shot, gold_only, weak_only; of an arm of role combined also to the experiment
+    `combined`, to the next lower KD weight (`lower kd`), and to controls."""
     pgr: Interval | None = None
     """(score - weak) / (ceiling - weak), never clamped."""
     pgr_refused: str | None = None

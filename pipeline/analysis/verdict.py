@@ -75,8 +75,9 @@ RULES: tuple[Rule, ...] = (
         "records than the gold set, all of them with the same wrong answer, and the distillation term outweighs the "
         "few labels that contradict it. Its minimum is the teacher itself, errors included.",
         action="Lower the KD weight, at best below the LM weight, or let it fall to 0 in training (loss=fading); "
-        "add gold of the classes named here. A gate on confidence does not help where the teacher is confident in "
-        "its error.",
+        "or pool the teacher with students of gold alone (experiments=pooled pool.students=gold_only pool.fit=true); "
+        "add gold of the classes named here. A gate on confidence does not help where the teacher is confident in its "
+        "error.",
         shows=("classes", "examples", "excess imitation over gold_only", "combined - gold_only", "combined - teacher"),
         command=next_command.lower_kd_weight,
     ),
@@ -91,7 +92,8 @@ RULES: tuple[Rule, ...] = (
         "the labels alone: the minimum of the distillation term is the teacher itself, errors included, and at this "
         "weight it outweighs the labels.",
         action="Lower the KD weight, let it fall to 0 in training (loss=fading), or leave out the positions where "
-        "the teacher is unsure (loss.kd.gate.keep_fraction); add gold.",
+        "the teacher is unsure (loss.kd.gate.keep_fraction), or pool the teacher with students of gold alone "
+        "(experiments=pooled pool.students=gold_only pool.fit=true); add gold.",
         shows=("combined - gold_only", "combined - lower KD weight", "excess imitation over gold_only", "examples"),
         command=next_command.lower_kd_weight,
     ),

@@ -17,7 +17,8 @@ from pipeline.audit.summary import summarize
 from pipeline.audit.terminal import position_lines, replay_lines, summary_lines
 from pipeline.audit.verify import findings, load_manifest
 from pipeline.cache import manifest as manifests
-from pipeline.config.schema import AuditConfig, Dtype, ModelConfig
+from pipeline.config.commands import AuditConfig
+from pipeline.config.schema import Dtype, ModelConfig
 from pipeline.config.validate import check_audit
 from pipeline.core.files import check_writable, write_json
 from pipeline.core.object_store import Location, one_location
@@ -117,6 +118,11 @@ def summary(cache: Location, config: AuditConfig) -> int:
 def replay_rows(cache: Location, config: AuditConfig) -> int:
     """Run the teacher again on random sequences; returns 1 if the cached values differ by more than noise, else 0."""
     manifest, teacher_config = finished_manifest(cache), _teacher(config)
+    if "teacher_weights" not in manifest.made_of:
+        raise InputError(
+            f"{cache}: expected a cache that one teacher captured here, found an import or a pool; replay the "
+            "members of a pool instead"
+        )
     folder, tokenizer = open_tokenizer(teacher_config)
     _check_tokenizer(manifest, tokenizer, folder)
     num_layers = teacher_config.num_layers

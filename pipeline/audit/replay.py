@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.audit.sampling import Sample
 from pipeline.capture.teacher import capture_batch, finish_copy
 from pipeline.core.progress import Progress
-from pipeline.core.topk import log_probabilities, narrow
+from pipeline.core.topk import kept_ids, log_probabilities, narrow
 from pipeline.core.types import UNKNOWN_TARGET, Captured, InputError, Manifest, TokenSequence, TopK
 from pipeline.models.forward import Model
 from pipeline.models.model_files import weights_hash
@@ -52,14 +52,19 @@ def recompute(
     """Run the teacher's forward on the sampled sequences: what a capture would record today.
 
     Of kind topk more entries are kept than were captured (about WIDTH_FACTOR times k), so that a captured entry is
-    found even where rounding has moved it beyond place k.
+    found even where rounding has moved it beyond place k. With also_ids all cached entries are kept, and the largest.
     """
-    if manifest.kind == "topk":
+    has_also = "also_ids" in manifest.made_of
+    if has_also:
+        manifest = dataclasses.replace(manifest, k=1)
+    elif manifest.kind == "topk":
         manifest = dataclasses.replace(manifest, k=min(WIDTH_FACTOR * manifest.k + 16, manifest.vocabulary_size))
     recomputed: list[Captured] = []
     for first in range(0, len(samples), batch_sequences):
         batch = [sequence for sequence, _ in samples[first : first + batch_sequences]]
-        captured, _ = finish_copy(capture_batch(teacher, batch, manifest))
+        cached = [captured.top for _, captured in samples[first : first + batch_sequences]]
+        also_NJ = kept_ids(TopK.cat(cached)) if has_also else None
+        captured, _ = finish_copy(capture_batch(teacher, batch, manifest, also_NJ))
         recomputed += captured
         progress.advance(len(batch))
     return recomputed
@@ -67,7 +72,7 @@ def recompute(
 
 def narrow_to_k(captured: Captured, manifest: Manifest) -> Captured:
     """The result of `recompute` with only the k entries that the capture keeps; the others become part of the tail."""
-    if manifest.kind != "topk":
+    if manifest.kind != "topk" or "also_ids" in manifest.made_of:
         return captured
     return dataclasses.replace(captured, top=narrow(captured.top, k=manifest.k))
 
@@ -85,11 +90,11 @@ def differences(cached: Captured, recomputed: Captured, sequence: TokenSequence,
     if cached.weights_N is not None:
         values["weights"] = (cached.weights_N - recomputed.weights_or_ones()).abs()
     if manifest.kind == "topk":
-        return values | _topk_differences(cached.top, recomputed.top)
+        return values | _topk_differences(cached.top, recomputed.top, is_padded=manifest.has_kept_counts)
     return values | _drawn_differences(cached.top, recomputed.top)
 
 
-def _topk_differences(cached: TopK, recomputed: TopK) -> ValuesByMeasure:
+def _topk_differences(cached: TopK, recomputed: TopK, *, is_padded: bool) -> ValuesByMeasure:
     """Differences of the kept entries and of the tails, and KL(cached || recomputed) over entries and tail.
 
     p are the cached probabilities of K entries, q the recomputed ones of L >= K entries. The log q of a cached entry
@@ -111,7 +116,8 @@ def _topk_differences(cached: TopK, recomputed: TopK) -> ValuesByMeasure:
         log_q_tail_N = torch.logaddexp(log_q_outside_N, log_q_beyond_L_N)
         tails.append(_absolute_difference(log_p_tail_N, log_q_tail_N))
         if T == 1.0:
-            values["kept"] = _absolute_difference(log_p_NK, log_q_NK).flatten()
+            kept = _absolute_difference(log_p_NK, log_q_NK)
+            values["kept"] = kept[log_p_NK > -torch.inf] if is_padded else kept.flatten()
             head_NK = torch.where(log_p_NK > -torch.inf, log_p_NK.exp() * (log_p_NK - log_q_NK), 0.0)
             tail_N = torch.where(log_p_tail_N > -torch.inf, log_p_tail_N.exp() * (log_p_tail_N - log_q_tail_N), 0.0)
             values["KL"] = head_NK.sum(1) + tail_N
@@ -124,7 +130,8 @@ def _find_columns(ids_NK: Tensor, among_NL: Tensor) -> tuple[Tensor, Tensor]:
     The column of an id that is not found means nothing.
     """
     # id 4 among 9 4 6: sorted 4 6 9 with columns 1 2 0; 4 is at place 0 of the sorted ids, so it is in column 1
-    sorted_NL, columns_NL = among_NL.sort(dim=1)
+    # stable: padding repeats the first id, whose column is the first of that id
+    sorted_NL, columns_NL = among_NL.sort(dim=1, stable=True)
     places_NK = torch.searchsorted(sorted_NL, ids_NK.contiguous()).clamp(max=among_NL.shape[1] - 1)
     return sorted_NL.gather(1, places_NK) == ids_NK, columns_NL.gather(1, places_NK)
 

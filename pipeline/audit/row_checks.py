@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.audit.row_groups import RowGroup, distributions, sequence_keys
+from pipeline.core.folds import parse_fold
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import UNKNOWN_TARGET, Manifest, TopK
 
@@ -42,7 +43,7 @@ def check_lists(group: RowGroup, manifest: Manifest) -> Iterator[CheckResult]:
             np.flatnonzero(lengths["kept_counts"] != num_targets_R),
         )
         num_kept_R = group.row_sums("kept_counts")
-        counts_N, most = group.values["kept_counts"], manifest.k + manifest.draws
+        counts_N, most = group.values["kept_counts"], manifest.most_kept
         is_wrong_N = (counts_N < 1) | (counts_N > most)
         yield f"kept_counts: expected 1 to {most}", np.unique(group.row_indices("kept_counts")[is_wrong_N])
     for name in ("topk_ids", "relative_logits"):
@@ -94,6 +95,9 @@ def check_sequences(group: RowGroup, manifest: Manifest, records: range) -> Iter
     expected_keys = sequence_keys([(values[name], group.lengths[name]) for name in key_columns])
     differs_R = [found != expected for found, expected in zip(group.keys, expected_keys, strict=True)]
     yield "key: expected the hash of tokens, segment lengths and target positions", np.flatnonzero(differs_R)
+    if (only_fold := manifest.made_of.get("only_fold")) is not None:
+        fold = parse_fold(only_fold, "only_fold")
+        yield f"key: expected sequences of fold {fold}", np.flatnonzero([not fold.holds(key) for key in group.keys])
 
 
 def _check_targets(group: RowGroup) -> CheckResult:
@@ -155,7 +159,7 @@ def check_distributions(group: RowGroup, manifest: Manifest) -> Iterator[CheckRe
         mass_N = log_p_NK.exp().sum(1)
         is_right_N = (mass_N >= 0) & (mass_N <= 1 + MASS_SLACK) & ((mass_N + log_tail_N.exp() - 1).abs() <= MASS_SLACK)
         yield f"distribution: expected a finite sum and a mass of 1 at temperature {T:g}", rows_where(~is_right_N)
-    if manifest.tail == "exact":  # an imported cache holds neither the entropy nor the target's log-probability
+    if manifest.tail == "exact":  # imports and pools need not hold them
         yield from _check_entropy_and_log_prob(group, manifest, top)
 
 
@@ -168,7 +172,7 @@ def _check_tails(log_tail_NC: torch.Tensor, manifest: Manifest) -> tuple[str, to
         return "log_tail: expected finite numbers or -inf", log_tail_NC < torch.inf
     if manifest.kind != "topk":
         return "log_tail: expected -inf, because tokens that were not drawn have probability 0", is_minus_inf_NC
-    if manifest.k == manifest.vocabulary_size:
+    if manifest.most_kept >= manifest.vocabulary_size:
         return "log_tail: expected finite numbers or -inf", log_tail_NC.isfinite() | is_minus_inf_NC
     return "log_tail: expected finite numbers", log_tail_NC.isfinite()
 
@@ -204,7 +208,7 @@ def _check_entropy_and_log_prob(group: RowGroup, manifest: Manifest, top: TopK) 
     is_target_NK = top.ids_NK == torch.from_numpy(targets_N.astype(np.int64))[:, None]
     log_p_N = torch.where(is_target_NK, log_p_NK, -torch.inf).max(1).values.numpy()
     is_kept_N = is_target_NK.any(1).numpy()
-    lowest_N = log_p_NK[:, -1].numpy()
+    lowest_N = log_p_NK[:, : manifest.k][:, -1].numpy()  # of the largest; what also_ids added may be any tokens
     with np.errstate(invalid="ignore"):
         slack_N = 0.02 + FLOAT16_SLACK * (np.abs(recorded_N) + np.abs(lowest_N))
         differs_N = ~(np.abs(recorded_N - log_p_N) <= slack_N)

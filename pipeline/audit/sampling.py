@@ -54,8 +54,10 @@ def samples_of_record(cache: Location, manifest: Manifest, record: int) -> list[
             if rows:
                 samples += _decode_rows(file.read_row_group(index), rows, manifest)
     if not samples:
+        or_fold = " or stands in other folds" if "only_fold" in manifest.made_of else ""
         raise InputError(
-            f"record: expected one that {cache} holds, found {record}, which was skipped as malformed; choose another"
+            f"record: expected one that {cache} holds, found {record}, which was skipped as malformed{or_fold}; choose "
+            "another"
         )
     return samples
 

@@ -22,7 +22,9 @@ from pipeline.cache.shards import retained_mass_histogram
 from pipeline.core.object_store import Location
 from pipeline.core.types import Manifest, ShardInfo
 
-REDO = "delete it and the .json beside it, then capture again (only this shard is captured again)"
+REDO = (
+    "delete it and the .json beside it, then run the command that made the cache again (only this shard is made again)"
+)
 
 
 def verify_shard(cache: Location, manifest: Manifest, index: int, file: str) -> tuple[list[str], int]:
@@ -64,10 +66,12 @@ def _verify_info(cache: Location, info: ShardInfo) -> Iterator[str]:
         )
         return
     try:
-        if holds_json(info_path, info):
-            return
         recorded = manifests.shard_info(cache, info.index)
         assert recorded is not None
+        if not (recorded.part_ends or recorded.part_hashes):  # an older cache
+            info = dataclasses.replace(info, part_ends=(), part_hashes=())
+        if holds_json(info_path, info):
+            return
     except (ValueError, TypeError, KeyError) as error:
         yield f"{info_path}: expected a ShardInfo, found one that cannot be read ({_one_line(error)}); {REDO}"
         return
@@ -117,9 +121,18 @@ def _verify_rows(path: Path, manifest: Manifest, info: ShardInfo) -> Iterator[st
         num_targets += len(group.values["target_positions"])
         first_row += group.num_rows
     num_present = int(is_present.sum())
-    if num_present + info.num_skipped != len(records):
+    if "only_fold" in manifest.made_of:  # the sequences of other folds hold the other records
+        yield from _verify_plan_rows(path, info)
+    elif num_present + info.num_skipped != len(records):
         yield (f"records: expected all {len(records)} planned ones, found {num_present} and {info.num_skipped} skipped")
     yield from _verify_totals(info, num_targets=num_targets, histogram=histogram)
+
+
+def _verify_plan_rows(path: Path, info: ShardInfo) -> Iterator[str]:
+    """Whether the footer of a shard of one fold tells where its rows stand among those of all folds."""
+    found = json.loads((pq.read_metadata(path).metadata or {}).get(b"plan_rows", b"[]"))
+    if len(found) != info.rows or found != sorted({*found}):
+        yield f"plan_rows: expected {info.rows} ascending places (its footer), found {len(found)} or others"
 
 
 def _row_finding(result: CheckResult, first_row: int) -> str:

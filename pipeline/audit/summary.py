@@ -19,9 +19,10 @@ from pipeline.cache.downloads import local_copy
 from pipeline.core.object_store import Location
 from pipeline.core.progress import Progress
 from pipeline.core.topk import log_probabilities
-from pipeline.core.types import UNKNOWN_TARGET, Manifest, TopK
+from pipeline.core.types import UNKNOWN_TARGET, Manifest
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+KEPT_FRACTIONS = (0.1, 0.25, 0.5, 0.8, 0.9, 1.0)
 MASS_BINS, ENTROPY_BINS = 20, 40
 NUM_FLOAT16 = 65_536
 _FLOAT16_VALUES = np.arange(NUM_FLOAT16, dtype=np.uint16).view(np.float16).astype(np.float64)  # value of each bit code
@@ -53,6 +54,10 @@ class Float16Counts:
         values = {f"{fraction:g}": self.quantile(fraction) for fraction in QUANTILES}
         return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
+    def from_largest(self) -> np.ndarray:
+        """For each possible value, the largest first: how many values are at least as large; int64."""
+        return np.cumsum(self._counts[_CODES_ASCENDING[::-1]])
+
     def histogram(self, *, low: float, high: float, bins: int) -> list[int]:
         """Counts in equal bins from low to high; values outside are counted in the first or the last bin."""
         values, counts = _FLOAT16_VALUES[_CODES_ASCENDING], self._counts[_CODES_ASCENDING]
@@ -66,10 +71,13 @@ class CacheTotals:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.entropy, self.log_tail = Float16Counts(), Float16Counts()
+        # log-probability of the top entry at the known targets, and at those of them that are the top entry: in float16
+        # it tells apart very confident positions, which a probability does not
+        self.log_confidence, self.log_confidence_right = Float16Counts(), Float16Counts()
         self.counts: Counter[str] = Counter()
         self.sums = {"entropy": 0.0, "next_log_prob": 0.0, "retained_mass": 0.0}
         self.mass_histogram = np.zeros(MASS_BINS, dtype=np.int64)
-        self.mass_by_entry_K = np.zeros(manifest.k + manifest.draws, dtype=np.float64)
+        self.mass_by_entry_K = np.zeros(manifest.most_kept, dtype=np.float64)
 
     def add(self, group: RowGroup) -> None:
         """Add one row group."""
@@ -87,10 +95,13 @@ class CacheTotals:
         self.sums["entropy"] += float(values["entropy"].sum(dtype=np.float64))
         self.sums["next_log_prob"] += float(values["next_log_prob"][is_known_N].sum(dtype=np.float64))
         self.entropy.add(values["entropy"])
-        self._add_masses(top)
-
-    def _add_masses(self, top: TopK) -> None:
         log_p_NK, log_tail_N = log_probabilities(top, temperature=1.0)
+        first_N = log_p_NK[:, 0].numpy()
+        self.log_confidence.add(first_N[is_known_N])
+        self.log_confidence_right.add(first_N[is_known_N & top_is_target_N])
+        self._add_masses(log_p_NK, log_tail_N)
+
+    def _add_masses(self, log_p_NK: torch.Tensor, log_tail_N: torch.Tensor) -> None:
         p_NK = log_p_NK.exp()
         retained_N = p_NK.sum(dim=1).clamp(0.0, 1.0)
         self.log_tail.add(log_tail_N.numpy())
@@ -154,7 +165,23 @@ def summary_figures(manifest: Manifest, totals: CacheTotals, sizes: Counter[str]
         "next_log_prob": mean_log_prob,
         "perplexity": None if mean_log_prob is None else math.exp(-mean_log_prob),
         "top_is_target_fraction": counts["top_is_target"] / num_known if num_known else None,
+        "top_is_target_of_surest": of_surest(totals.log_confidence, totals.log_confidence_right),
     }
+
+
+def of_surest(all_values: Float16Counts, right: Float16Counts) -> dict[str, float]:
+    """For each of KEPT_FRACTIONS, how often the top entry is the target where its probability is largest.
+
+    As a gate with this `keep_fraction` would keep the known targets; equal probabilities are kept together. Empty
+    without known targets.
+    """
+    num_kept, num_right = all_values.from_largest(), right.from_largest()
+    if not num_kept[-1]:
+        return {}
+    needed = [max(round(fraction * int(num_kept[-1])), 1) for fraction in KEPT_FRACTIONS]
+    places = np.searchsorted(num_kept, needed)
+    shares = (num_right[places] / num_kept[places]).tolist()
+    return {f"{fraction:g}": share for fraction, share in zip(KEPT_FRACTIONS, shares, strict=True)}
 
 
 def _mass_figures(totals: CacheTotals) -> dict[str, Any]:

@@ -47,6 +47,12 @@ def summary_lines(figures: dict[str, Any], cache: Location) -> Iterator[str]:
     )
     entropy = figures["entropy"]
     yield from _bars("entropy, nats", _bins(entropy["histogram"], high=entropy["most"], number_format="{:.1f}"))
+    surest = [
+        (f"surest {float(kept):.0%}", share, f"{share:.1%}")
+        for kept, share in figures["top_is_target_of_surest"].items()
+    ]
+    if surest:
+        yield from _bars("top entry is target, of the known targets where it is most probable", surest, full=1.0)
     at_k = [(f"k = {k}", value, f"{value:.1%}") for k, value in mass["mean_at_k"].items()]
     yield from _bars("mean retained mass at a smaller k", at_k, full=1.0)
     sizes = [(name, size, f"{size:,}") for name, size in figures["column_bytes"].items()]

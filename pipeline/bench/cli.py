@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.bench import capture as bench_capture
 from pipeline.bench import fidelity as bench_fidelity
 from pipeline.bench import loss as bench_loss
+from pipeline.bench import pool as bench_pool
 from pipeline.bench import read as bench_read
 from pipeline.bench import rerun as bench_rerun
 from pipeline.bench import step as bench_step
@@ -26,6 +27,7 @@ from pipeline.core.progress import start_logging
 PARTS = {
     "capture": bench_capture.run,
     "read": bench_read.run,
+    "pool": bench_pool.run,
     "fidelity": bench_fidelity.run,
     "rerun": bench_rerun.run,
     "loss": bench_loss.run,

@@ -17,7 +17,7 @@ from pipeline.bench.loss_implementations import HIDDEN, IMPLEMENTATIONS, VOCABUL
 from pipeline.bench.loss_precision import measure_precision
 from pipeline.bench.timing import Results, format_figure, ratios, run_in_turns, seconds, summarize, table
 from pipeline.core.runtime import compute_device, has_fast_matmul, keep_allocator_memory, module_command
-from pipeline.training.driver import ALLOCATOR_SETTINGS
+from pipeline.training.launch import ALLOCATOR_SETTINGS
 
 IN_MEMORY_COMPARISON = ("ours", "KD + CE")
 KEPT_MEMORY_SUFFIX = "_with_kept_memory"

@@ -54,7 +54,8 @@ def run(quick: bool) -> Results:
             student, hidden_NH, batch, TERMS, StepInputs(coefficients=factors), vocabulary_size=vocabulary
         )[0]
 
-    inputs = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
+    position_ids_BS = batch.position_ids_BS.to(student.device)
+    inputs = {"input_ids": batch.input_ids_BS, "position_ids": position_ids_BS, "use_cache": False}
     inputs_and_targets = inputs | {"labels": batch.input_ids_BS}  # transformers shifts these by one itself
 
     def plain() -> Tensor:
@@ -112,7 +113,7 @@ def captured_rows(
     rows: list[tuple[TokenSequence, Captured | None]] = []
     for number, sequence in enumerate(sequences):
         input_ids_BS, position_ids_BS, flat_N = collate_inputs([sequence])
-        hidden_BSH = hidden_states(teacher, input_ids_BS.to(teacher.device), position_ids_BS.to(teacher.device))
+        hidden_BSH = hidden_states(teacher, input_ids_BS.to(teacher.device), position_ids_BS)
         logits_NV = logits(teacher, hidden_BSH[0][flat_N.to(teacher.device)], vocabulary).float().cpu()
         zeros_N = torch.zeros(len(logits_NV), dtype=torch.float16)  # no term of this benchmark reads these columns
         top, _, _ = top_k_and_entropy(logits_NV, k=K, temperatures=(1.0,))

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import pyarrow.parquet as pq
 
 from pipeline.cache.plain_manifest import check_same_inputs, check_seal, to_plain
+from pipeline.cache.shard_parts import hash_parts, part_ends
 from pipeline.core.file_systems import NO_LINKS
 from pipeline.core.files import content_hash, file_hash, sync_folder
 from pipeline.core.object_store import Location, RemotePath, age_seconds, names, open_location, upload, write_json
@@ -114,8 +115,8 @@ def shard_info(cache: Location, index: int) -> ShardInfo | None:
         plain = json.loads(info_path(cache, index).read_text())
     except FileNotFoundError:
         return None
-    for name in ("row_groups", "retained_mass_histogram"):
-        plain[name] = tuple(plain[name])
+    for name in ("row_groups", "retained_mass_histogram", "part_ends", "part_hashes"):
+        plain[name] = tuple(plain.get(name, ()))
     info = ShardInfo(**{"file": f"{index:05d}.parquet", **plain})  # older caches do not hold the name
     _check_names(info, info_path(cache, index))
     return info
@@ -201,16 +202,20 @@ def describe_shard(path: Path, index: int) -> ShardInfo:
     if totals is None:
         raise ValueError("no totals in its footer")
     row_groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    ends = part_ends(metadata, path.stat().st_size)
+    sha256, part_hashes = hash_parts(path, ends)
     return ShardInfo(
         index=index,
         file=f"{index:05d}.parquet",
         rows=metadata.num_rows,
         row_groups=row_groups,
         targets=totals["targets"],
-        bytes=path.stat().st_size,
-        sha256=file_hash(path),
+        bytes=ends[-1],
+        sha256=sha256,
         num_skipped=totals["num_skipped"],
         retained_mass_histogram=tuple(totals["histogram"]),
+        part_ends=ends,
+        part_hashes=part_hashes,
     )
 
 
@@ -254,38 +259,41 @@ def committed_shards(cache: Location, manifest: Manifest) -> list[ShardInfo]:
         infos = list(pool.map(partial(shard_info, cache), range(manifest.num_shards)))
     present = [info for info in infos if info is not None]
     if len(present) != manifest.num_shards:
-        script = "scripts/capture.py" if manifest.tail == "exact" else "scripts/import.py"
+        script = "pool" if "pool" in manifest.made_of else "capture" if manifest.tail == "exact" else "import"
         raise InputError(
             f"{cache}: expected {manifest.num_shards} committed shards, found {len(present)}; "
-            f"run the same {script} again, it continues where it stopped"
+            f"run the same scripts/{script}.py again, it continues where it stopped"
         )
     return present
 
 
 def check_shard_hash(cache: Location, info: ShardInfo, path: Path | None = None) -> None:
     """Raise InputError for a shard whose bytes are not the committed ones; `path` is a download of it."""
-    if path is None:
-        assert isinstance(cache, Path)
-        path = cache / "shards" / info.file
+    path = cache / "shards" / info.file if path is None and isinstance(cache, Path) else path
+    assert path is not None
     if not path.exists():
-        _refuse_missing(cache, info)
-    found = file_hash(path)
-    if found != info.sha256:
+        refuse_missing(cache, info)
+    check_hash(cache, info, found=file_hash(path), expected=info.sha256)
+
+
+def check_hash(cache: Location, info: ShardInfo, *, found: str, expected: str) -> None:
+    """Raise InputError if the sha256 of a shard, or of a part of it, does not begin with the committed digits."""
+    if not found.startswith(expected):
         raise InputError(
-            f"{shard_file(cache, info)}: expected sha256 {info.sha256[:12]}, found {found[:12]}; the shard is damaged: "
-            f"delete it and {info_path(cache, info.index).name} beside it, then run the capture or import "
-            "again (only this shard is redone)"
+            f"{shard_file(cache, info)}: expected sha256 {expected[:12]}, found {found[:12]}; the shard is damaged: "
+            f"delete it and {info_path(cache, info.index).name} beside it, then run the command that made "
+            "the cache again (only this shard is redone)"
         )
 
 
-def _refuse_missing(cache: Location, info: ShardInfo) -> NoReturn:
+def refuse_missing(cache: Location, info: ShardInfo) -> NoReturn:
     """Raise InputError for a committed shard that is no longer there: it alone, or the cache with it."""
     if not manifest_path(cache).exists():
         raise InputError(
             f"{cache}: expected a cache, found none there any more: it was moved or deleted; put it back or give its "
-            "new place, or capture or import it again"
+            "new place, or make it again"
         )
     raise InputError(
         f"{shard_file(cache, info)}: expected a shard, found no such file; put it back, or delete "
-        f"{info_path(cache, info.index).name} beside it and run the capture or import again (only this shard is redone)"
+        f"{info_path(cache, info.index).name} beside it and run its command again (only this shard is redone)"
     )

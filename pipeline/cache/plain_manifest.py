@@ -10,12 +10,13 @@ from pipeline.core.object_store import Location
 from pipeline.core.types import InputError, Manifest, ShardInfo
 
 SEALED = ("tokenizer", "skipped")  # fields that the fingerprint does not cover
+LATER = (*SEALED, "part_ends", "part_hashes")  # fields that older caches lack
 
 
 def to_plain(value: Manifest | ShardInfo) -> dict[str, Any]:
-    """What is written of a manifest or ShardInfo; a sealed field that is not recorded is left out, as in old caches."""
+    """What is written of a manifest or ShardInfo; what is not recorded in old caches is left out."""
     plain = dataclasses.asdict(value)
-    return {name: field for name, field in plain.items() if name not in SEALED or field is not None}
+    return {name: field for name, field in plain.items() if name not in LATER or field not in (None, ())}
 
 
 def sealed(parts: dict[str, Any], tokenizer_sha256: str) -> dict[str, Any]:

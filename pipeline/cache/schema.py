@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from pipeline.core.types import Captured, Manifest, TokenSequence, TopK
@@ -176,50 +177,78 @@ def _list_array(rows: Sequence[np.ndarray], value_type: pa.DataType) -> pa.ListA
 
 def decode(table: pa.Table, *, temperatures: tuple[float, ...]) -> list[tuple[TokenSequence, Captured]]:
     """The rows of a table of `encode`; the large columns stay views of Arrow's memory."""
-    return [(_sequence(key, row), _captured(row, temperatures)) for key, row in _rows(table)]
+    columns = _columns(table, (*SEQUENCE_COLUMNS, *CAPTURED_COLUMNS))
+    captured = [_captured(row, temperatures) for row in _rows(columns, CAPTURED_COLUMNS)]
+    return list(zip(_sequences(table, columns), captured, strict=True))
 
 
 def decode_sequences(table: pa.Table | pa.RecordBatch) -> list[TokenSequence]:
     """The rows of a table of `encode_sequences`."""
-    return [_sequence(key, row) for key, row in _rows(table)]
+    return _sequences(table, _columns(table, SEQUENCE_COLUMNS))
 
 
-def _rows(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[bytes, dict[str, torch.Tensor]]]:
-    """Of each row its key, and the values of its other columns by their names."""
-    columns = {name: _flat(table.column(name)) for name in table.column_names if name != "key"}
-    for r, key in enumerate(table.column("key").to_pylist()):
-        yield key, {name: values[offsets[r] : offsets[r + 1]] for name, (values, offsets) in columns.items()}
+KeysAndTargets = list[tuple[bytes, int]]
+"""Of each row its key and its number of supervised positions."""
 
 
-def _flat(column: pa.ChunkedArray | pa.ListArray) -> tuple[torch.Tensor, list[int]]:
-    """The values of all rows in one tensor, without a copy, and the offset of each row in it."""
-    array = column
-    if isinstance(column, pa.ChunkedArray):  # combining even a single chunk copies it
-        array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
-    return torch.from_dlpack(array.values), array.offsets.to_pylist()
+def keys_and_targets(table: pa.Table | pa.RecordBatch) -> KeysAndTargets:
+    """What the columns `key` and `target_positions` tell of each row, without decoding any other."""
+    counts = pc.list_value_length(table.column("target_positions")).to_pylist()
+    return list(zip(table.column("key").to_pylist(), counts, strict=True))
 
 
-def _sequence(key: bytes, row: dict[str, torch.Tensor]) -> TokenSequence:
-    values = _values(row, SEQUENCE_COLUMNS)
-    return TokenSequence(
-        key=key,
-        input_ids_S=values["input_ids"],
-        segment_lengths=tuple(values["segment_lengths"].tolist()),
-        record_ids=tuple(values["record_ids"].tolist()),
-        target_positions_N=values["target_positions"],
-        target_ids_N=values["target_ids"],
-        depths_N=values.get("depths"),
-    )
+Values = tuple[torch.Tensor, ...]
+"""Of a column: its values in each row, which are views of one tensor."""
 
 
-def _captured(row: dict[str, torch.Tensor], temperatures: tuple[float, ...]) -> Captured:
-    values = _values(row, CAPTURED_COLUMNS)
+def _columns(table: pa.Table | pa.RecordBatch, columns: Sequence[Column]) -> dict[str, Values]:
+    """The columns that a table has, by name."""
+    return {column.name: _values(table.column(column.name), column) for column in columns if _has(table, column)}
+
+
+def _has(table: pa.Table | pa.RecordBatch, column: Column) -> bool:
+    return column.name in table.schema.names
+
+
+def _values(array: pa.ChunkedArray | pa.ListArray, column: Column) -> Values:
+    """The values in the type of their field: converted once for all rows, and not copied if as wide as stored."""
+    if isinstance(array, pa.ChunkedArray):  # combining even a single chunk copies it
+        array = array.chunk(0) if array.num_chunks == 1 else pa.concat_arrays(array.chunks)
+    offsets = array.offsets.to_numpy()
+    values = torch.from_dlpack(array.values)[offsets[0] : offsets[-1]]
+    is_as_wide = values.dtype.itemsize == column.dtype.itemsize  # uint32 -> int32
+    values = values.view(column.dtype) if is_as_wide else values.to(column.dtype)
+    return values.split(np.diff(offsets).tolist())
+
+
+def _rows(columns: dict[str, Values], kinds: Sequence[Column]) -> Iterator[dict[str, torch.Tensor]]:
+    """The values of each row by the names of their columns."""
+    names = [kind.name for kind in kinds if kind.name in columns]
+    return (dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True))
+
+
+def _sequences(table: pa.Table | pa.RecordBatch, columns: dict[str, Values]) -> list[TokenSequence]:
+    return [
+        TokenSequence(
+            key=key,
+            input_ids_S=row["input_ids"],
+            segment_lengths=tuple(row["segment_lengths"].tolist()),
+            record_ids=tuple(row["record_ids"].tolist()),
+            target_positions_N=row["target_positions"],
+            target_ids_N=row["target_ids"],
+            depths_N=row.get("depths"),
+        )
+        for key, row in zip(table.column("key").to_pylist(), _rows(columns, SEQUENCE_COLUMNS), strict=True)
+    ]
+
+
+def _captured(values: dict[str, torch.Tensor], temperatures: tuple[float, ...]) -> Captured:
     counts_N = values.pop("kept_counts", None)
     if counts_N is not None:
         values["topk_ids"], values["relative_logits"] = pad_entries(
             values["topk_ids"], values["relative_logits"], counts_N
         )
-    shape = (len(row["target_positions"]), -1)
+    shape = (len(values["entropy"]), -1)
     top_fields: dict[str, Any] = {"temperatures": temperatures}
     fields: dict[str, Any] = {}
     for column in CAPTURED_COLUMNS:
@@ -228,16 +257,6 @@ def _captured(row: dict[str, torch.Tensor], temperatures: tuple[float, ...]) -> 
         elif column.name in values:
             fields[column.field] = values[column.name]
     return Captured(top=TopK(**top_fields), **fields)
-
-
-def _values(row: dict[str, torch.Tensor], columns: Sequence[Column]) -> dict[str, torch.Tensor]:
-    """The columns that a row has, each in the type of its field."""
-    return {column.name: _in_memory(row[column.name], column.dtype) for column in columns if column.name in row}
-
-
-def _in_memory(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same values as `dtype`; not copied where both types have the same width (uint32 -> int32)."""
-    return values.view(dtype) if values.dtype.itemsize == dtype.itemsize else values.to(dtype)
 
 
 def pad_entries(ids: torch.Tensor, relative: torch.Tensor, counts_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

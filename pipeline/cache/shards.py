@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import itertools
+import json
 import mmap
 import os
 import secrets
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +26,9 @@ from pipeline.cache import manifest as manifests
 from pipeline.cache.downloads import Downloads
 from pipeline.cache.plain_manifest import check_same_inputs
 from pipeline.cache.schema import column_encoding, decode, encode, shard_schema
-from pipeline.core.object_store import Location
+from pipeline.cache.shard_parts import Part, parts_of
+from pipeline.core.files import file_hash
+from pipeline.core.object_store import Location, RemotePath
 from pipeline.core.seeds import seed_from_values
 from pipeline.core.topk import log_probabilities, narrow
 from pipeline.core.types import Captured, InputError, Manifest, ShardInfo, TokenSequence, TopK
@@ -33,6 +38,7 @@ pa.set_memory_pool(
 )  # malloc's, so that `runtime.keep_allocator_memory` holds for Arrow's buffers too
 
 ROW_GROUP_BYTES = 16 << 20  # before compression; a unit of reading and of shuffling
+CACHED_FOOTERS = 64  # of some 100 kB each; parsing one takes milliseconds
 
 
 def shuffle_positions(
@@ -98,13 +104,15 @@ class ShardWriter:
             self._file.write_table(encode(self._rows, self._schema), row_group_size=len(self._rows))
             self._rows, self._rows_bytes = [], 0
 
-    def commit(self, *, num_skipped: int) -> None:
-        """Publish the shard: fsync, re-open and check, link or upload, and the ShardInfo last."""
+    def commit(self, *, num_skipped: int, plan_rows: Sequence[int] | None = None) -> None:
+        """Publish the shard with `plan_rows` (see `SequenceFile`): fsync, re-open, check, link or upload, ShardInfo."""
         self._write_row_group()
         histogram = self._histogram.tolist()
         self._file.add_key_value_metadata(
             manifests.footer_totals(targets=self._num_targets, num_skipped=num_skipped, histogram=histogram)
         )
+        if plan_rows is not None:
+            self._file.add_key_value_metadata({"plan_rows": json.dumps(list(plan_rows))})
         self._file.close()
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -158,9 +166,9 @@ def check_k(k: int, manifest: Manifest, cache: Location) -> None:
 class ShardReader:
     """Random access to the sequences of a cache by (block, row); a block is a row group of a shard.
 
-    A shard's bytes are checked against its ShardInfo before its first row is used. The last `cached_blocks` decoded
-    blocks stay in memory. `k` keeps the k largest entries of each position, `shuffle_seed` gives each position what was
-    captured at another one. A remote cache is read through `downloads`, one complete shard at a time.
+    The bytes of a row group are checked against the ShardInfo before its first row is used (in older caches those of
+    the shard). The last `cached_blocks` decoded blocks stay in memory. `k` keeps the k largest entries of a position,
+    `shuffle_seed` gives each position what was captured at another one. A remote cache is read through `downloads`.
     """
 
     def __init__(
@@ -182,9 +190,11 @@ class ShardReader:
         self._infos = manifests.committed_shards(cache, self.manifest)
         # two shards with row groups (64, 64) and (64, 10): blocks (64, 64, 64, 10), block 3 is group 1 of shard 1
         self.blocks = tuple(num_rows for info in self._infos for num_rows in info.row_groups)
+        self._ends = list(itertools.accumulate(self.blocks))
         self._row_groups = [(info, group) for info in self._infos for group in range(len(info.row_groups))]
         self._block = lru_cache(maxsize=cached_blocks)(self._read_block)
-        self._checked_shards: set[int] = set()
+        self.footer = lru_cache(maxsize=CACHED_FOOTERS)(self._read_footer)
+        self._checked_parts: set[str] = set()
 
     def row(self, block: int, row: int) -> tuple[TokenSequence, Captured]:
         """One sequence and what was captured about it."""
@@ -194,6 +204,17 @@ class ShardReader:
         # where positions keep different numbers of entries, a sequence may hold fewer than k
         narrowed = narrow(captured.top, k=min(self._k, captured.top.ids_NK.shape[1]))
         return sequence, dataclasses.replace(captured, top=narrowed)
+
+    def at(self, index: int) -> tuple[TokenSequence, Captured]:
+        """The sequence at an index of the whole cache."""
+        block = bisect_right(self._ends, index)
+        return self.row(block, index - self._ends[block] + self.blocks[block])
+
+    def places(self, shard: int) -> dict[bytes, tuple[int, int]]:
+        """The (block, row) of each sequence of a shard, by its key."""
+        blocks = [block for block, (info, _) in enumerate(self._row_groups) if info.index == shard]
+        keys = [(block, self.table(block, columns=["key"]).column(0).to_pylist()) for block in blocks]
+        return {key: (block, row) for block, of_block in keys for row, key in enumerate(of_block)}
 
     def mean_entropies(self) -> list[torch.Tensor]:
         """For each block, the teacher's weighted mean entropy over the positions of each of its R rows: fp32 [R], nats.
@@ -206,48 +227,74 @@ class ShardReader:
             if "weights" in shard_schema(self.manifest).names:
                 weights = self._column(block, "weights")
                 least = torch.finfo(torch.float32).tiny  # all weights of a row may have become 0
-                means.append(
-                    torch.stack(
-                        [(h_N * w_N).sum() / w_N.sum().clamp(min=least) for h_N, w_N in zip(rows, weights, strict=True)]
-                    )
-                )
+                pairs = zip(rows, weights, strict=True)
+                means.append(torch.stack([(h_N * w_N).sum() / w_N.sum().clamp(min=least) for h_N, w_N in pairs]))
             else:
                 means.append(torch.stack([row_N.mean() for row_N in rows]))
         return means
 
     def _column(self, block: int, name: str) -> tuple[torch.Tensor, ...]:
         """The float32 values of a column, one tensor for each row of a block."""
-        column = self._table(block, columns=[name]).column(0).combine_chunks()
+        column = self.table(block, columns=[name]).column(0).combine_chunks()
         values = torch.from_numpy(column.flatten().to_numpy().copy()).float()
         return values.split(pc.list_value_length(column).to_pylist())
 
     @property
+    def num_targets(self) -> int:
+        """Supervised positions of the cache."""
+        return sum(info.targets for info in self._infos)
+
+    @property
     def mean_targets(self) -> Fraction:
         """Supervised positions a sequence, on average over the cache."""
-        return Fraction(sum(info.targets for info in self._infos), max(sum(info.rows for info in self._infos), 1))
+        return Fraction(self.num_targets, max(sum(self.blocks), 1))
 
     def _read_block(self, block: int) -> list[tuple[TokenSequence, Captured]]:
-        rows = decode(self._table(block), temperatures=self.manifest.temperatures)
+        rows = decode(self.table(block), temperatures=self.manifest.temperatures)
         return rows if self._shuffle_seed is None else shuffle_positions(rows, seed=[self._shuffle_seed, block])
 
-    def _table(self, block: int, columns: Sequence[str] | None = None) -> pa.Table:
+    def table(self, block: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of a block as they are stored, checked; `columns`: only these are read."""
         info, group = self._row_groups[block]
-        with self._open(info) as file:
-            # mapped, because reading through a Python file copies; the map stays valid when a download is deleted
-            mapped = pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-            return pq.ParquetFile(mapped).read_row_group(group, columns=columns, use_threads=False)
+        footer = self.footer(info)
+        # mapped, because reading through a Python file copies
+        mapped = self._mapped(info, parts_of(info)[group if info.part_ends else 0])
+        file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(mapped)), metadata=footer)
+        return file.read_row_group(group, columns=columns, use_threads=False)
 
-    def _open(self, info: ShardInfo) -> BinaryIO:
-        """The shard's file; its bytes are checked when it is opened first."""
-        trusted = info.index in self._checked_shards
-        place = manifests.shard_file(self.cache, info)
+    def _read_footer(self, info: ShardInfo) -> pq.FileMetaData:
+        part = parts_of(info)[-1]
+        mapped = self._mapped(info, part)
+        return pq.read_metadata(pa.BufferReader(pa.py_buffer(mapped)[: part.end]))
+
+    def _mapped(self, info: ShardInfo, part: Part) -> mmap.mmap:
+        """Memory that has the checked bytes of a part where they lie in the shard; it outlives a deleted download."""
+        trusted, place = part.name in self._checked_parts, manifests.shard_file(self.cache, info)
         if isinstance(place, Path):
-            if not (trusted and place.exists()):
-                manifests.check_shard_hash(self.cache, info)
-            file: BinaryIO = place.open("rb")
+            if not place.exists():
+                manifests.refuse_missing(self.cache, info)
+            with place.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if not trusted:
+                found = hashlib.sha256(memoryview(mapped)[part.start : part.end]).hexdigest()
+                manifests.check_hash(self.cache, info, found=found, expected=part.sha256)
         else:
-            assert self._downloads is not None, "a remote cache is read through a folder of downloads"
-            check = partial(manifests.check_shard_hash, self.cache, info)
-            file = self._downloads.fetch(place, sha256=info.sha256, size_bytes=info.bytes, check=check, trusted=trusted)
-        self._checked_shards.add(info.index)
-        return file
+            mapped = self._downloaded(place, info, part, trusted=trusted)
+        self._checked_parts.add(part.name)
+        return mapped
+
+    def _downloaded(self, place: RemotePath, info: ShardInfo, part: Part, *, trusted: bool) -> mmap.mmap:
+        assert self._downloads is not None, "a remote cache is read through a folder of downloads"
+
+        def check(path: Path) -> None:
+            if not path.exists():
+                manifests.refuse_missing(self.cache, info)
+            manifests.check_hash(self.cache, info, found=file_hash(path), expected=part.sha256)
+
+        with self._downloads.fetch(place, part, check=check, trusted=trusted) as file:
+            if part.start == 0:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # as long as the shard up to here; of what is not written, nothing takes memory
+            mapped = mmap.mmap(-1, part.end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapped[part.start :] = file.read()
+            return mapped

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.capture.teacher import PendingBatch, capture_positions, prompt_draw_key, start_copy, timestamp
+from pipeline.capture.teacher import PendingBatch, capture_positions, device_of, prompt_draw_key, start_copy, timestamp
 from pipeline.core.topk import sampled, uniform_draws
 from pipeline.core.types import UNKNOWN_TARGET, Captured, Manifest, TokenSequence
 from pipeline.data.packing import pack, with_completion
@@ -27,7 +27,7 @@ def completed_batches(teacher: Model, prompts: Sequence[TokenSequence], manifest
     size = options.get("batch_records", 1)
     for first in range(0, len(by_length), size):
         batch = by_length[first : first + size]
-        started = timestamp(next(teacher.parameters()).device)
+        started = timestamp(device_of(teacher))
         completions, steps = _complete(teacher, batch, manifest)
         yield _pack_completions(batch, completions, steps, manifest, started)
 
@@ -39,7 +39,7 @@ def _complete(
 
     `steps[t]` has one row for each prompt; rows after the end of a prompt's completion are not used.
     """
-    options, device = manifest.made_of["complete"], next(teacher.parameters()).device
+    options, device = manifest.made_of["complete"], device_of(teacher)
     max_new_tokens = [min(options["max_new_tokens"], manifest.window - len(prompt.input_ids_S)) for prompt in batch]
     longest = max(max_new_tokens)
     keys = [prompt_draw_key(prompt, manifest) for prompt in batch]

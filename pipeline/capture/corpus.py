@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
@@ -18,8 +18,9 @@ from typing import Any
 
 from pipeline.cache.sequence_files import open_sequence_file, sequence_file, write_sequence_file
 from pipeline.config.schema import CaptureConfig, CompletionMode
+from pipeline.core.folds import Fold, parse_fold
 from pipeline.core.progress import Progress, log
-from pipeline.core.types import InputError
+from pipeline.core.types import InputError, TokenSequence
 from pipeline.data.records import MalformedRecords, find_shape, log_counts
 from pipeline.data.text_files import RawChunk, Text, open_text, raw_records, read_chunks
 from pipeline.data.tokenize import read_sequences
@@ -62,6 +63,7 @@ def open_corpus(config: CaptureConfig, folder: Path) -> Text:
         text,
         completes=config.complete.how is not CompletionMode.none,
         begins_windows=needs_begin_token(folder) if begins_windows is None else begins_windows,
+        fold=None if config.only_fold is None else parse_fold(config.only_fold, "only_fold"),
     )
 
 
@@ -137,7 +139,9 @@ def _summary(text: Text, num_records: int, paths: Sequence[Path]) -> TokenizedCo
     for file in files:
         skipped.update(file.skipped)
         notes.update(file.notes)
-    if not any(file.num_rows for file in files):
+    of_fold = "" if text.fold is None else f" of fold {text.fold}"
+    # a fold of a small text may have no sequence; the others have them all
+    if not any(file.num_rows for file in files) and (text.fold is None or skipped.total() == num_records):
         raise InputError(
             f"corpus: expected usable records, found none in {', '.join(map(str, text.files))} ({skipped.total()} "
             "malformed); check the files and corpus.columns"
@@ -150,7 +154,7 @@ def _summary(text: Text, num_records: int, paths: Sequence[Path]) -> TokenizedCo
             "corpus.columns.completion=unused corpus.columns.answer=unused",
             *(num_answered, num_records, ANSWER_READ.get(text.targets, ANSWER_READ["all"])),
         )
-    log.info("corpus: %d sequences", sum(file.num_rows for file in files))
+    log.info("corpus: %d sequences%s", sum(file.num_rows for file in files), of_fold)
     return TokenizedCorpus(num_records=num_records, skipped=dict(skipped), notes=dict(notes))
 
 
@@ -193,12 +197,22 @@ def write_sequences(
     tokenizer = cached_tokenizer(teacher_folder, trust_remote_code)
     malformed = MalformedRecords(skip=text.skip_malformed)
     packed = read_sequences(raw_records(chunks), text, tokenizer, malformed, window=window, first_id=first_id)
+    plan_rows: list[int] = []
     write_sequence_file(
         path,
-        packed,
+        packed if text.fold is None else _of_fold(packed, text.fold, plan_rows),
         summary=lambda: {
             "skipped": dict(malformed.reasons),
             "notes": dict(+malformed.notes),
             "answered": {"records": malformed.num_answered},
+            **({} if text.fold is None else {"plan_rows": plan_rows}),
         },
     )
+
+
+def _of_fold(sequences: Iterable[TokenSequence], fold: Fold, plan_rows: list[int]) -> Iterator[TokenSequence]:
+    """Those of a fold; their places among all go into `plan_rows`."""
+    for row, sequence in enumerate(sequences):
+        if fold.holds(sequence.key):
+            plan_rows.append(row)
+            yield sequence

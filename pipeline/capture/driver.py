@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import re
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -19,6 +18,7 @@ from pipeline.capture.plan_lookup import PlanFolder, plan_folder
 from pipeline.config.schema import CaptureConfig
 from pipeline.config.validate import check_capture
 from pipeline.core.file_systems import check_folder
+from pipeline.core.folds import index_and_count
 from pipeline.core.object_store import Location
 from pipeline.core.progress import log, start_logging
 from pipeline.core.stopping import EXIT_STOPPED
@@ -83,12 +83,12 @@ def shards_of_share(config: CaptureConfig, num_shards: int) -> list[int]:
     """
     if config.share is None:
         return list(range(num_shards))
-    match = re.fullmatch(r"(\d+)/(\d+)", config.share)
-    if match is None or int(match[1]) >= int(match[2]):
+    if (found := index_and_count(config.share)) is None:
         raise InputError(
             f"share: expected INDEX/COUNT with INDEX from 0 to COUNT - 1, found {config.share!r}; correct share="
         )
-    return list(range(int(match[1]), num_shards, int(match[2])))
+    index, count = found
+    return list(range(index, num_shards, count))
 
 
 # ------------------------------------------------------------------------------------ several workers
@@ -112,7 +112,22 @@ def supervise(config: CaptureConfig, cache: Location, sequences: Path, shards: S
 
     InputError if a worker stops with an error, or if workers keep being killed although no shard was committed between.
     """
-    workers = {number: start_worker(config, cache, sequences, shards, number) for number in range(config.num_workers)}
+    workers: dict[int, SpawnProcess] = {}
+    try:
+        for number in range(config.num_workers):
+            workers[number] = start_worker(config, cache, sequences, shards, number)
+        replace_killed(workers, config, cache, sequences, shards)
+    finally:  # also on a request to stop: what the workers write comes before the last line of the command
+        for process in workers.values():
+            process.terminate()
+        for process in workers.values():
+            process.join()
+
+
+def replace_killed(
+    workers: dict[int, SpawnProcess], config: CaptureConfig, cache: Location, sequences: Path, shards: Sequence[int]
+) -> None:
+    """Wait until no worker is left in `workers`, and start another one for each that was killed."""
     deaths, num_committed = 0, 0  # deaths since the last shard was committed
     while workers:
         wait([process.sentinel for process in workers.values()])

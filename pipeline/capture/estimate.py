@@ -12,12 +12,14 @@ from pathlib import Path
 from pipeline.cache import manifest as manifests
 from pipeline.cache.sequence_files import SequenceFile, open_sequence_file, sequence_file
 from pipeline.cache.shards import shard_writer
+from pipeline.capture.also_caches import also_caches
 from pipeline.capture.corpus import TokenizedCorpus, cached_tokenizer, open_corpus, write_sequences
 from pipeline.capture.identity import make_manifest
 from pipeline.capture.worker import shard_advice, teacher_batches, write_batch
 from pipeline.config.schema import CaptureConfig, Kind
 from pipeline.config.validate import check_capture
 from pipeline.core.files import is_url
+from pipeline.core.folds import parse_fold
 from pipeline.core.progress import readable, readable_duration, start_logging
 from pipeline.core.runtime import compute_device, keep_allocator_memory
 from pipeline.core.types import InputError, Manifest
@@ -48,11 +50,12 @@ def run(config: CaptureConfig) -> int:
     """Print the size and duration of this capture, estimated from a probe; returns 1 if the disk is too small."""
     start_logging(level=30)
     check_capture(config)
+    config = with_entries_of_also_ids(config)
     keep_allocator_memory()
     config = dataclasses.replace(config, teacher=resolve_dtype(config.teacher))
     teacher = config.teacher
     folder = model_folder(teacher.path, revision=teacher.revision, with_code=teacher.trust_remote_code)
-    text = open_corpus(config, folder)
+    text = dataclasses.replace(open_corpus(config, folder), fold=None)  # the probe measures any sequences
     is_exact, num_records = count_records(text)
     probe = run_probe(config, text)
     scale = num_records / probe.num_records
@@ -63,6 +66,9 @@ def run(config: CaptureConfig) -> int:
         f"{len(text.files)} files."
     )
     print(f"Each target takes {probe.bytes / probe.num_targets:.1f} bytes with {kept_entries(config)}.")
+    if config.only_fold is not None:
+        scale /= parse_fold(config.only_fold, "only_fold").of  # of the sequences, about
+        print(f"Of them the sequences of fold {config.only_fold} are captured.")
     num_shards, cache_bytes = math.ceil(round(num_records) / config.records_per_shard), probe.bytes * scale
     print(
         f"The cache will take {readable(cache_bytes)}, with {probe.num_targets * scale:,.0f} targets in "
@@ -82,6 +88,19 @@ def run(config: CaptureConfig) -> int:
     if advice := shard_advice(probe.seconds * scale / num_shards, config.records_per_shard):
         print(f"{advice[0].upper()}{advice[1:]}.")
     return 0 if is_url(config.cache or config.caches_dir) or fits_disk(Path(config.caches_dir), cache_bytes) else 1
+
+
+def with_entries_of_also_ids(config: CaptureConfig) -> CaptureConfig:
+    """The options of a probe: the first records are packed otherwise than in a shard, so no key of theirs is found.
+
+    Instead of what other caches keep at their positions, as many of the teacher's own largest logits are kept.
+    """
+    found = also_caches(config.also_ids)
+    if not found:
+        return config
+    k = min(config.k + max(other.most_kept for _, other in found), found[0][1].vocabulary_size)
+    print(f"also_ids: measured with the largest number of entries that it can keep, as k={k}.")
+    return dataclasses.replace(config, k=k, also_ids=None)
 
 
 def fits_disk(caches_dir: Path, cache_bytes: float) -> bool:

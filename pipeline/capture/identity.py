@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.schema import SCHEMA_VERSION
+from pipeline.capture.also_caches import of_also_ids
 from pipeline.capture.corpus import TokenizedCorpus
 from pipeline.config.options import identity_options
 from pipeline.config.schema import CaptureConfig, ChatConfig, ColumnsConfig, CompletionMode, Kind
@@ -49,7 +50,9 @@ def make_manifest(
         "draws": 0 if config.kind is Kind.topk else config.draws,
         "draw_seed": 0 if config.kind is Kind.topk else config.seed,
         "temperatures": sorted(config.temperatures),
+        **({} if config.only_fold is None else {"only_fold": config.only_fold}),  # it came later
         **_of_completions(config, folder, tokenizer),
+        **of_also_ids(config, found.num_records),
         **_of_text(config, text, tokenizer, found),
     }
     return Manifest(

@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease
 from pipeline.cache.plain_manifest import sealed
+from pipeline.capture.also_caches import check_also_ids
 from pipeline.capture.corpus import cached_tokenizer, open_corpus, tokenize_corpus
 from pipeline.capture.identity import make_manifest
 from pipeline.capture.plan_lookup import PlanFolder, file_states
@@ -64,6 +65,8 @@ def make_plan(config: CaptureConfig, plan: PlanFolder, *, with_sequences: bool =
         )
     if config.corpus.end_token and tokenizer.eos_token_id is None:
         raise InputError("corpus: expected a tokenizer with an end token, found none; set corpus.end_token=false")
+    if config.also_ids is not None:  # only then: a tokenizer's hash takes a third of a second
+        check_also_ids(config, tokenizer_hash(tokenizer), vocabulary_size(tokenizer))
     cache = open_location(config.cache or config.caches_dir)
     if isinstance(cache, Path):  # before the corpus is read: it may take hours
         check_folder(cache, "caches_dir" if config.cache is None else "cache")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache import manifest as manifests
+from pipeline.capture.also_caches import also_fingerprints
 from pipeline.config.options import identity_options
 from pipeline.config.schema import CaptureConfig
 from pipeline.core.files import content_hash, is_url
@@ -59,7 +60,7 @@ def plan_folder(config: CaptureConfig) -> PlanFolder:
     # each cache has a plan of its own, because the plan's sequences are deleted when its cache is finished
     cache = config.cache or f"{config.caches_dir}/{config.name}"
     place = content_hash(cache if is_url(cache) else str(Path(cache).absolute()))
-    digest = content_hash([identity_options(config), place, file_states(files)])
+    digest = content_hash([identity_options(config), place, file_states(files), *also_fingerprints(config)])
     return PlanFolder(folder=plans_dir(config) / f"{place[:8]}-{digest[:16]}")
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.core.topk import hybrid, sampled, top_k_and_entropy, uniform_draws
+from pipeline.core.runtime import to_device
+from pipeline.core.topk import hybrid, keep_also, sampled, top_k_and_entropy, uniform_draws
 from pipeline.core.types import UNKNOWN_TARGET, Captured, Manifest, TokenSequence, map_tensors
 from pipeline.data.packing import Segment, collate_inputs, make_sequence
 from pipeline.models.forward import HEAD_POSITIONS, Model, hidden_states, logits
@@ -33,24 +34,46 @@ class PendingBatch:
     """CUDA event at the end of the copy; None on a CPU, where nothing is copied."""
 
 
+def device_of(teacher: Model) -> torch.device:
+    """Where the weights are."""
+    device: torch.device = next(teacher.parameters()).device
+    return device
+
+
 @torch.inference_mode()
-def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest) -> PendingBatch:
-    """Run the teacher over a batch and capture its supervised positions; only these pass through the head."""
-    device = next(teacher.parameters()).device
-    started = timestamp(device)
+def capture_batch(
+    teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest, also_NJ: Tensor | None = None
+) -> PendingBatch:
+    """Run the teacher over a batch, capture its supervised positions, and start their copy to host memory.
+
+    `also_NJ`: tokens of each position that are kept too, -1 for none.
+    """
+    started = timestamp(device_of(teacher))
+    return start_copy(batch, forward_batch(teacher, batch, manifest, also_NJ), started)
+
+
+@torch.inference_mode()
+def forward_batch(
+    teacher: Model, batch: Sequence[TokenSequence], manifest: Manifest, also_NJ: Tensor | None = None
+) -> Captured:
+    """The captured positions of a batch, on the teacher's device; only supervised ones pass through the head."""
+    device = device_of(teacher)
     input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
-    hidden_BSH = hidden_states(teacher, input_ids_BS.to(device), position_ids_BS.to(device))
+    hidden_BSH = hidden_states(teacher, to_device(input_ids_BS, device), position_ids_BS)
     hidden_PH = hidden_BSH.flatten(0, 1)
-    hidden_NH = hidden_PH[flat_N.to(device)]
+    hidden_NH = hidden_PH[to_device(flat_N, device)]
     targets_N = torch.cat([sequence.target_ids_N for sequence in batch])
     draws_ND = torch.cat([position_draws(sequence, manifest) for sequence in batch])
     hidden_parts = hidden_NH.split(HEAD_POSITIONS)
-    target_parts = targets_N.to(device).split(HEAD_POSITIONS)
+    target_parts = to_device(targets_N, device).split(HEAD_POSITIONS)
     draw_parts = draws_ND.split(HEAD_POSITIONS)
+    also_parts = [None] * len(hidden_parts) if also_NJ is None else to_device(also_NJ, device).split(HEAD_POSITIONS)
     parts = []
-    for part_NH, part_targets_N, part_draws_ND in zip(hidden_parts, target_parts, draw_parts, strict=True):
+    for part_NH, part_targets_N, part_draws_ND, part_NJ in zip(
+        hidden_parts, target_parts, draw_parts, also_parts, strict=True
+    ):
         logits_NV = logits(teacher, part_NH, manifest.vocabulary_size)
-        parts.append(capture_positions(logits_NV, part_targets_N, part_draws_ND, manifest))
+        parts.append(capture_positions(logits_NV, part_targets_N, part_draws_ND, manifest, part_NJ))
     captured = Captured.cat(parts)
     if "complete" in manifest.made_of:  # these targets come from the corpus: the teacher did not generate them
         weak_ids_N = torch.full_like(targets_N, UNKNOWN_TARGET)
@@ -59,7 +82,7 @@ def capture_batch(teacher: Model, batch: Sequence[TokenSequence], manifest: Mani
         depths_N = torch.cat([sequence.depths_or_zeros() for sequence in batch])
         weights_N = reach(teacher, hidden_PH, input_ids_BS.flatten(), flat_N, depths_N, manifest.vocabulary_size)
         captured = dataclasses.replace(captured, weights_N=weights_N)
-    return start_copy(batch, captured, started)
+    return captured
 
 
 def position_draws(sequence: TokenSequence, manifest: Manifest) -> Tensor:
@@ -106,18 +129,20 @@ def reach(
     places_L, inverse_J = (flat_N[owners_J] - steps_back_J).unique(return_inverse=True)
     device = hidden_PH.device
     log_p_parts = [
-        logits(teacher, hidden_PH[part_L.to(device)], vocabulary_size)
+        logits(teacher, hidden_PH[to_device(part_L, device)], vocabulary_size)
         .float()
         .log_softmax(dim=1)
-        .gather(1, input_ids_P[part_L + 1, None].to(device))[:, 0]
+        .gather(1, to_device(input_ids_P[part_L + 1, None], device))[:, 0]
         for part_L in places_L.split(HEAD_POSITIONS)
     ]
-    log_p_J = torch.cat(log_p_parts)[inverse_J.to(device)]
+    log_p_J = torch.cat(log_p_parts)[to_device(inverse_J, device)]
     log_reach_N = torch.zeros(len(flat_N), dtype=torch.float64, device=device)
-    return log_reach_N.index_add(0, owners_J.to(device), log_p_J.double()).exp().float()
+    return log_reach_N.index_add(0, to_device(owners_J, device), log_p_J.double()).exp().float()
 
 
-def capture_positions(logits_NV: Tensor, targets_N: Tensor, uniforms_ND: Tensor, manifest: Manifest) -> Captured:
+def capture_positions(
+    logits_NV: Tensor, targets_N: Tensor, uniforms_ND: Tensor, manifest: Manifest, also_NJ: Tensor | None = None
+) -> Captured:
     """The captured columns of N positions: top-k, log-probability of the target (NaN if it is unknown), entropy."""
     k, temperatures = (manifest.k, manifest.temperatures) if manifest.kind == "topk" else (1, (1.0,))
     top, log_z_N, entropy_N = top_k_and_entropy(logits_NV, k=k, temperatures=temperatures)
@@ -126,6 +151,8 @@ def capture_positions(logits_NV: Tensor, targets_N: Tensor, uniforms_ND: Tensor,
         top = sampled(logits_NV, uniforms_ND=uniforms_ND)
     elif manifest.kind == "hybrid":
         top = hybrid(logits_NV, k=manifest.k, uniforms_ND=uniforms_ND)
+    elif also_NJ is not None:
+        top = keep_also(top, logits_NV, also_NJ)
     target_logits_N = logits_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0].float()
     log_prob_N = torch.where(targets_N == UNKNOWN_TARGET, torch.nan, target_logits_N - largest_N - log_z_N)
     return Captured(top=top, next_log_prob_N=log_prob_N.half(), entropy_N=entropy_N.half())

@@ -23,14 +23,15 @@ from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease, holder
 from pipeline.cache.sequence_files import SequenceFile, open_sequence_file, sequence_file
 from pipeline.cache.shards import ShardWriter, shard_writer
+from pipeline.capture.also_ids import also_ids_of
 from pipeline.capture.claims import Outcome, claims, follow
 from pipeline.capture.completion import completed_batches
-from pipeline.capture.teacher import PendingBatch, capture_batch, finish_copy
+from pipeline.capture.teacher import PendingBatch, capture_batch, device_of, finish_copy
 from pipeline.config.schema import CaptureConfig, Dtype, ModelConfig
 from pipeline.core.object_store import Location
 from pipeline.core.processes import end_with
 from pipeline.core.progress import Progress, log, readable_duration, start_logging
-from pipeline.core.runtime import bind_device, keep_allocator_memory
+from pipeline.core.runtime import bind_device, keep_allocator_memory, make_current
 from pipeline.core.stopping import EXIT_STOPPED, interrupt, stop_signals_handled_by
 from pipeline.core.types import Captured, InputError, Manifest, TokenSequence
 from pipeline.models.forward import Model
@@ -150,7 +151,10 @@ def capture_shard(
     """Capture the sequences of one shard and commit it; a thread writes while the teacher runs on."""
     started, done, tokens, forward_seconds = time.monotonic(), 0, 0, 0.0
     is_measured = False
-    with shard_writer(cache, manifest, index) as writer, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+    write_thread = ThreadPoolExecutor(
+        1, thread_name_prefix="write", initializer=make_current, initargs=(device_of(teacher),)
+    )
+    with shard_writer(cache, manifest, index) as writer, write_thread as pool:
         writes: deque[Future[tuple[int, int, float]]] = deque()
 
         def wait_until_pending(max_pending: int) -> None:
@@ -174,7 +178,7 @@ def capture_shard(
             writes.append(pool.submit(write_batch, writer, pending))
             wait_until_pending(MAX_PENDING_BATCHES - 1)
         wait_until_pending(0)
-        writer.commit(num_skipped=shard.num_skipped)
+        writer.commit(num_skipped=shard.num_skipped, plan_rows=shard.plan_rows)
 
 
 def shard_advice(seconds: float, records_per_shard: int) -> str | None:
@@ -198,7 +202,7 @@ def teacher_batches(
         with_targets = [sequence for sequence in sequences if len(sequence.target_positions_N)]
         prompts += [sequence for sequence in sequences if not len(sequence.target_positions_N)]
         if with_targets:
-            yield capture_batch(teacher, with_targets, manifest)
+            yield capture_batch(teacher, with_targets, manifest, also_ids_of(config, manifest, with_targets))
     yield from completed_batches(teacher, prompts, manifest)
 
 

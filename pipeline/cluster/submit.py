@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipeline.cache.manifest import load_manifest
 from pipeline.cluster.jobs import jobs_of
 from pipeline.cluster.sbatch import BatchJob, script_text, submission_text
 from pipeline.config.commands import SubmitConfig
@@ -20,7 +21,8 @@ from pipeline.core.progress import start_logging
 from pipeline.core.types import InputError
 from pipeline.declare.leaks import check_texts
 from pipeline.study.forecast import ADAPTIVE, Composer, check_jobs, jobs_at_once, texts_of, with_curve_length
-from pipeline.study.plan import Job, student_jobs
+from pipeline.study.members import check_pool, pool_words
+from pipeline.study.plan import POOLED, Job, fold_jobs, student_jobs
 
 
 def run(config: SubmitConfig) -> None:
@@ -29,17 +31,23 @@ def run(config: SubmitConfig) -> None:
     study = open_study(config.study, config.study_dir)
     check_cluster(config)
     composer = Composer(study)
-    students = student_jobs(config, study)
-    check_jobs(composer, students)
+    students, folds = student_jobs(config, study), fold_jobs(config, study)
+    check_pool(config, composer, students)
+    check_jobs(composer, [*folds[:1], *students])
     check_texts(texts_of(study), allowed=study.file.allow_shared_records)
     students = [with_teacher_on_dev(composer, with_curve_length(composer, job)) for job in students]
+    folds = [with_teacher_on_dev(composer, job) for job in folds]
     check_one_teacher(study)
+    if folds:
+        check_one_pool(config, study)
     if (num_jobs := jobs_at_once(composer, students)) > 1:
         raise InputError(
             f"launcher.jobs: expected 1, because each student is a batch job of its own, found {num_jobs}; leave it "
             "out, or run scripts/study.py on one machine"
         )
-    jobs = jobs_of(study, students, config.cluster, captures=any(map(composer.reads_cache, students)))
+    captures = any(map(composer.reads_cache, students))
+    pool = [*pool_words(config, study), *config.overrides]
+    jobs = jobs_of(study, students, config.cluster, captures=captures, folds=folds, pool=pool)
     files = write_files(config, study, jobs)
     if config.dry_run:
         for file in files:
@@ -134,13 +142,28 @@ def with_teacher_on_dev(composer: Composer, job: Job) -> Job:
 
 def check_one_teacher(study: Study) -> None:
     """Refuse a study with several teachers or caches in its folders: its jobs find theirs by a glob."""
-    for what, pattern in (
-        ("teacher", f"{study.file.runs_dir}/teacher-*"),
-        ("cache", f"{study.file.caches_dir}/{study.name}-*"),
-    ):
+    places = [("teacher", f"{study.file.runs_dir}/teacher-*"), ("cache", f"{study.file.caches_dir}/{study.name}-*")]
+    for what, pattern in places:
         found = [] if is_url(pattern) else matching_paths(pattern)
         if len(found) > 1:
             raise InputError(
                 f"{what}: expected at most one, because the jobs take what matches {pattern}, found {len(found)} "
                 f"({', '.join(str(path) for path in found[:3])}); move the others away, or give the study other folders"
             )
+
+
+def check_one_pool(config: SubmitConfig, study: Study) -> None:
+    """Refuse another pool than the one asked for in the study's folder: the students find theirs by a glob, too."""
+    pattern, asked = f"{study.file.caches_dir}/{POOLED}-{study.name}-*", config.pool
+    others = []
+    for path in matching_paths(pattern):
+        made_of = load_manifest(path).made_of
+        weights = "fit" if "fit" in made_of else (made_of["weights"], made_of["temperature"])
+        found = (made_of["pool"], len(made_of["members"][-1]), weights)
+        wanted = "fit" if asked.fit else (asked.weights or [0.5, 0.5], asked.temperature)
+        others += [path] * (found != (asked.kind.name, config.folds, wanted))
+    if others:
+        raise InputError(
+            f"pool: expected no other pool than the one asked for, because the jobs take what matches {pattern}, found "
+            f"{', '.join(map(str, others))}; move it away, or give the study another caches_dir"
+        )

@@ -50,7 +50,8 @@ def command_layers(study: Study | None) -> dict[str, dict[str, Any]]:
         },
         "status": {"runs": [f"{file.runs_dir}/*"], "caches": [f"{file.caches_dir}/*"], **leases},
         "import": {"caches_dir": file.caches_dir},
-        **dict.fromkeys(("study", "submit", "search"), own),
+        "pool": {"caches_dir": file.caches_dir},
+        **dict.fromkeys(("study", "submit", "search", "preview"), own),
     }
 
 
@@ -69,6 +70,9 @@ def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
         "gold_only": {"gold": content.get("gold")},
         "weak_only": {"cache": cache},
         "combined": {"gold": content.get("gold"), "cache": cache},
+        "cross_fit": {},  # of combined, below which it is
+        "cross_fit_gold": {},  # of gold_only
+        "pooled": {"cache": f"{study.file.caches_dir}/pooled-{study.name}-*"},
         "ceiling": {"gold": content.get("ceiling")},
     }
     reads |= dict.fromkeys(("shuffled", "smoothed"), reads["combined"])
@@ -79,15 +83,29 @@ def experiment_layers(study: Study | None) -> dict[str, dict[str, Any]]:
         if content.get(split) is not None
     }
     own = content.get("experiments", {})
-    own = {control: own.get("combined", {}) for control in ("shuffled", "smoothed")} | own
-    return {
-        name: _nested(
-            {key: value for key, value in reads[name].items() if value is not None}
-            | (scored if name in STUDENTS else {})
-            | _one_length(_length(content.get("train", {}), name) | own.get(name, {}))
-        )
+    own = dict.fromkeys(("shuffled", "smoothed"), own.get("combined", {})) | own
+    layers = {
+        name: {key: value for key, value in reads[name].items() if value is not None}
+        | (scored if name in STUDENTS else {})
+        | _one_length(_length(content.get("train", {}), name))
+        | _one_length(own.get(name, {}))
         for name in EXPERIMENTS
     }
+    # another experiment's settings hold, but for those that they have of their own
+    for name, other in (("cross_fit", "combined"), ("cross_fit_gold", "gold_only"), ("pooled", "combined")):
+        layers[name] |= _one_length(own.get(other, {})) | _one_length(own.get(name, {}))
+    for name in ("cross_fit", "cross_fit_gold"):
+        layers[name] |= _dev_of_unscored(content.get("train", {}) | layers[name], content.get("dev"))
+    return {name: _nested(layer) for name, layer in layers.items()}
+
+
+def _dev_of_unscored(settings: Mapping[str, Any], dev: Mapping[str, Any] | None) -> dict[str, Any]:
+    """For a run that nothing scores: the study's dev where it decides about the training, else no looks at it."""
+    given = flat(settings)
+    adapts = given.get("loss.kd.adaptive_weight.every_steps")
+    if given.get("export.what") == "best" or given.get("early_stopping.patience") or adapts:
+        return {"dev": dev}
+    return {"evaluate_every_steps": 0}
 
 
 def _length(train: Mapping[str, Any], experiment: str) -> dict[str, Any]:

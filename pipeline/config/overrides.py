@@ -161,7 +161,7 @@ def _reject_name(root: str, key: str, known: Sequence[str]) -> None:
     near = nearest_options(key, known)
     others = [name for name, schema in ROOTS.items() if key in option_types(schema)]
     hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
-    if others:
+    if others and not any(name.endswith(f".{key}") for name in near):  # else it is meant for this script
         scripts = " and ".join(f"scripts/{name}.py" for name in others)
         hint = f"it is an option of {scripts}, and not of this script; {hint}"
     raise InputError(f"expected the name of an option, found {key!r}; {hint}")

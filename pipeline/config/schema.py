@@ -26,12 +26,15 @@ TextShape = Enum(
 )
 Kind = Enum("Kind", ["topk", "sampled", "hybrid"])
 CompletionMode = Enum("CompletionMode", ["none", "greedy", "sample"])
+PoolKind = Enum("PoolKind", ["logarithmic", "linear"])
+PoolStudents = Enum("PoolStudents", ["combined", "gold_only"])
 Source = Enum("Source", ["gold", "corpus"])
 Format = Enum("Format", ["distillkit", "axolotl_raw", "axolotl_prepared"])
 Alignment = Enum("Alignment", ["current", "legacy"])
 Shape = Enum("Shape", ["constant", "linear", "cosine", "step", "wsd"])
 Divergence = Enum("Divergence", ["forward_kl", "reverse_kl", "jsd", "total_variation", "renormalised", "truncated"])
-GateBy = Enum("GateBy", ["confidence", "entropy"])
+GateBy = Enum("GateBy", ["confidence", "entropy", "margin", "learnt"])
+WeightBy = Enum("WeightBy", ["none", "confidence", "entropy", "margin", "learnt"])
 Control = Enum("Control", ["none", "smoothed", "shuffled"])
 HardLabels = Enum("HardLabels", ["generated", "likeliest"])
 HeadPath = Enum("HeadPath", ["fused", "full"])
@@ -41,7 +44,7 @@ Offload = Enum("Offload", ["none", "cpu", "nvme"])
 ExportedStep = Enum("ExportedStep", ["last", "best", "none"])
 IfBusy = Enum("IfBusy", ["fail", "wait", "skip"])
 Tracker = Enum("Tracker", ["tensorboard", "wandb", "mlflow"])
-Role = Enum("Role", ["teacher", "zero_shot", "gold_only", "weak_only", "combined", "ceiling", "control"])
+Role = Enum("Role", ["teacher", "zero_shot", "gold_only", "weak_only", "combined", "ceiling", "control", "member"])
 
 
 @dataclass
@@ -57,7 +60,10 @@ class ModelConfig:
         "type of the weights, loaded and run; auto: bfloat16 where this machine multiplies it fast, else float32",
     )
     attention: str | None = option(
-        None, "attention kernel by transformers' name (sdpa, eager, ...); null: its choice for the model", result=False
+        None,
+        "attention kernel: sdpa_segments, eager_segments, flash_attention_2, ... (docs/options.md); "
+        "null: the fastest with which the model passes its checks",
+        result=False,
     )
     num_layers: int | None = option(None, "keep only this many first layers; null: all of them")
     trust_remote_code: bool = option(False, "run Python code that comes with the model; off unless you trust it")
@@ -128,8 +134,7 @@ class TextConfig:
     )
     end_token: bool = option(True, "append the tokenizer's end token to a text or completion")
     too_long: TooLongPolicy | None = option(
-        None,
-        "a prompt that does not fit the window: stop, skip and count it, or cut_left; null: as `malformed` says",
+        None, "a prompt that does not fit the window: stop, skip and count it, or cut_left; null: as `malformed` says"
     )
     window_begin_token: bool | None = option(
         None,
@@ -162,6 +167,18 @@ class CompletionConfig:
 
 
 @dataclass
+class DownloadsConfig:
+    dir: str = option(
+        "caches/.downloads", "folder for row groups of caches in object stores; may be shared", result=False
+    )
+    bytes: int = option(
+        50_000_000_000,
+        "maximum bytes of that folder; the least recently used row groups are deleted first",
+        result=False,
+    )
+
+
+@dataclass
 class CaptureConfig:
     name: str = option(MISSING, "first part of the cache folder's name")
     caches_dir: str = option("caches", "folder or address that holds all caches", result=False, address=True)
@@ -181,10 +198,17 @@ class CaptureConfig:
     draws: int = option(50, "draws per position, for sampled and hybrid")
     seed: int = option(0, "seed of those draws")
     temperatures: list[float] = option(lambda: [1.0], "temperatures whose tail is kept; must contain 1")
+    also_ids: str | None = option(
+        None, "topk: cache of the same sequences whose ids are kept here too; null: none", content=True, address=True
+    )
+    downloads: DownloadsConfig = option(DownloadsConfig, "also_ids in an object store is read through this folder")
     complete: CompletionConfig = option(
         CompletionConfig, "completions by the teacher; its distributions are recorded while it generates"
     )
     records_per_shard: int = option(20_000, "records in one shard")
+    only_fold: str | None = option(
+        None, "j/k: capture only the sequences of fold j (0 to k - 1) of k, which their keys decide; null: all"
+    )
     plans_dir: str | None = option(
         None, "local folder for tokenized text until it is captured; null: .plans beside the caches", result=False
     )
@@ -239,13 +263,19 @@ class LmConfig:
 class GateConfig:
     min_confidence: float = option(0.0, "minimum probability of the teacher's top token, at T = 1")
     max_entropy: float | None = option(None, "maximum entropy of the teacher's distribution, nats; null: no limit")
-    keep_fraction: float = option(
-        1.0, "keep only this fraction of all positions: those with the most confident teacher"
+    keep_fraction: float = option(1.0, "keep only this fraction of all positions: where the teacher is surest")
+    by: GateBy = option(GateBy.confidence, "measure for keep_fraction: confidence, entropy (low), margin or learnt")
+    per_class: bool = option(False, "keep_fraction of each class (the teacher's top token), counted over all caches")
+    learn_on: str | None = option(
+        None, "by=learnt: a capture of gold by the same teacher; null: gold_cache", content=True, address=True
     )
-    by: GateBy = option(GateBy.confidence, "measure for keep_fraction: confidence (high) or entropy (low)")
-    drop_wrong: bool = option(
-        False, "where the true target is known: keep the position only if it is the teacher's top token"
-    )
+    drop_wrong: bool = option(False, "keep a position with a known target only if that is the teacher's top token")
+
+
+@dataclass
+class PositionWeightConfig:
+    by: WeightBy = option(WeightBy.none, "trust in the teacher (0 to 1) that weights a position where a term reads it")
+    power: float = option(1.0, "the weight is trust to this power")
 
 
 @dataclass
@@ -269,9 +299,7 @@ class KdConfig:
         1.0, "weight of the distillation term (lambda of Xiao & Zhu, Foundations of Large Language Models, eq. 4.13)"
     )
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
-    on: list[Source] = option(
-        lambda: [Source.corpus], "texts whose positions it reads, where they carry a captured distribution"
-    )
+    on: list[Source] = option(lambda: [Source.corpus], "texts whose positions it reads, where the teacher was captured")
     temperature: float = option(1.0, "softens teacher and student alike; must have been captured")
     temperature_squared: bool = option(
         True, "multiply the differentiated value by T^2, so that its gradient keeps its size as T grows"
@@ -281,7 +309,9 @@ class KdConfig:
         "forward_kl, reverse_kl, jsd, total_variation: kept entries and tail; renormalised, truncated: kept ones alone",
     )
     beta: float = option(0.5, "jsd: from forward KL (0) to reverse KL (1)")
+    tail_weight: float = option(1.0, "forward_kl: weight of its part between the masses of kept and tail; 1: exact KL")
     gate: GateConfig = option(GateConfig, "positions on which the teacher is used, by kd and confidence alike")
+    position_weight: PositionWeightConfig = option(PositionWeightConfig, "weights of positions in S and N alike")
     adaptive_weight: AdaptiveWeightConfig = option(
         AdaptiveWeightConfig, "lowers the weight while the student is better than the teacher on dev"
     )
@@ -296,10 +326,7 @@ class HardConfig:
     weight: float = option(0.0, "weight of cross entropy with the teacher's hard labels; 0: off")
     ramp: RampConfig = option(RampConfig, "how that weight changes over the steps")
     on: list[Source] = option(lambda: [Source.corpus], "texts whose positions it reads")
-    take: HardLabels = option(
-        HardLabels.generated,
-        "generated: the teacher's completion (capture's complete.how); likeliest: its top token",
-    )
+    take: HardLabels = option(HardLabels.generated, "generated by the capture's complete.how; likeliest: its top token")
 
 
 @dataclass
@@ -338,7 +365,11 @@ class OptimizerConfig:
         0.002, "peak learning rate of Muon, whose orthogonal updates have a spectral norm of about 1"
     )
     muon_momentum: float = option(0.95, "decay of Muon's momentum")
-    schedule: Shape = option(Shape.linear, "learning rate after the warm-up: constant, linear, cosine or wsd")
+    schedule: Shape = option(Shape.linear, "learning rate after the warm-up: constant, linear, cosine, step or wsd")
+    step_at_fractions: list[float] = option(
+        lambda: [0.5, 0.75], "step: fractions of the steps at which the learning rate is multiplied by step_factor"
+    )
+    step_factor: float = option(0.1, "step: factor on the learning rate at each of them")
     decay_fraction: float = option(0.2, "wsd: fraction of the steps, at the end, over which it decays")
     warmup_fraction: float = option(0.05, "fraction of the steps over which it warms up")
     final_fraction: float = option(0.0, "final learning rate, as a fraction of the peak")
@@ -363,7 +394,9 @@ class DeepspeedConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = option(100, "steps between checkpoints; 0: only when stopped", result=False)
+    every_steps: int = option(
+        100, "steps between checkpoints; 0: only when stopped and after the last step", result=False
+    )
     keep: int = option(
         1, "newest checkpoints kept while running; they are deleted when the run is finished", result=False
     )
@@ -380,9 +413,7 @@ class ScoringConfig:
         "exact match: records without choices are completed by at most this many tokens and compared; 0: not measured",
     )
     teacher_predictions: str | None = option(
-        None,
-        "the teacher's predictions-test.parquet (or a glob matching one), for agreement with it",
-        content=True,
+        None, "the teacher's predictions-test.parquet (or a glob matching one), for agreement with it", content=True
     )
     teacher_dev_predictions: str | None = option(
         None,
@@ -391,7 +422,6 @@ class ScoringConfig:
         result=False,
         content=True,
     )
-
     few_shot: int = option(
         0, "this many answered records before each prompt with choices, as examples; in training runs with steps=0 only"
     )
@@ -417,9 +447,37 @@ class HealthConfig:
 
 
 @dataclass
+class TrackingConfig:
+    project: str | None = option(
+        None,
+        "project (wandb), experiment (MLflow); null: WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, else the study, else the "
+        "folder of the runs",
+        result=False,
+    )
+    entity: str | None = option(None, "wandb: user or team that owns the project; null: its own default", result=False)
+    name: str | None = option(None, "the run's name there; null: the run folder's", result=False)
+    tags: list[str] = option(list, "tags of the run, as [ablation, 7b]", result=False)
+    run_id: str | None = option(
+        None, "continue this run of the tracker; null: one that is found by the run folder's name", result=False
+    )
+
+
+@dataclass
 class LauncherConfig:
     num_processes: int | None = option(None, "ranks on each node; null: one per GPU, or one", result=False)
-    num_nodes: int = option(1, "nodes of the SLURM job that this command runs in, each with such ranks", result=False)
+    num_nodes: int = option(
+        1, "nodes that train together, each with such ranks; see docs/clusters.md for the command of each", result=False
+    )
+    node_rank: int | None = option(
+        None, "number of this node, from 0; null: as srun or torchrun has started this command", result=False
+    )
+    rendezvous_host: str | None = option(
+        None, "name or address of node 0, where the nodes meet; null: as srun or torchrun has it", result=False
+    )
+    rendezvous_port: int | None = option(
+        None, "free port of node 0 for that; null: as srun or torchrun has it, else 29500", result=False
+    )
+    rendezvous_seconds: float = option(600.0, "the nodes wait so long for each other at the start", result=False)
     time_limit: float | None = option(
         None, "minutes that this command may take: before that it saves and ends with exit code 75", result=False
     )
@@ -432,7 +490,7 @@ class LauncherConfig:
     )
     hang_seconds: float = option(
         1800.0,
-        "a step with its checkpoint that takes longer is taken for a hanging rank and ends the run",
+        "a step, checkpoint, batch of scoring or exported layer that takes longer counts as hanging and ends the run",
         result=False,
     )
     jobs: int = option(
@@ -451,14 +509,6 @@ class ExportConfig:
     )
     shard_bytes: int = option(
         5_000_000_000, "the model's weights are split into safetensors files of at most so many bytes", result=False
-    )
-
-
-@dataclass
-class DownloadsConfig:
-    dir: str = option("caches/.downloads", "folder for shards of caches in object stores; may be shared", result=False)
-    bytes: int = option(
-        50_000_000_000, "maximum bytes of that folder; the least recently used shards are deleted first", result=False
     )
 
 
@@ -486,8 +536,10 @@ class TrainConfig:
         None, "weights of `cache` and each of `more_caches` in the mixture; null: their numbers of sequences"
     )
     curriculum_parts: int = option(
-        1,
-        "cut each cache into this many parts by the teacher's entropy; an epoch starts with the lowest; 1: one part",
+        1, "cut each cache into this many parts by the teacher's entropy; an epoch starts with the lowest; 1: one part"
+    )
+    leave_out: str | None = option(
+        None, "j/k: do not train on sequences of fold j (0 to k - 1) of k, of corpus and gold; null: on all"
     )
     k: int | None = option(None, "kept entries to read from the cache; null: all that were captured")
     gold: TextConfig | None = option(None, "trusted text with known targets; null: none")
@@ -513,17 +565,13 @@ class TrainConfig:
     gold_epochs: float | None = option(None, "maximum passes over gold, then the corpus alone; null: no limit")
     global_batch: int = option(8, "sequences in one optimizer step, over all ranks")
     global_batch_tokens: int | None = option(
-        None,
-        "instead of global_batch: tokens in one optimizer step, counted as sequences of `window`",
-        result=False,
+        None, "instead of global_batch: tokens in one optimizer step, counted as sequences of `window`", result=False
     )
     micro_batch: int = option(8, "maximum sequences in one forward of one rank", result=False)
     gradient_checkpointing: bool = option(
         False, "keep only each layer's input and recompute the rest in the backward", result=False
     )
-    steps: int | None = option(
-        None, "optimizer steps; give this or epochs; 0: no training, the student is scored as it is"
-    )
+    steps: int | None = option(None, "optimizer steps; give this or epochs; 0: the student is scored as it is")
     epochs: float | None = option(
         None, "passes over the corpus, all caches at once (over gold where gold_fraction is 1)"
     )
@@ -540,6 +588,7 @@ class TrainConfig:
     trackers: list[Tracker] = option(
         list, "copies of metrics.jsonl elsewhere: tensorboard, wandb, mlflow", result=False
     )
+    tracking: TrackingConfig = option(TrackingConfig, "how a run appears in the trackers", result=False)
     export: ExportConfig = option(ExportConfig, "which weights are exported, and how")
     launcher: LauncherConfig = option(LauncherConfig, "how ranks are started", result=False)
     dry_run: bool = option(
@@ -548,52 +597,3 @@ class TrainConfig:
     downloads: DownloadsConfig = option(
         DownloadsConfig, "caches in object stores are read through this folder", result=False
     )
-
-
-@dataclass
-class EvaluateConfig:
-    model: ModelConfig = option(ModelConfig, "any causal language model")
-    text: TextConfig = option(TextConfig, "held-out text")
-    out: str | None = option(None, "folder for scores.json and predictions.parquet; null: print only")
-    scoring: ScoringConfig = option(ScoringConfig, "how to score")
-    log_every_seconds: float = option(10.0, "seconds between plain progress lines")
-
-
-@dataclass
-class ReportConfig:
-    study: str | None = option(None, "name of the study, set by study=")
-    command: str = option(
-        "python scripts/study.py", "how the study is run, for the command to run next; study= sets it"
-    )
-    runs: list[str] = option(MISSING, "run folders, or globs of them, as runs=[runs/mine/*]; study= gives them")
-    out: str | None = option(None, "folder for report.html, report.md and the tables; null: print only")
-
-
-@dataclass
-class AuditConfig:
-    cache: str = option(MISSING, "folder or address of a cache, or a glob matching one", content=True, address=True)
-    teacher: ModelConfig | None = option(
-        None, "replay: the teacher of the cache; show: any model folder with its tokenizer", result=False
-    )
-    rows: int = option(8, "sequences drawn at random for replay and show")
-    seed: int = option(0, "seed of that choice")
-    record: int | None = option(None, "show: the record with this id, all its positions; null: random rows")
-    top: int = option(8, "show: entries a position")
-    out: str | None = option(None, "summary: folder for summary.json, summary.png and summary.svg; null: print only")
-    batch_sequences: int = option(8, "replay: sequences in one teacher forward")
-    log_every_seconds: float = option(10.0, "seconds between plain progress lines", result=False)
-
-
-@dataclass
-class StatusConfig:
-    runs: list[str] = option(list, "run folders, or globs of them, as runs=[runs/mine/*]; study= gives them")
-    caches: list[str] = option(
-        list, "folders of caches, or globs of them, as caches=[caches/mine/*]; study= gives them"
-    )
-    plans_dir: str | None = option(None, "folder of the plans of captures; null: .plans beside each cache")
-    silent_seconds: float = option(
-        600.0, "a run or capture at work whose newest file is older is silent; for slow steps: five of them"
-    )
-    lease_seconds: float = option(60.0, "as given to the capture: a lease that was not renewed for so long is stale")
-    json: bool = option(False, "one JSON object a line, for programs")
-    watch: float | None = option(None, "seconds: show it again and again, until all are finished; null: once")

@@ -24,9 +24,9 @@ from pipeline.config.schema import CaptureConfig, ModelConfig, StudentConfig, Te
 from pipeline.core.types import InputError
 
 TEXTS = ("teacher_labels", "corpus", "gold", "dev", "test", "ceiling")
-STUDENTS = ("zero_shot", "few_shot", "gold_only", "weak_only", "combined", "shuffled", "smoothed", "ceiling")
+STUDENTS = ("zero_shot", "few_shot", "gold_only", "weak_only", "combined", "pooled", "shuffled", "smoothed", "ceiling")
 """Experiments that train or score the strong model."""
-EXPERIMENTS = ("teacher", "teacher_as_is", *STUDENTS)
+EXPERIMENTS = ("teacher", "teacher_as_is", "cross_fit", "cross_fit_gold", *STUDENTS)
 SET_ELSEWHERE = {
     "gold_fraction": "each experiment has its own; write it in experiments.combined",
     "name": "each experiment has its own; leave it out",

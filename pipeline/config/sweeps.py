@@ -147,7 +147,7 @@ def check_options(root: str, node: Any) -> Any:
     for name, url in urls_in(config):
         from pipeline.core.object_store import check_url  # here: pyarrow is slow to load, and most need none
 
-        check_url(url, name, writing=root == "capture")
+        check_url(url, name, writing=root == "capture" and name != "also_ids")
     return config
 
 

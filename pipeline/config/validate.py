@@ -9,16 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import (
-    AuditConfig,
-    CaptureConfig,
-    CompletionMode,
-    Kind,
-    ModelConfig,
-    Targets,
-    TextConfig,
-)
+from pipeline.config.commands import AuditConfig
+from pipeline.config.schema import CaptureConfig, CompletionMode, Kind, ModelConfig, Targets, TextConfig
 from pipeline.core.files import is_hub_name, is_url, matching_paths
+from pipeline.core.folds import parse_fold
 from pipeline.core.types import InputError
 
 MAX_KEPT = 65_535  # kept_counts of a shard is a uint16
@@ -44,12 +38,24 @@ def check_capture(config: CaptureConfig) -> None:
             f"complete.how={config.complete.how.name}: expected corpus.targets=completion, because the teacher "
             f"supervises what it generates, found {config.corpus.targets.name}"
         )
+    if config.only_fold is not None:
+        parse_fold(config.only_fold, "only_fold")
+        if config.complete.how is not CompletionMode.none:
+            raise InputError(
+                f"only_fold={config.only_fold}: expected complete.how=none, because the key of a completed sequence is "
+                f"known only after the teacher has run, found {config.complete.how.name}; capture all in one cache"
+            )
     at_least(1, complete_max_new_tokens=config.complete.max_new_tokens, complete_batch=config.complete.batch_records)
     positive(complete_temperature=config.complete.temperature)
     if config.kind is not Kind.topk and config.temperatures != [1.0]:
         raise InputError(
             f"temperatures: expected [1.0], because a {config.kind.name} cache is exact only at T = 1, found "
             f"{config.temperatures}; use kind=topk for other temperatures"
+        )
+    if config.also_ids and (config.kind is not Kind.topk or config.complete.how is not CompletionMode.none):
+        raise InputError(
+            f"also_ids: expected kind=topk and complete.how=none, because its ids belong to positions of known "
+            f"sequences, found kind={config.kind.name} and complete.how={config.complete.how.name}; leave out one"
         )
     if 1.0 not in config.temperatures:
         raise InputError(f"temperatures: expected 1.0 among them, found {config.temperatures}; add it")
@@ -153,10 +159,12 @@ def _nearest(pattern: str) -> str:
     return f"{place} has no {missing}" + (f", but {shown}" if names else "")
 
 
-def urls_in(config: Any) -> Iterator[tuple[str, str]]:
-    """The options of a root that hold the URL of an object store, with their values."""
+def urls_in(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The options that hold the URL of an object store, with their values."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         values = value if isinstance(value, list) else [value]
-        if item.metadata["address"]:
-            yield from ((item.name, one) for one in values if one is not None and is_url(one))
+        if dataclasses.is_dataclass(value):
+            yield from urls_in(value, f"{prefix}{item.name}.")
+        elif item.metadata["address"]:
+            yield from ((prefix + item.name, one) for one in values if one is not None and is_url(one))

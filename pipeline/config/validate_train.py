@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
+import itertools
 from typing import Any
 
 from pipeline.config.schema import (
+    DeepspeedConfig,
     Dtype,
     ExportedStep,
     LossConfig,
@@ -14,23 +17,21 @@ from pipeline.config.schema import (
     Optimizer,
     Shape,
     Source,
-    Tracker,
     TrainConfig,
 )
 from pipeline.config.validate import at_least, fraction, plain_name, positive, seeds
+from pipeline.config.validate_objective import check_adaptive_weights, check_divergence
+from pipeline.config.validate_packages import check_deepspeed, check_trackers
+from pipeline.config.validate_trust import check_trust
+from pipeline.core.folds import parse_fold
 from pipeline.core.types import InputError
-
-TRACKER_PACKAGES = {  # what is imported, what pip calls it
-    Tracker.tensorboard: ("tensorboard", "tensorboard"),
-    Tracker.wandb: ("wandb", "wandb"),
-    Tracker.mlflow: ("mlflow", "mlflow-skinny"),
-}
 
 
 def check_train(config: TrainConfig) -> None:
     """Reject contradictory options before reading any input.
 
-    Without training (steps=0) only the student and the held-out texts are read, so the other options are not checked.
+    Without training (steps=0) only the student, the held-out texts and how ranks are started are read, at ZeRO 3 also
+    the engine's options: the others are not checked.
     """
     plain_name(name=config.name)
     seeds(seed=config.seed)
@@ -42,6 +43,7 @@ def check_train(config: TrainConfig) -> None:
         raise InputError(f"expected one of steps and epochs, found steps={config.steps}, epochs={config.epochs}")
     _check_more_tests(config)
     _check_jobs(config)
+    _check_stage(config)
     if config.steps != 0:
         _check_training(config)
     elif config.dev is None and config.test is None and not config.more_tests:
@@ -123,6 +125,8 @@ def terms_of(loss: LossConfig) -> dict[str, Any]:
 
 def _check_mixing(config: TrainConfig) -> None:
     at_least(1, curriculum_parts=config.curriculum_parts)
+    if config.leave_out is not None:
+        parse_fold(config.leave_out, "leave_out")
     num_caches = 1 + len(config.more_caches)
     if config.more_caches and config.cache is None:
         raise InputError(f"more_caches: expected them beside a cache, found cache=null and {config.more_caches}")
@@ -133,11 +137,6 @@ def _check_mixing(config: TrainConfig) -> None:
                 f"cache_weights: expected {num_caches}, one for cache and one for each of more_caches, found "
                 f"{config.cache_weights}"
             )
-    if config.more_caches and config.loss.kd.gate.keep_fraction < 1:
-        raise InputError(
-            "loss.kd.gate.keep_fraction: expected 1 with more_caches, because a threshold is read off one cache, found "
-            f"{config.loss.kd.gate.keep_fraction}; use min_confidence or max_entropy"
-        )
     if config.gold_epochs is not None:
         positive(gold_epochs=config.gold_epochs)
         if config.gold_fraction == 1:
@@ -153,10 +152,20 @@ def _check_mixing(config: TrainConfig) -> None:
         )
 
 
+def _check_stage(config: TrainConfig) -> None:
+    """How ranks are started and what each holds: at ZeRO 3 a student is also scored so."""
+    positive(hang_seconds=config.launcher.hang_seconds)
+    if not 0 <= config.deepspeed.zero_stage <= 3:
+        raise InputError(f"deepspeed.zero_stage: expected 0 to 3, found {config.deepspeed.zero_stage}")
+    if config.launcher.num_processes is not None:
+        at_least(1, num_processes=config.launcher.num_processes)
+    if config.steps != 0 or config.deepspeed.zero_stage == 3:
+        check_deepspeed(importlib.metadata.version("deepspeed"))
+        _check_nvme(config.deepspeed)
+
+
 def _check_engine(config: TrainConfig) -> None:
     deepspeed, checkpoint = config.deepspeed, config.checkpoint
-    if not 0 <= deepspeed.zero_stage <= 3:
-        raise InputError(f"deepspeed.zero_stage: expected 0 to 3, found {deepspeed.zero_stage}")
     if config.student.dtype is Dtype.float16 and deepspeed.zero_stage == 0:
         raise InputError(
             "student.dtype=float16: expected deepspeed.zero_stage 1 to 3, because DeepSpeed does not scale the loss at "
@@ -166,11 +175,6 @@ def _check_engine(config: TrainConfig) -> None:
         raise InputError(
             f"deepspeed.offload={deepspeed.offload.name}: expected zero_stage 1 to 3, because ZeRO moves what it "
             "partitions, found 0; use deepspeed=zero2_offload"
-        )
-    if (deepspeed.offload is Offload.nvme) != (deepspeed.nvme_path is not None):
-        raise InputError(
-            f"deepspeed.nvme_path: expected a folder with offload=nvme and null without, found {deepspeed.nvme_path} "
-            f"with offload={deepspeed.offload.name}"
         )
     _check_adapter(config)
     _check_optimizer(config)
@@ -182,12 +186,23 @@ def _check_engine(config: TrainConfig) -> None:
         )
 
 
+def _check_nvme(deepspeed: DeepspeedConfig) -> None:
+    if (deepspeed.offload is Offload.nvme) != (deepspeed.nvme_path is not None):
+        raise InputError(
+            f"deepspeed.nvme_path: expected a folder with offload=nvme and null without, found {deepspeed.nvme_path} "
+            f"with offload={deepspeed.offload.name}"
+        )
+
+
 def _check_optimizer(config: TrainConfig) -> None:
     if config.optimizer.schedule is Shape.step:
-        raise InputError(
-            "optimizer.schedule: expected constant, linear, cosine or wsd, found step, which leaves the peak after one "
-            "step; use wsd: it keeps the peak and falls over the last optimizer.decay_fraction of the steps"
-        )
+        drops = [config.optimizer.warmup_fraction, *config.optimizer.step_at_fractions, 1.0]
+        if not drops[1:-1] or any(later <= earlier for earlier, later in itertools.pairwise(drops)):
+            raise InputError(
+                "optimizer.step_at_fractions: expected one or more fractions in ascending order between "
+                f"optimizer.warmup_fraction {drops[0]} and 1, found {drops[1:-1]}; for example [0.5, 0.75]"
+            )
+        positive(step_factor=config.optimizer.step_factor)
     if config.optimizer.name is not Optimizer.muon:
         return
     positive(muon_learning_rate=config.optimizer.muon_learning_rate)
@@ -221,7 +236,7 @@ def _check_adapter(config: TrainConfig) -> None:
 
 
 def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
-    loss, gate, follows = config.loss, config.loss.kd.gate, config.loss.kd.adaptive_weight
+    loss = config.loss
     for name, term in terms.items():
         if name != "lm" and Source.gold in term.on and term.weight > 0 and config.gold_cache is None:
             raise InputError(
@@ -234,25 +249,10 @@ def _check_objective(config: TrainConfig, terms: dict[str, Any]) -> None:
                 f"loss.{name}.ramp.end_fraction: expected at least start_fraction {term.ramp.start_fraction}, found "
                 f"{term.ramp.end_fraction}"
             )
-    fraction(beta=loss.kd.beta, min_confidence=gate.min_confidence, keep_fraction=gate.keep_fraction)
-    positive(keep_fraction=gate.keep_fraction)
-    if gate.keep_fraction < 1 and (config.cache is None or config.gold_fraction == 1):
-        raise InputError(
-            f"loss.kd.gate.keep_fraction: expected 1, because the fraction is of the corpus and this run reads "
-            f"none, found {gate.keep_fraction}; use gate.min_confidence or gate.max_entropy"
-        )
-    at_least(0, diagnostics_every_steps=loss.diagnostics_every_steps, adaptive_weight_every_steps=follows.every_steps)
-    if follows.every_steps > 0:
-        fraction(adaptive_weight_margin=follows.margin, adaptive_weight_least=follows.least)
-        if not 0.0 < follows.factor < 1.0:
-            raise InputError(
-                f"loss.kd.adaptive_weight.factor: expected more than 0 and less than 1, found {follows.factor}"
-            )
-        if config.dev is None or follows.teacher_predictions is None:
-            raise InputError(
-                "loss.kd.adaptive_weight: expected dev and adaptive_weight.teacher_predictions, because it compares "
-                "two scores, found null; score the teacher on dev with scripts/evaluate.py"
-            )
+    check_divergence(loss.kd)
+    check_trust(config)
+    at_least(0, diagnostics_every_steps=loss.diagnostics_every_steps)
+    check_adaptive_weights(config)
 
 
 def _check_dev_evaluation(config: TrainConfig) -> None:
@@ -276,13 +276,3 @@ def _check_dev_evaluation(config: TrainConfig) -> None:
             "export.what=best: expected dev and evaluate_every_steps of 1 or more, found 0; set both, "
             "or use export.what=last"
         )
-
-
-def check_trackers(trackers: list[Tracker]) -> None:
-    """Reject a tracker whose package is not installed, before any rank starts."""
-    for tracker in trackers:
-        module, package = TRACKER_PACKAGES[tracker]
-        if importlib.util.find_spec(module) is None:
-            raise InputError(
-                f"trackers: expected the package {module} for {tracker.name}, found none; pip install {package}"
-            )

@@ -24,7 +24,7 @@ from pipeline.core.types import InputError
 # of exFAT, SMB, gcsfuse and others of FUSE; EMLINK where a file has as many names as it may
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # of Lustre without -o flock, NFS without its lock service, FUSE; EACCES of SMB, where a lock also forbids to read
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EACCES)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EACCES)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)  # they say nothing about an ability
 LARGE_SKEW_SECONDS = 2.0  # vfat keeps times to two seconds
 

@@ -44,6 +44,11 @@ class RunPaths:
         return self.folder / "environment.json"
 
     @property
+    def trust(self) -> Path:
+        """The score by which the teacher is trusted, learnt on gold; exists only if the run reads one."""
+        return self.folder / "trust.json"
+
+    @property
     def lock(self) -> Path:
         """Locked by the driver, which it names, during the run. If that dies, the ranks' launcher holds the lock."""
         return self.folder / "lock"

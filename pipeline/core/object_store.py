@@ -13,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
@@ -54,12 +54,8 @@ class RemotePath:
     """The URL's query with its question mark, or nothing."""
 
     def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(
-            filesystem=self.filesystem,
-            path=f"{self.path}/{name}",
-            address=f"{self.address}/{name if self.address.startswith('fsspec+') else quote(name)}",
-            query=self.query,
-        )
+        quoted = name if self.address.startswith("fsspec+") else quote(name)
+        return replace(self, path=f"{self.path}/{name}", address=f"{self.address}/{quoted}")
 
     def __str__(self) -> str:
         return self.address + self.query
@@ -75,8 +71,7 @@ class RemotePath:
     @property
     def parent(self) -> RemotePath:
         """The path without its last part."""
-        path, address = self.path.rsplit("/", 1)[0], self.address.rsplit("/", 1)[0]
-        return RemotePath(filesystem=self.filesystem, path=path, address=address, query=self.query)
+        return replace(self, path=self.path.rsplit("/", 1)[0], address=self.address.rsplit("/", 1)[0])
 
     def exists(self) -> bool:
         """Whether there is an object at this path."""
@@ -194,10 +189,12 @@ def upload(local: Path, remote: RemotePath) -> None:
         )
 
 
-def download(remote: RemotePath, local: Path) -> None:
-    """Fetch an object into a file; FileNotFoundError if there is none."""
-    with _as_input_error(remote), remote.filesystem.open_input_stream(remote.path) as stream, local.open("wb") as file:
-        shutil.copyfileobj(stream, file, CHUNK_BYTES)
+def download(remote: RemotePath, local: Path, start: int = 0, end: int | None = None) -> None:
+    """Fetch the bytes `start` to `end` of an object, or all, into a file; FileNotFoundError if there is no object."""
+    with _as_input_error(remote), remote.filesystem.open_input_file(remote.path) as stream, local.open("wb") as file:
+        stream.seek(start)
+        for left in range((stream.size() if end is None else end) - start, 0, -CHUNK_BYTES):
+            file.write(stream.read(min(left, CHUNK_BYTES)))
 
 
 def modified(place: Location) -> float:

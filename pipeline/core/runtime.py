@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 
 from pipeline.core.processes import has_ended
-from pipeline.core.stopping import STOP_SIGNALS
+from pipeline.core.stopping import STOP_SIGNALS, Stopped
 
 RECORDED_LIBRARIES = ("torch", "transformers", "deepspeed")
 
@@ -35,6 +35,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    stop: StopRequest | None = None
+    """What ends scoring; None where nothing does. Training looks at it between steps."""
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum over all ranks, on every rank. `values` is changed in place."""
@@ -51,6 +53,11 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on at least one rank; the answer is the same on every rank."""
         return bool(self.all_reduce(torch.tensor(int(flag), device=self.device)).item())
+
+    def leave_if_asked(self) -> None:
+        """Stopped on every rank, once one of them is asked to stop."""
+        if self.stop is not None and self.any(bool(self.stop)):
+            raise Stopped("stop requested: scoring ends; the same command scores again", is_finished=False)
 
     def barrier(self) -> None:
         """Wait until every rank has reached this call."""
@@ -76,11 +83,30 @@ def visible_gpus() -> list[str]:
 
 
 def bind_device(local_rank: int = 0) -> torch.device:
-    """The device of this local rank, as the current one of this process: CUDA's calls that name no device mean it."""
+    """The device of this local rank, as the current one of this thread: CUDA's calls that name no device mean it."""
     device = compute_device(local_rank)
+    make_current(device)
+    return device
+
+
+def make_current(device: torch.device) -> None:
+    """Make a GPU the current one of this thread; nothing for a CPU.
+
+    Each new thread begins with the first GPU. A call of CUDA that names none then opens a context there: a few hundred
+    MB of that GPU's memory for every process.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return device
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of host memory on a device. A GPU copies from pinned memory, so that the host waits for nothing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def alone() -> Ranks:
+    """The only rank of a process without a process group."""
+    return Ranks(rank=0, world_size=1, device=compute_device())
 
 
 @contextlib.contextmanager
@@ -146,7 +172,7 @@ def release_memory() -> None:
 
 
 class StopRequest:
-    """True once this rank should save a checkpoint and exit; checked between two steps.
+    """True once this rank should save a checkpoint and exit; checked between two steps, or two batches of scoring.
 
     There are five reasons: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 was received; the stop file exists; the time limit
     (PIPELINE_STOP_AT, seconds since 1970) has passed; the parent process has exited; the driver (PIPELINE_DRIVER, see
@@ -161,6 +187,8 @@ class StopRequest:
         self._stop_at = float(os.environ.get("PIPELINE_STOP_AT", "inf"))
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle_signal)
+        # by which torchrun ends its ranks; nohup, which began this command, would have it ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def _handle_signal(self, number: int, frame: object) -> None:
         self._signal_received = True
@@ -177,19 +205,24 @@ class StopRequest:
         )
 
 
-def module_command(module: str, *arguments: str, ignored: Sequence[str] = ("SIGUSR1", "SIGUSR2")) -> list[str]:
+def module_command(module: str, *arguments: str, never_handled: Sequence[str] = ()) -> list[str]:
     """The command that runs a module as `python -m` does, with the package of this process.
 
     `python -m` looks into the working directory first: where this contains another checkout, or a pipeline.py of the
     user's own, the child would run that.
 
-    The signals `ignored`, by which SLURM warns every process of a job, are ignored until the module has a handler:
-    torchrun has none for SIGUSR1 and SIGUSR2, and its end would be that of its ranks.
+    SIGUSR1 and SIGUSR2, by which SLURM warns every process of a job, are ignored until the module has a handler.
+    Signals of `never_handled` are ignored by the process for good, and by its children until they have a handler:
+    torchrun would end its ranks at SIGTERM, where these want to save, and itself with an error.
     """
     root = str(Path(__file__).resolve().parents[2])
     code = "import sys; sys.path[:] = filter(None, sys.path); "  # "" is the working directory
-    code += f"{root!r} in sys.path or sys.path.insert(0, {root!r}); "
-    code += f"import signal; [signal.signal(signal.Signals[name], signal.SIG_IGN) for name in {(*ignored,)!r}]; "
+    code += f"{root!r} in sys.path or sys.path.insert(0, {root!r}); import signal; "
+    ignored = sorted({*never_handled, "SIGUSR1", "SIGUSR2"})
+    code += f"[signal.signal(signal.Signals[name], signal.SIG_IGN) for name in {ignored!r}]; "
+    if never_handled:  # later releases of torchrun have an option for it; this works with each
+        code += "handle = signal.signal; signal.signal = lambda number, handler: signal.SIG_IGN "
+        code += f"if signal.Signals(number).name in {ignored!r} else handle(number, handler); "
     code += "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
     return [sys.executable, "-c", code, module, *arguments]
 

@@ -90,6 +90,41 @@ def largest_k(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values_NK, torch.where(places_NK < num_candidates, candidate_ids_NK, rest_ids_NK)
 
 
+def kept_ids(top: TopK) -> Tensor:
+    """int64 [N, K]: the kept tokens, -1 in place of padding."""
+    return torch.where(top.relative_logits_NK > -torch.inf, top.ids_NK.long(), -1)
+
+
+def keep_also(top: TopK, logits_NV: Tensor, also_NJ: Tensor) -> TopK:
+    """The same distributions with further kept entries: the tokens `also_NJ`, without repetition; -1: none.
+
+    What top keeps stays first and as it is; the added logits follow by falling value, K + J entries in all. The tails
+    are those of all other tokens: log_tail(T) = log sum exp((l - max l) / T), computed from their logits.
+    """
+    rows = ROWS_IN_CACHE if logits_NV.device.type == "cpu" else max(len(logits_NV), 1)
+    starts = range(0, len(logits_NV), rows)
+    parts = [slice(start, start + rows) for start in starts]
+    return TopK.cat([_keep_also(top.select(part), logits_NV[part], also_NJ[part]) for part in parts])
+
+
+def _keep_also(top: TopK, logits_NV: Tensor, also_NJ: Tensor) -> TopK:
+    rest_NV = logits_NV.to(torch.float32, copy=True)
+    first_N1 = top.ids_NK[:, :1]
+    rest_NV -= rest_NV.gather(1, first_N1)
+    rest_NV.scatter_(1, top.ids_NK, -torch.inf)
+    also_NJ = torch.where(also_NJ < 0, first_N1, also_NJ)  # of probability 0 now, as all that top keeps
+    added_NJ, order_NJ = rest_NV.gather(1, also_NJ).sort(dim=1, descending=True, stable=True)
+    rest_NV.scatter_(1, also_NJ, -torch.inf)
+    added_ids_NJ = torch.where(added_NJ > -torch.inf, also_NJ.gather(1, order_NJ), first_N1)
+    tails = [torch.logsumexp(rest_NV if T == 1.0 else rest_NV / T, dim=1) for T in top.temperatures]
+    return TopK(
+        ids_NK=torch.cat([top.ids_NK, added_ids_NJ], dim=1),
+        relative_logits_NK=torch.cat([top.relative_logits_NK, added_NJ.half()], dim=1),
+        log_tail_NC=torch.stack(tails, dim=1),
+        temperatures=top.temperatures,
+    )
+
+
 def sampled(logits_NV: Tensor, *, uniforms_ND: Tensor) -> TopK:
     """D draws with replacement from softmax(logits): weights count / D, unbiased (Anshumann et al. 2025, 2503.16870).
 
@@ -203,7 +238,7 @@ def label_smoothed(top: TopK, entropy_N: Tensor, *, vocabulary_size: int) -> Top
     if not entropy_N.isfinite().all():
         raise InputError(
             "loss.kd.control=smoothed: expected the teacher's entropy at every position, found a cache without it (an "
-            "imported one); capture with this project"
+            "import or a pool); capture with this project"
         )
     V, low_N = vocabulary_size, torch.zeros(len(entropy_N), dtype=torch.float64)
     high_N = torch.ones_like(low_N)

@@ -141,7 +141,7 @@ class Captured:
     next_log_prob_N: Tensor
     """float16, nats: the teacher's log-probability of the true target at T = 1; NaN where the target is unknown."""
     entropy_N: Tensor
-    """float16, nats: entropy of the teacher's full distribution at T = 1; NaN where an imported cache lacks it."""
+    """float16, nats: entropy of the teacher's full distribution at T = 1; NaN in imports and pools that lack it."""
     weak_ids_N: Tensor | None = None
     """int64: the token that the teacher generated, or UNKNOWN_TARGET. None if the cache holds no completions."""
     weights_N: Tensor | None = None
@@ -181,7 +181,7 @@ class Batch:
     input_ids_BS: Tensor
     """int64: the tokens."""
     position_ids_BS: Tensor
-    """int64: positions, from 0 in every segment. Attention finds the borders of the segments by these restarts."""
+    """int64, always on the host: positions, from 0 in every segment. Attention finds the segments by these restarts."""
     flat_positions_N: Tensor
     """int64: the supervised positions as indices b * S + s; with S = 8, position 3 of sequence 2 is 19."""
     target_ids_N: Tensor
@@ -193,19 +193,21 @@ class Batch:
     weak_ids_N: Tensor
     """int64: the token that the teacher generated when it completed the record, or UNKNOWN_TARGET."""
     weights_N: Tensor
-    """float32: the weight of the position in the terms that read the teacher: see `Captured`; elsewhere 1."""
+    """float32: the weight of the position in the terms that read the teacher: see `Captured`, elsewhere 1; times trust
+    in the teacher there, where a run weights positions by it (`objective/trust.py`)."""
     depths_N: Tensor
     """int64: the tokens of choices that the position has read: see `TokenSequence`; elsewhere 0."""
     teacher: TopK | None
     """The teacher's distributions at the M positions where `weak_N` is True, in the same order; None if M = 0."""
     entropy_M: Tensor | None
-    """float32, nats: entropy of the teacher's full distribution at T = 1; NaN where an imported cache lacks it."""
+    """float32, nats: entropy of the teacher's full distribution at T = 1; NaN in imports and pools that lack it."""
     keys_B: Tensor
     """int64: the first 8 bytes of the key of each sequence. A step logs their sum, to show what it read."""
 
     def to(self, device: Any) -> Batch:
-        """Copy the batch to another device."""
-        return map_tensors(self, lambda tensor: tensor.to(device))
+        """Copy the batch to another device, but for the position ids."""
+        moved = map_tensors(self, lambda tensor: tensor.to(device))
+        return dataclasses.replace(moved, position_ids_BS=self.position_ids_BS)
 
 
 def map_tensors(value: V, change: Callable[[Tensor], Tensor]) -> V:
@@ -261,7 +263,13 @@ class Manifest:
     @property
     def has_kept_counts(self) -> bool:
         """Whether the number of kept entries may differ between positions; shards then store it per position."""
-        return self.kind != "topk" or self.tail != "exact"
+        return self.kind != "topk" or self.tail != "exact" or "also_ids" in self.made_of
+
+    @property
+    def most_kept(self) -> int:
+        """The largest number of entries that a position can keep."""
+        also: dict[str, Any] = self.made_of.get("also_ids", {})
+        return self.k + self.draws + int(also.get("most_kept", 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,3 +293,7 @@ class ShardInfo:
     """Number of malformed records of this shard that were skipped."""
     retained_mass_histogram: tuple[int, ...]
     """Number of positions per retained mass (sum of p over the kept entries at T = 1): ten equal bins from 0 to 1."""
+    part_ends: tuple[int, ...] = ()
+    """Where each row group ends in the file, and the footer behind them (`cache/shard_parts.py`); empty: unknown."""
+    part_hashes: tuple[str, ...] = ()
+    """First digits of the sha256 (hex) of each of these parts, so that a reader checks what it reads alone."""

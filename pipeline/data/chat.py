@@ -179,7 +179,7 @@ def _turn(renderer: ChatRenderer, chat: Sequence[Message], tools: Any) -> tuple[
         raise InputError(
             "expected the chat template to extend the prompt by the answer, found it rewritten: "
             f"{shown(prompt[max(same - 20, 0) :])} became {shown(text[max(same - 20, 0) :])}; templates with "
-            "thoughts often need chat.template_options={enable_thinking: false}"
+            "thoughts often need chat.template_options={enable_thinking: false}, with a + before it on a command line"
         )
     tail = text[len(prompt) :]
     end = renderer.final_specials.search(tail)

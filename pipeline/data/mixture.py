@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -16,13 +17,36 @@ from pipeline.data.curriculum import Curriculum
 from pipeline.data.packing import collate_inputs
 from pipeline.data.sampler import BatchSampler, Slot
 
+Row = tuple[TokenSequence, Captured | None]
+
+
+class Rows(Protocol):
+    """Sequences by their index."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int, /) -> Row: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LazyRows:
+    """Rows that are read where they are used."""
+
+    num_rows: int
+    read: Callable[[int], Row]
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, row: int, /) -> Row:
+        return self.read(row)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
     """What a run reads, and in which order."""
 
     order: BatchSampler
-    gold: Sequence[tuple[TokenSequence, Captured | None]]
+    gold: Rows
     """With the teacher's distributions where the gold set was captured too."""
     readers: Sequence[ShardReader]
     """The caches; none where gold_fraction is 1."""
@@ -45,7 +69,7 @@ class Mixture:
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch: int) -> list[Batch]:
         """The micro-batches of one rank in a step."""
-        own_slots = self.slots(step)[rank::world_size]
+        own_slots = self.order.dealt(step, world_size)[rank]
         groups = [own_slots[i : i + micro_batch] for i in range(0, len(own_slots), micro_batch)]
         batches = [
             collate([self.read(slot) for slot in group], [slot.source == "gold" for slot in group]) for group in groups
@@ -76,15 +100,12 @@ def collate(rows: Sequence[tuple[TokenSequence, Captured | None]], from_gold: Se
     """One micro-batch out of sequences."""
     sequences = [sequence for sequence, _ in rows]
     input_ids_BS, position_ids_BS, flat_positions_N = collate_inputs(sequences)
-    counts = torch.tensor([len(sequence.target_positions_N) for sequence in sequences])
+    num_targets = [sequence.target_ids_N.shape[0] for sequence in sequences]
+    counts = torch.tensor(num_targets)
     captured = [one for _, one in rows if one is not None]
     has_teacher = torch.tensor([one is not None for _, one in rows])
-    weak_ids = [
-        torch.full_like(sequence.target_ids_N, UNKNOWN_TARGET)
-        if one is None or one.weak_ids_N is None
-        else one.weak_ids_N
-        for sequence, one in rows
-    ]
+    weak_ids = [None if one is None else one.weak_ids_N for _, one in rows]
+    weights = [None if one is None else one.weights_N for _, one in rows]
     keys = [int.from_bytes(sequence.key[:8], "little", signed=True) for sequence in sequences]
     return Batch(
         keys_B=torch.tensor(keys),
@@ -94,16 +115,20 @@ def collate(rows: Sequence[tuple[TokenSequence, Captured | None]], from_gold: Se
         target_ids_N=torch.cat([sequence.target_ids_N for sequence in sequences]),
         gold_N=torch.tensor(from_gold).repeat_interleave(counts),
         weak_N=has_teacher.repeat_interleave(counts),
-        weak_ids_N=torch.cat(weak_ids),
-        weights_N=torch.cat([_weights(sequence, one) for sequence, one in rows]),
-        depths_N=torch.cat([sequence.depths_or_zeros() for sequence in sequences]),
+        weak_ids_N=_joined(weak_ids, num_targets, UNKNOWN_TARGET),
+        weights_N=_joined(weights, num_targets, 1.0),
+        depths_N=_joined([sequence.depths_N for sequence in sequences], num_targets, 0),
         teacher=TopK.cat([one.top for one in captured]) if captured else None,
         entropy_M=torch.cat([one.entropy_N for one in captured]).float() if captured else None,
     )
 
 
-def _weights(sequence: TokenSequence, captured: Captured | None) -> torch.Tensor:
-    return torch.ones(len(sequence.target_ids_N)) if captured is None else captured.weights_or_ones()
+def _joined(columns: Sequence[torch.Tensor | None], counts: Sequence[int], default: float) -> torch.Tensor:
+    """The values of all rows, [N]; `default` at the positions of rows that have none."""
+    if all(column is None for column in columns):
+        return torch.full((sum(counts),), default)
+    filled = zip(columns, counts, strict=True)
+    return torch.cat([torch.full((count,), default) if column is None else column for column, count in filled])
 
 
 def prefetch(

@@ -1,13 +1,16 @@
 """The order of the data: (seed, step, slot) -> sequence. A pure function; no sampler state is saved or restored.
 
-The slots of a global batch are numbered 0 to G - 1 whatever the number of ranks: rank r of W takes the slots
-r, r + W, r + 2W, ... so any world size sees the same global batches.
+The slots of a global batch are numbered 0 to G - 1 whatever the number of ranks, so any number of them sees the same
+global batches. Within a step the slots are dealt so that a rank reads few row groups, the same ones over many steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -33,6 +36,8 @@ class Slot:
     """Which cache of the corpus."""
     part: int = 0
     """Which part of the curriculum."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """From where to where its block lies in its pool, the blocks that are shuffled together (0 to 1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +77,33 @@ class BatchSampler:
         gold = [stream_at(i, stream="gold", seed=self.seed, blocks=blocks) for i in range(first_gold, end_gold)]
         return gold + [self.corpus_at(i) for i in range(first_corpus, end_corpus)]
 
+    def dealt(self, step: int, num_ranks: int) -> list[list[Slot]]:
+        """The slots of a step for each rank: G / W of them, gold evenly to within one, each in the order of the step.
+
+        Gold is cut into stretches of rows, the corpus into stretches of a ring of row groups: the row groups of a pool
+        one after another, the first again after the last. See `_turn`.
+        """
+        slots = self.slots(step)
+        num_gold = self.gold_before(step + 1) - self.gold_before(step)
+        spans = self._spans_on_ring(slots)
+        gold = sorted(range(num_gold), key=lambda i: slots[i].row)
+        ring = sorted(range(num_gold, len(slots)), key=lambda i: (spans[i], slots[i].block))
+        gold_starts = [num_gold * rank // num_ranks for rank in range(num_ranks + 1)]
+        starts = [len(slots) * rank // num_ranks - gold_starts[rank] for rank in range(num_ranks + 1)]
+        turn = _turn([spans[i][1] for i in ring], starts[:-1])
+        ring = ring[turn:] + ring[:turn]
+        parts = zip(itertools.pairwise(gold_starts), itertools.pairwise(starts), strict=True)
+        return [[slots[i] for i in sorted(gold[a:b] + ring[c:d])] for (a, b), (c, d) in parts]
+
+    def _spans_on_ring(self, slots: Sequence[Slot]) -> list[tuple[float, float]]:
+        """From where to where the block of each slot lies on the ring; each cache is as wide there as its weight."""
+        ends = [float(end) for end in itertools.accumulate((c.weight for c in self.corpora), initial=Fraction(0))]
+        widths = [end - begin for begin, end in itertools.pairwise(ends)] or [1.0]
+        return [
+            (ends[slot.cache] + widths[slot.cache] * slot.span[0], ends[slot.cache] + widths[slot.cache] * slot.span[1])
+            for slot in slots
+        ]
+
     def corpus_at(self, index: int) -> Slot:
         """The corpus's sequence at `index`: which cache is next, then the position in that cache.
 
@@ -88,6 +120,20 @@ class BatchSampler:
                 return dataclasses.replace(slot, source="corpus", cache=number)
             index, left = index - before, left - corpus.weight
         raise AssertionError("the last cache takes all that is left")
+
+
+def _turn(block_ends: Sequence[float], starts: Sequence[int]) -> int:
+    """By how many slots the ring is turned, so that no rank takes any of a block that ends before the rank's own place.
+
+    `block_ends` has one value a slot, `starts` the first slot of each rank before the turn. A step holds more slots of
+    one block and fewer of another than their sizes let expect: what is too much for a rank goes to the next one, never
+    to the one before, so a rank meets its own blocks and the first of the next rank's.
+    """
+    ends, last = sorted(block_ends), max(len(block_ends), 1)
+    # blocks end at 0.25, 0.5, ...; rank 1 of 2 begins at place 0.5, and 5 of the 8 slots are of blocks that end there
+    # or before, so its start moves from slot 4 to slot 5, and that of rank 0 from 0 to 1: rank 1 takes slot 0 at last
+    turn = max(bisect_right(ends, start / last + 1e-9) - start for start in starts)
+    return turn % last
 
 
 def fraction_of_sequences(of_targets: Fraction, *, gold: Fraction, corpus: Fraction) -> Fraction:
@@ -125,8 +171,9 @@ def stream_at(index: int, *, stream: str, seed: int, blocks: tuple[int, ...]) ->
     epoch, offset = divmod(index, sum(blocks))
     for pool, size in _pools(stream, seed, epoch, blocks):
         if offset < size:
-            block, row = _pool_rows(stream, seed, epoch, pool, tuple(blocks[b] for b in pool))[offset]
-            return Slot(source=stream, block=block, row=row)
+            sizes = tuple(blocks[b] for b in pool)
+            block, row = _pool_rows(stream, seed, epoch, pool, sizes)[offset]
+            return Slot(source=stream, block=block, row=row, span=_spans(pool, sizes)[block])
         offset -= size
     raise AssertionError("an offset below the sum of the blocks lies in one of them")
 
@@ -144,6 +191,12 @@ def _pool_rows(
 ) -> list[tuple[int, int]]:
     rows = [(block, row) for block, size in zip(pool, sizes, strict=True) for row in range(size)]
     return [rows[i] for i in _permutation(len(rows), stream, seed, epoch, *pool)]
+
+
+@lru_cache(maxsize=16)
+def _spans(pool: tuple[int, ...], sizes: tuple[int, ...]) -> dict[int, tuple[float, float]]:
+    ends = [end / sum(sizes) for end in itertools.accumulate(sizes, initial=0)]
+    return dict(zip(pool, itertools.pairwise(ends), strict=True))
 
 
 def _permutation(size: int, *of: object) -> list[int]:

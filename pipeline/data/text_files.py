@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config.schema import ChatConfig, TextConfig
 from pipeline.config.validate import check_text
 from pipeline.core.files import matching_paths
+from pipeline.core.folds import Fold
 from pipeline.core.types import InputError
 from pipeline.data.file_kinds import endings, file_format, files_in, readable
 from pipeline.data.messages import ChatRules
@@ -52,6 +53,8 @@ class Text:
     """The choices of every record with a prompt that brings none of its own."""
     take: int | None = None
     """Only the first so many records are read; None: all."""
+    fold: Fold | None = None
+    """A capture keeps only the sequences of this fold; None: all."""
 
 
 def open_text(config: TextConfig, what: str) -> Text:

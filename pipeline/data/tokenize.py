@@ -226,17 +226,23 @@ def read_sequences(
     return pack(parts, window=window)
 
 
-def load_labeled_sequences(text: Text, tokenizer: Any, *, window: int) -> list[TokenSequence]:
-    """A text with known targets, packed, in memory; refuses one without a usable record."""
+def labeled_sequences(text: Text, tokenizer: Any, *, window: int) -> Iterator[TokenSequence]:
+    """A text with known targets, packed; at its end, one without a usable record is refused."""
     check_end_token(text, tokenizer)
     malformed, text = MalformedRecords(skip=text.skip_malformed), find_shape(text)
-    raw = all_records(text.files, text.read_columns, take=text.take)
-    sequences = list(read_sequences(raw, text, tokenizer, malformed, window=window, require_targets=True))
-    if not sequences:
+    raw, num_sequences = all_records(text.files, text.read_columns, take=text.take), 0
+    for sequence in read_sequences(raw, text, tokenizer, malformed, window=window, require_targets=True):
+        num_sequences += 1
+        yield sequence
+    if num_sequences == 0:
         files = ", ".join(map(str, text.files))
         raise InputError(f"{text.what}: expected usable records, found none in {files} ({malformed.count} malformed)")
     malformed.log_count(text.what)
-    return sequences
+
+
+def load_labeled_sequences(text: Text, tokenizer: Any, *, window: int) -> list[TokenSequence]:
+    """The same in memory."""
+    return list(labeled_sequences(text, tokenizer, window=window))
 
 
 def check_end_token(text: Text, tokenizer: Any) -> None:

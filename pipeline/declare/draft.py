@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.study import InitConfig
-from pipeline.core.runtime import compute_device
 from pipeline.core.types import InputError
 from pipeline.data.text_files import Text, open_text
 from pipeline.declare.models import Models, needs_end_token
@@ -61,8 +60,8 @@ def make_draft(config: InitConfig, task: Task, models: Models, files: Files) -> 
     settings = _settings(models, open_one, window)
     return Draft(
         name=config.name,
-        teacher=_model(config.teacher, config.teacher_num_layers, settings),
-        student=_model(config.student, None, settings),
+        teacher=_model(config.teacher, config.teacher_num_layers),
+        student=_model(config.student, None),
         texts=files,
         text=options,
         corpus=of_corpus,
@@ -130,9 +129,9 @@ def _window(config: InitConfig, task: Task, open_one: _Opener, *, room: int) -> 
     return given_window(config.window, tokens)
 
 
-def _model(path: str, num_layers: int | None, settings: Settings) -> dict[str, Any]:
+def _model(path: str, num_layers: int | None) -> dict[str, Any]:
     """The options of a model that are not those by default."""
-    options = {"path": path, "num_layers": num_layers, "attention": settings.attention}
+    options = {"path": path, "num_layers": num_layers}
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -149,7 +148,6 @@ def _settings(models: Models, open_one: _Opener, window: Window) -> Settings:
             window=window.size,
             student_parameters=models.student_parameters,
             teacher_parameters=models.teacher_parameters,
-            on_cpu=compute_device().type == "cpu",
             has_dev="dev" in open_one.files,
         )
     )

@@ -23,7 +23,6 @@ MIN_EPOCHS, MAX_EPOCHS = 2, 10
 LARGE_CORPUS = 50_000  # sequences from which one pass is enough
 SMALL_CORPUS = 400  # sequences below which a batch is halved, for more updates
 MICRO_BATCH_TOKENS = 2048  # of a forward with its gradients: a few GB for the smallest models
-SHORT_WINDOW = 256  # up to which eager attention has the faster backward on a CPU
 DEV_LOOKS = 4  # evaluations on dev during a run
 
 
@@ -41,7 +40,6 @@ class Sizes:
     window: int
     student_parameters: int
     teacher_parameters: int
-    on_cpu: bool
     has_dev: bool
 
 
@@ -65,7 +63,6 @@ class Settings:
     """None: no dev."""
     gold_only_evaluate_every_steps: int | None
     """The same for gold_only, which makes fewer updates."""
-    attention: str | None
 
 
 def choose_settings(sizes: Sizes) -> Settings:
@@ -95,7 +92,6 @@ def choose_settings(sizes: Sizes) -> Settings:
         teacher_epochs=teacher_epochs,
         evaluate_every_steps=_steps_between_looks(steps) if sizes.has_dev else None,
         gold_only_evaluate_every_steps=_steps_between_looks(gold_only_steps) if sizes.has_dev else None,
-        attention="eager" if sizes.on_cpu and sizes.window <= SHORT_WINDOW else None,
     )
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
 import torch
 
-from pipeline.config.schema import EvaluateConfig
+from pipeline.config.commands import EvaluateConfig
 from pipeline.config.validate import at_least
 from pipeline.core.files import check_writable, write_json
 from pipeline.core.progress import Progress, log, start_logging
 from pipeline.core.runtime import Ranks, compute_device
+from pipeline.core.types import TokenSequence
+from pipeline.core.watchdog import made_progress
 from pipeline.data.packing import Segment, collate_inputs, pack
 from pipeline.evaluation.few_shot import open_examples
 from pipeline.evaluation.predictions import Scores, predictions_table, scores_of, teacher_choices, with_teacher
@@ -30,6 +35,8 @@ from pipeline.models.head_float32 import logits_float32
 from pipeline.models.loading import open_model
 from pipeline.models.prepack import prepack
 from pipeline.models.tokenizer import open_tokenizer, vocabulary_size
+
+B = TypeVar("B")
 
 SHORTEST_WINDOW = 128  # tokens; a wider window would only add attention between segments that is masked away
 
@@ -81,11 +88,12 @@ def score(
 ) -> tuple[Scores, pl.DataFrame]:
     """Scores over all records, and one row a record: what was predicted and every log-likelihood.
 
-    With `ranks` all of them take part with one student, and generate the first rank's tokens.
+    With `ranks` each of them scores its part of the batches, and all get the same result. The batches do not depend on
+    the number of ranks, so neither do the scores.
     """
     model.eval()
-    size = vocabulary_size(held_out.tokenizer)
-    log_probs = _log_probs(model, held_out.likelihoods, size, batch_tokens, log_every_seconds)
+    ranks = ranks or Ranks(rank=0, world_size=1, device=model.device)
+    log_probs = _log_probs(model, held_out, batch_tokens, log_every_seconds, ranks)
     generated = _generate_answers(model, held_out, batch_tokens, log_every_seconds, ranks)
     predictions = predictions_table(held_out, log_probs, generated)
     if teacher_predictions is not None:
@@ -128,47 +136,73 @@ def _shared_segments(requests: Sequence[LikelihoodRequest]) -> tuple[list[Segmen
     return segments, [places[i] for i in range(len(requests))]
 
 
+def _turns(batches: Sequence[B], ranks: Ranks) -> Iterator[tuple[Sequence[B], B, bool]]:
+    """Whole batches dealt to the ranks: those of a turn, the one of this rank, and whether it is this rank's own.
+
+    Where a turn has fewer batches than there are ranks, the others repeat its last one: at ZeRO 3 all ranks have to
+    make the same forwards, because each holds a part of every layer.
+    """
+    for first in range(0, len(batches), ranks.world_size):
+        ranks.leave_if_asked()
+        turn = batches[first : first + ranks.world_size]
+        yield turn, turn[min(ranks.rank, len(turn) - 1)], ranks.rank < len(turn)
+        made_progress()
+
+
 @torch.inference_mode()
 def _log_probs(
-    model: Model,
-    requests: Sequence[LikelihoodRequest],
-    vocabulary_size: int,
-    batch_tokens: int,
-    log_every_seconds: float,
+    model: Model, held_out: EvaluationSet, batch_tokens: int, log_every_seconds: float, ranks: Ranks
 ) -> list[list[float]]:
-    """Log-probability (nats) of every target of every request."""
-    segments, places = _shared_segments(requests)
+    """Log-probability (nats) of every target of every request, on each rank."""
+    segments, places = _shared_segments(held_out.likelihoods)
     window = max(SHORTEST_WINDOW, max(len(segment.ids) for segment in segments))
-    device = next(model.parameters()).device
-    found: dict[int, list[float]] = {}
-    sequences = list(pack(segments, window=window))
-    progress = Progress("score", total=len(sequences), unit=" sequences", log_every_seconds=log_every_seconds)
-    size = max(batch_tokens // window, 1)
-    for start in range(0, len(sequences), size):
-        batch = sequences[start : start + size]
-        input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
-        tokens_N = torch.cat([sequence.target_ids_N for sequence in batch]).to(device)
-        hidden_BSH = hidden_states(model, input_ids_BS.to(device), position_ids_BS.to(device))
-        values = _target_log_probs(model, hidden_BSH.flatten(0, 1), flat_N.to(device), tokens_N, vocabulary_size)
-        for sequence in batch:
-            for segment in sequence.record_ids:
-                count = len(segments[segment].targets)
-                found[segment], values = values[:count], values[count:]
-        progress.advance(len(batch))
+    sequences, size = list(pack(segments, window=window)), max(batch_tokens // window, 1)
+    batches = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+    num_targets = [sum(len(sequence.target_ids_N) for sequence in batch) for batch in batches]
+    # each rank fills in its own batches, so that the sum over ranks is exact
+    values_N = torch.zeros(sum(num_targets), dtype=torch.float64, device=ranks.device)
+    parts = list(zip(batches, values_N.split(num_targets), strict=True))
+    progress = Progress(
+        "score",
+        total=len(sequences),
+        unit=" sequences",
+        log_every_seconds=log_every_seconds,
+        quiet=ranks.rank > 0,
+    )
+    for turn, (batch, part_N), is_own in _turns(parts, ranks):
+        num_heads = max(_num_heads(batch) for batch, _ in turn)
+        found_N = _batch_log_probs(model, batch, vocabulary_size(held_out.tokenizer), num_heads, ranks.device)
+        if is_own:
+            part_N.copy_(found_N)
+        progress.advance(sum(len(batch) for batch, _ in turn))
     progress.close()
+    values = iter(ranks.all_reduce(values_N).tolist())
+    order = (segment for sequence in sequences for segment in sequence.record_ids)
+    found = {segment: list(itertools.islice(values, len(segments[segment].targets))) for segment in order}
     return [
         found[segment][first : first + len(request.targets)]
-        for request, (segment, first) in zip(requests, places, strict=True)
+        for request, (segment, first) in zip(held_out.likelihoods, places, strict=True)
     ]
 
 
-def _target_log_probs(
-    model: Model, hidden_PH: torch.Tensor, flat_N: torch.Tensor, tokens_N: torch.Tensor, vocabulary_size: int
-) -> list[float]:
-    """Log-probability of each (position, token); a position with several tokens goes through the head once."""
-    positions_M, inverse_N = flat_N.unique(return_inverse=True)
-    values_N = torch.empty(len(flat_N), dtype=torch.float64, device=flat_N.device)
-    for start in range(0, len(positions_M), HEAD_POSITIONS):
+def _num_heads(batch: Sequence[TokenSequence]) -> int:
+    """How often the head is applied to a batch: it takes a limited number of positions at once."""
+    return math.ceil(sum(len(sequence.target_positions_N.unique()) for sequence in batch) / HEAD_POSITIONS)
+
+
+def _batch_log_probs(
+    model: Model, batch: Sequence[TokenSequence], vocabulary_size: int, num_heads: int, device: torch.device
+) -> torch.Tensor:
+    """Log-probability of each target; a position with several goes through the head once.
+
+    The head is applied `num_heads` times, in the end to no position: at ZeRO 3 as often as on the other ranks.
+    """
+    input_ids_BS, position_ids_BS, flat_N = collate_inputs(batch)
+    tokens_N = torch.cat([sequence.target_ids_N for sequence in batch]).to(device)
+    hidden_PH = hidden_states(model, input_ids_BS.to(device), position_ids_BS).flatten(0, 1)
+    positions_M, inverse_N = flat_N.to(device).unique(return_inverse=True)
+    values_N = torch.empty(len(flat_N), dtype=torch.float64, device=device)
+    for start in range(0, num_heads * HEAD_POSITIONS, HEAD_POSITIONS):
         chosen_M = positions_M[start : start + HEAD_POSITIONS]
         logits_MV = logits_float32(model, hidden_PH[chosen_M], vocabulary_size)
         log_sum_M = logits_MV.logsumexp(dim=1)
@@ -176,36 +210,48 @@ def _target_log_probs(
         rows_N = inverse_N[here_N] - start
         # in float64, because in float32 the difference would round logits to ties again
         values_N[here_N] = logits_MV[rows_N, tokens_N[here_N]].double() - log_sum_M[rows_N].double()
-    return values_N.tolist()
+    return values_N
 
 
 @torch.inference_mode()
 def _generate_answers(
-    model: Model, held_out: EvaluationSet, batch_tokens: int, log_every_seconds: float, ranks: Ranks | None
+    model: Model, held_out: EvaluationSet, batch_tokens: int, log_every_seconds: float, ranks: Ranks
 ) -> dict[int, tuple[str, bool]]:
-    """By record id: the greedily generated text, and whether it equals the expected completion."""
-    requests, answers = held_out.generations, dict[int, tuple[str, bool]]()
-    progress = Progress("answer", total=len(requests), unit=" records", log_every_seconds=log_every_seconds)
+    """By record id: the greedily generated text, and whether it equals the expected completion; on each rank."""
+    requests, longest = held_out.generations, held_out.max_new_tokens
+    # each rank fills in its own batches; ids from 1, because 0 stands after an answer's end
+    ids_from_1_RT = torch.zeros(len(requests), longest, dtype=torch.int64, device=ranks.device)
+    progress = Progress(
+        "answer",
+        total=len(requests),
+        unit=" records",
+        log_every_seconds=log_every_seconds,
+        quiet=ranks.rank > 0,
+    )
 
-    def choose(_: int, logits_BV: torch.Tensor) -> torch.Tensor:
-        top_B = logits_BV.argmax(dim=1)
-        # at ZeRO 3 a rank that ends earlier, because it breaks a tie otherwise, would leave the others waiting
-        return top_B if ranks is None else ranks.broadcast(top_B)
+    def goes_on(is_unfinished: bool) -> bool:
+        made_progress()
+        return ranks.any(is_unfinished)
 
     lengths = [len(request.ids) for request in requests]
-    for rows in batches_by_length(lengths, batch_tokens=batch_tokens, max_new_tokens=held_out.max_new_tokens):
+    batches = list(batches_by_length(lengths, batch_tokens=batch_tokens, max_new_tokens=longest))
+    for turn, rows, is_own in _turns(batches, ranks):
         batch = [requests[row] for row in rows]
         generated = generate(
             model,
             [torch.tensor(request.ids) for request in batch],
-            choose,
-            max_new_tokens=[held_out.max_new_tokens] * len(batch),
+            lambda _, logits_BV: logits_BV.argmax(dim=1),
+            max_new_tokens=[longest] * len(batch),
             end_ids=[request.end_ids for request in batch],
             vocabulary_size=vocabulary_size(held_out.tokenizer),
+            goes_on=goes_on,
         )
-        for request, ids in zip(batch, generated, strict=True):
-            answer = decode_answer(held_out.tokenizer, ids)
-            answers[request.record_id] = (answer, answer == request.expected)
-        progress.advance(len(batch))
+        for row, ids in zip(rows, generated if is_own else (), strict=is_own):
+            ids_from_1_RT[row, : len(ids)] = 1 + torch.tensor(ids)
+        progress.advance(sum(map(len, turn)))
     progress.close()
+    answers = {}
+    for request, ids_from_1 in zip(requests, ranks.all_reduce(ids_from_1_RT).tolist(), strict=True):
+        answer = decode_answer(held_out.tokenizer, [i - 1 for i in ids_from_1 if i > 0])
+        answers[request.record_id] = (answer, answer == request.expected)
     return answers

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.core.types import InputError
+from pipeline.models.attention import MASKED_ROWS, segment_arguments, segment_lengths
 
 Model = Any  # a transformers causal language model
 
@@ -76,8 +78,32 @@ def linear_head(model: Model, hidden_NH: Tensor) -> LinearHead:
 def hidden_states(model: Model, input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
     """Last hidden states [B, S, H] of packed segments that cannot attend to each other.
 
-    The position ids restart in each segment. With them, no attention mask and no cache, transformers masks attention
-    across segments.
+    The position ids restart in each segment. Where they are on the host, nothing waits for the device of the input ids.
+    With transformers' `sdpa` and `eager` each row of the batch has its mask [S, S]. All other kernels get one row, and
+    know the segments' lengths.
     """
-    decoder = model.get_decoder()
-    return decoder(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False).last_hidden_state
+    return _decoded(model, input_ids_BS, position_ids_BS).last_hidden_state.reshape(*input_ids_BS.shape, -1)
+
+
+def layer_states(model: Model, input_ids_BS: Tensor, position_ids_BS: Tensor, layers: Sequence[int]) -> Tensor:
+    """Hidden states [B, S, L * H] after L layers, side by side, of packed segments as in `hidden_states`.
+
+    Layer 1 is the first; the last one's states are those after the model's final norm.
+    """
+    states = _decoded(model, input_ids_BS, position_ids_BS, output_hidden_states=True).hidden_states
+    return torch.cat([states[layer] for layer in layers], dim=-1).reshape(*input_ids_BS.shape, -1)
+
+
+def _decoded(model: Model, input_ids_BS: Tensor, position_ids_BS: Tensor, **wanted: bool) -> Any:
+    """What the decoder returns, with the rows of the batch as they are or end to end, as the kernel wants them."""
+    decoder, device = model.get_decoder(), input_ids_BS.device
+    if decoder.config._attn_implementation in MASKED_ROWS:
+        positions_BS = position_ids_BS.to(device)
+        return decoder(input_ids=input_ids_BS, position_ids=positions_BS, use_cache=False, **wanted)
+    return decoder(
+        input_ids=input_ids_BS.reshape(1, -1),
+        position_ids=position_ids_BS.reshape(1, -1).to(device, non_blocking=True),
+        use_cache=False,
+        **segment_arguments(segment_lengths(position_ids_BS), device),
+        **wanted,
+    )

@@ -71,12 +71,14 @@ def generate(
     max_new_tokens: Sequence[int],
     end_ids: Sequence[Container[int]],
     vocabulary_size: int,
+    goes_on: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Complete prompts together: the generated ids of each.
 
     A completion ends with the first token of the prompt's `end_ids`, which is included, or after its `max_new_tokens`.
     `choose(t, logits_BV)` returns the B tokens of step t. Completions that have ended stay in the batch until all have:
-    `choose` is called with their logits too, and their further tokens are dropped.
+    `choose` is called with their logits too, and their further tokens are dropped. `goes_on` is asked after each token
+    with whether a completion is unfinished here: ranks that have to make the same forwards go on while one of them is.
     """
     generated_ids: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
@@ -88,7 +90,7 @@ def generate(
                 generated_ids[b].append(token)
                 if token in end_ids[b] or len(generated_ids[b]) == max_new_tokens[b]:
                     unfinished.remove(b)
-        if not unfinished:
+        if not goes_on(bool(unfinished)):
             break
         state = decode_step(model, state, next_ids_B)
     return generated_ids

@@ -1,4 +1,4 @@
-"""Models: choose the dtype, load and check, list their linear layers, save."""
+"""Models: choose the dtype, load and check, list their linear layers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from torch import Tensor
 
 from pipeline.config.schema import Dtype, ModelConfig
 from pipeline.core.progress import log
 from pipeline.core.runtime import compute_device, has_fast_matmul
 from pipeline.core.types import InputError
-from pipeline.models.compatibility import check_architecture
 from pipeline.models.forward import Model
+from pipeline.models.kernel_choice import settle_attention
 from pipeline.models.model_files import check_model_files
 from pipeline.models.paths import model_folder
 
@@ -80,12 +79,15 @@ def load_model(
     """
     check_model_files(folder)
     config = load_config(folder, num_layers=num_layers, trust_remote_code=trust_remote_code)
+    # straight to a GPU, in the type that is asked for: the weights are never whole in host memory
+    place = None if device.type == "cpu" or partition is not None else {"": device}
     # from_pretrained partitions the weights as long as this object exists
     partitioning = None if partition is None else transformers.integrations.HfDeepSpeedConfig(partition)
     model_and_report: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=getattr(torch, dtype),
+        device_map=place,
         attn_implementation=attention,
         use_safetensors=True,
         output_loading_info=True,
@@ -101,7 +103,7 @@ def load_model(
     if partitioning is not None:
         return model.eval()
     model = model.to(device).eval()
-    check_architecture(model)
+    settle_attention(model, attention)
     return model
 
 
@@ -135,15 +137,3 @@ def linear_layers(model: Model) -> list[str]:
     """The full names of a model's linear layers, including GPT-2's transposed ones (Conv1D)."""
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def save_model(model: Model, state: dict[str, Tensor], tokenizer: Any, folder: Path, *, shard_bytes: int) -> None:
-    """Write weights as safetensors, the config and the tokenizer, so that `from_pretrained` loads the folder."""
-    model.config.use_cache = True
-    # The generation config is written unchanged by ourselves: in many models it sets a temperature without do_sample.
-    # transformers loads this but refuses to save it, at the end of a long run.
-    generation, model.generation_config = model.generation_config, transformers.GenerationConfig()
-    model.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes)
-    generation.to_json_file(folder / "generation_config.json")
-    model.config.use_cache, model.generation_config = False, generation
-    tokenizer.save_pretrained(folder)

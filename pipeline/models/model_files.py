@@ -99,6 +99,17 @@ def _check_safetensors(path: Path) -> None:
         )
 
 
+def tensor_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The name and size of each tensor in a folder's weight files, from their headers alone."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        _check_safetensors(path)
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        sizes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return sizes
+
+
 def weights_hash(folder: Path) -> str:
     """sha256 over the weight files of a folder and its config.json."""
     files = sorted(folder.glob("*.safetensors"))

@@ -11,7 +11,9 @@ from pipeline.config.schema import ModelConfig
 from pipeline.core.progress import log
 from pipeline.core.types import InputError
 from pipeline.models.compatibility import check_architecture
-from pipeline.models.loading import load_config, meta_model
+from pipeline.models.forward import Model
+from pipeline.models.kernel_choice import settle_attention, use_fastest_attention
+from pipeline.models.loading import load_config, meta_model, resolve_dtype
 from pipeline.models.model_files import check_model_files
 from pipeline.models.paths import model_folder
 from pipeline.models.tokenizer import vocabulary_size
@@ -49,31 +51,53 @@ def check_model(config: ModelConfig, tokenizer: Any) -> None:
 
 
 def _check_small(config: ModelConfig) -> None:
-    """Check the architecture on a copy with few layers, a small vocabulary, narrow MLPs and random weights.
-
-    Whatever cannot be checked like this is checked when the weights are loaded, as always.
-    """
-    if config.attention not in (None, "sdpa", "eager"):
+    """Check the architecture on a small copy of the model; what cannot be checked like this is checked at loading."""
+    if config.attention not in (None, "sdpa", "eager", "sdpa_segments", "eager_segments"):
         # other kernels need a GPU, and a driver that uses one would hold a part of its memory until the run ends
         log.info("%s: attention=%s is checked when the weights are loaded", config.path, config.attention)
         return
-    small = small_config(config)
-    options = {"attn_implementation": config.attention, "trust_remote_code": config.trust_remote_code}
     try:
-        with torch.device("meta"):
-            empty = transformers.AutoModelForCausalLM.from_config(small, **options)
-        num_parameters = sum(parameter.numel() for parameter in empty.parameters())
-        if num_parameters > MAX_SMALL_PARAMETERS:
-            raise ValueError(f"two layers have {num_parameters} parameters")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32, **options)
-        check_architecture(model)
+        model = small_model(config)
+        if config.attention is None:
+            use_fastest_attention(model)
+        else:
+            check_architecture(model)
     except InputError:
         raise
     except Exception as error:  # of a copy that is too small, or of a kernel that does not run here
         reason = str(error).strip().split("\n")[0]
         log.info("%s: its architecture is checked only when its weights are loaded (%s)", config.path, reason)
+
+
+def attention_of_copy(config: ModelConfig, device: torch.device) -> str | None:
+    """The fastest kernel with which a small copy of the model passes the checks; None if it cannot be built.
+
+    For models whose parts lie on several ranks: with them, no forward may fail.
+    """
+    config = resolve_dtype(config)
+    try:
+        model = small_model(config).to(device=device, dtype=getattr(torch, config.dtype.name))
+        settle_attention(model, None)
+    except InputError:
+        raise
+    except Exception as error:
+        log.info("%s: attention as transformers chooses (%s)", config.path, str(error).strip().split("\n")[0])
+        return None
+    return str(model.config._attn_implementation)
+
+
+def small_model(config: ModelConfig) -> Model:
+    """A copy of a model with few layers, a small vocabulary, narrow MLPs and random weights, in float32 on the CPU."""
+    small = small_config(config)
+    options = {"attn_implementation": config.attention, "trust_remote_code": config.trust_remote_code}
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(small, **options)
+    num_parameters = sum(parameter.numel() for parameter in empty.parameters())
+    if num_parameters > MAX_SMALL_PARAMETERS:
+        raise ValueError(f"two layers have {num_parameters} parameters")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32, **options)
 
 
 def small_config(config: ModelConfig) -> transformers.PretrainedConfig:

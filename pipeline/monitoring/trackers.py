@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.options import options, to_plain
-from pipeline.config.schema import Tracker, TrainConfig
+from pipeline.config.schema import Tracker, TrackingConfig, TrainConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.progress import log
 
@@ -32,6 +32,8 @@ class TrackedRun:
     folder: Path
     project: str
     """The study, else the folder that holds the runs: what is to be compared stands in one project."""
+    chosen: TrackingConfig
+    """What the user chose instead of project, name and id, and tags."""
     group: str
     """The experiment; its seeds are one group."""
     role: str
@@ -40,9 +42,18 @@ class TrackedRun:
     """Every option by its dotted name, as plain data."""
 
     @property
-    def name(self) -> str:
+    def key(self) -> str:
         """The name of the run folder: it is found again by this when the run is resumed."""
         return self.folder.name
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.chosen.name or self.key
+
+    def project_of(self, variable: str) -> str:
+        """The project: as the option says, else the tracker's own environment variable, else the study."""
+        return self.chosen.project or os.environ.get(variable) or self.project
 
 
 def tracked_run(config: TrainConfig, paths: RunPaths) -> TrackedRun:
@@ -50,6 +61,7 @@ def tracked_run(config: TrainConfig, paths: RunPaths) -> TrackedRun:
     return TrackedRun(
         folder=paths.folder,
         project=config.study or paths.folder.absolute().parent.name,
+        chosen=config.tracking,
         group=config.name,
         role="" if config.role is None else config.role.name,
         options={name: _option(config, name) for name, _, _ in options(TrainConfig)},
@@ -144,7 +156,8 @@ def _tensorboard(run: TrackedRun, step: int) -> tuple[Write, Finish, Close]:
             writer.add_scalar(key, value, step)
 
     def finish(scores: dict[str, float]) -> None:
-        tags = {"project": run.project, "experiment": run.group, "role": run.role}
+        tags = {"project": run.chosen.project or run.project, "experiment": run.group, "role": run.role}
+        tags |= {"name": run.name, "tags": ", ".join(run.chosen.tags)}
         plain = {
             name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in run.options.items()
         }
@@ -158,10 +171,12 @@ def _wandb(run: TrackedRun, step: int) -> tuple[Write, Finish, Close]:
 
     # wandb ignores steps that it has already; those that a resumed run repeats have the same numbers, bit by bit
     record = wandb.init(
-        project=os.environ.get("WANDB_PROJECT") or re.sub(r"[/\\#?%:]", "-", run.project),
+        project=re.sub(r"[/\\#?%:]", "-", run.project_of("WANDB_PROJECT")),
+        entity=run.chosen.entity,
+        tags=run.chosen.tags or None,
         group=run.group,
         job_type=run.role or None,
-        id=run.name,
+        id=run.chosen.run_id or run.key,
         name=run.name,
         config=run.options,
         allow_val_change=True,  # options without effect on the result may differ when a run is resumed
@@ -175,11 +190,14 @@ def _mlflow(run: TrackedRun, step: int) -> tuple[Write, Finish, Close]:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
-    client, project = MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.project
+    client, project = MlflowClient(), run.project_of("MLFLOW_EXPERIMENT_NAME")
     experiment = client.get_experiment_by_name(project)
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(project)
-    tags = {"run_folder": run.name, "experiment": run.group, "role": run.role}
-    found = client.search_runs([experiment_id], f"tags.run_folder = '{run.name}'")  # the run is resumed
+    tags = {"run_folder": run.key, "experiment": run.group, "role": run.role} | dict.fromkeys(run.chosen.tags, "")
+    if run.chosen.run_id is not None:
+        found = [client.get_run(run.chosen.run_id)]
+    else:
+        found = client.search_runs([experiment_id], f"tags.run_folder = '{run.key}'")  # the run is resumed
     run_id = (found[0] if found else client.create_run(experiment_id, run_name=run.name, tags=tags)).info.run_id
     if not found:  # MLflow refuses to change a parameter
         params = [Param(name, str(value)[:MAX_CHARACTERS_MLFLOW]) for name, value in run.options.items()]
@@ -193,5 +211,5 @@ def _mlflow(run: TrackedRun, step: int) -> tuple[Write, Finish, Close]:
     return write, lambda scores: write(step, scores), lambda: client.set_terminated(run_id)
 
 
-# a new one also joins the enum `Tracker` in config/schema.py and `TRACKER_PACKAGES` in config/validate_train.py
+# a new one also joins the enum `Tracker` in config/schema.py and `TRACKER_PACKAGES` in config/validate_packages.py
 TRACKERS = {Tracker.tensorboard: _tensorboard, Tracker.wandb: _wandb, Tracker.mlflow: _mlflow}

@@ -26,6 +26,21 @@ def forward_kl(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
     return (log_p_NC.exp() * (log_p_NC - log_q_NC)).sum(dim=1)
 
 
+def weighted_forward_kl(log_p_NC: Tensor, log_q_NC: Tensor, *, tail_weight: float) -> Tensor:
+    """w KL((P, 1-P) || (Q, 1-Q)) + P KL(p / P || q / Q), P and Q the masses of the kept entries; KL(p || q) at w = 1.
+
+    The chain rule of KL, whose parts may weigh differently (Zhao et al. 2022, arXiv 2203.08679, of target and other
+    classes). Gradient at T = 1 on a kept logit: q - p + (w - 1) (Q - P) q / Q; on one of the tail: w q (P - Q) / (1-Q).
+    """
+    value_N = forward_kl(log_p_NC, log_q_NC)
+    return value_N + (tail_weight - 1.0) * forward_kl(_log_masses(log_p_NC), _log_masses(log_q_NC))
+
+
+def _log_masses(log_p_NC: Tensor) -> Tensor:
+    """[N, 2]: of the kept entries together, and of the tail."""
+    return torch.stack([torch.logsumexp(log_p_NC[:, :-1], dim=1), log_p_NC[:, -1]], dim=1)
+
+
 def reverse_kl(log_p_NC: Tensor, log_q_NC: Tensor) -> Tensor:
     """KL(q || p) = sum q (log q - log p), with log p clamped to MIN_LOG_P or more."""
     exists_NC = log_q_NC > LOG_ZERO / 2
@@ -78,7 +93,13 @@ NEEDS_EXACT_TAIL = ("reverse_kl", "jsd", "total_variation")
 """Not linear in p: biased where p was sampled from the teacher, and wrong where the tail was not recorded."""
 
 
-def divergence_by_name(name: str, *, beta: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """A divergence (log p [N, C], log q [N, C]) -> [N], by its name; `beta` is bound where it has one."""
+def divergence_by_name(name: str, *, beta: float, tail_weight: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """A divergence (log p [N, C], log q [N, C]) -> [N], by its name; `beta` is bound where it has one.
+
+    `tail_weight` is for forward_kl alone: see `weighted_forward_kl`.
+    """
+    if tail_weight != 1.0:
+        assert name == "forward_kl", "checked with the options"
+        return partial(weighted_forward_kl, tail_weight=tail_weight)
     divergence = DIVERGENCES[name]
     return partial(divergence, beta=beta) if name in NEEDS_BETA else divergence

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.core.runtime import to_device
 from pipeline.core.types import Batch, TopK
 from pipeline.objective.class_prior import harden
 from pipeline.objective.divergences import LOG_ZERO
@@ -86,10 +87,19 @@ def group_positions(batch: Batch, terms: dict[str, TermOptions]) -> list[Positio
     codes_N = torch.zeros_like(batch.target_ids_N)
     for bit, (name, options) in enumerate(terms.items()):
         codes_N += term_positions(batch, name, options).long() << bit
+    # One more bit for the positions inside of a choice, and one copy to the host: on a GPU each look at a value or at a
+    # number of positions waits for the forward that is queued there
+    is_inside_N = batch.depths_N > 0
+    codes_N = (codes_N + (is_inside_N.long() << len(terms))).cpu()
+    codes_N, is_inside_N = codes_N & ((1 << len(terms)) - 1), codes_N >> len(terms) > 0
     groups = []
-    for code in [int(code) for code in codes_N.unique() if code > 0]:
+    for code in [code for code in codes_N.unique().tolist() if code > 0]:
         term_names = tuple(name for bit, name in enumerate(terms) if code >> bit & 1)
-        groups.append(_group(batch, terms, term_names, (codes_N == code).nonzero().squeeze(1)))
+        is_read_N = codes_N == code
+        rows_N = to_device(is_read_N.nonzero().squeeze(1), batch.target_ids_N.device)
+        group = _group(batch, terms, term_names, rows_N)
+        depths_N = batch.depths_N[rows_N] if bool((is_read_N & is_inside_N).any()) else None
+        groups.append(dataclasses.replace(group, depths_N=depths_N))
     return groups
 
 
@@ -108,10 +118,7 @@ def _group(batch: Batch, terms: dict[str, TermOptions], term_names: tuple[str, .
         # the teacher has a row only where weak_N is true: weak_N 0 1 0 1 1 -> rows -1 0 0 1 2, read where it is true
         teacher_rows_N = batch.weak_N.cumsum(0) - 1
         top = batch.teacher.select(teacher_rows_N[rows_N])
-    group, depths_N = make_group(rows_N, term_names, extra_ids, top), batch.depths_N[rows_N]
-    return dataclasses.replace(
-        group, weights_N=batch.weights_N[rows_N], depths_N=depths_N if bool(depths_N.any()) else None
-    )
+    return dataclasses.replace(make_group(rows_N, term_names, extra_ids, top), weights_N=batch.weights_N[rows_N])
 
 
 def make_group(

@@ -5,7 +5,8 @@
 S_term is the sum of the term's values and N_term the number of its positions, both over the global batch: all ranks and
 all accumulation steps. N_term is counted before any forward. (Xiao & Zhu, Foundations of Large Language Models,
 eq. 4.12 and 4.13.) The terms that read the teacher weight each position in S and N by `Batch.weights_N`: by 1, or with
-`targets=choices` by the teacher's probability of the choice's tokens that the position has read.
+`targets=choices` by the teacher's probability of the choice's tokens that the position has read; times trust in the
+teacher at the position, where a run weights by it (`trust.py`).
 
 A term never sees the full vocabulary. It reads the student's logits at a few selected tokens (the target, the teacher's
 kept entries, ...) and the log-sum-exp of all other logits, the rest. `fused_head.py` computes both, and the gradient on
@@ -39,6 +40,8 @@ class TermOptions:
     """A key of `DIVERGENCES`."""
     beta: float = 0.5
     """For the divergence jsd only."""
+    tail_weight: float = 1.0
+    """For the divergence forward_kl only: the weight of its part between the masses of kept entries and tail."""
     gate: Gate = field(default_factory=Gate)
     class_ids: tuple[int, ...] = ()
     """The tokens among which `confidence` takes the student's prediction; empty: the full vocabulary."""
@@ -133,7 +136,7 @@ def kd(student: SelectedLogits, top: TopK | None, options: TermOptions) -> Tenso
     """
     assert top is not None
     T = options.temperature
-    divergence = divergence_by_name(options.divergence, beta=options.beta)
+    divergence = divergence_by_name(options.divergence, beta=options.beta, tail_weight=options.tail_weight)
     value_N = divergence(log_p_categories(top, temperature=T), student.log_q_categories(T))
     return value_N * T**2 if options.temperature_squared else value_N
 

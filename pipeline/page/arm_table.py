@@ -58,7 +58,7 @@ def _columns(text: TextFigures) -> list[Column]:
         Column(title=scale.title.split(" of ")[0], cell=lambda f: _interval(f.score, scale)),
         Column(title="KD weight", cell=lambda f: _number(f.arm.kd_weight), is_setting=True),
         *(_option(name) for name in options if name not in NAMED_OPTIONS),
-        *(_comparison(role, scale) for role in ("gold_only", "weak_only", "teacher", "zero_shot")),
+        *(_comparison(role, scale) for role in ("gold_only", "weak_only", "combined", "teacher", "zero_shot")),
         Column(title="PGR", cell=_pgr),
         *(Column(title=title, cell=partial(_imitation, find)) for title, find in RATES.items()),
         Column(title="Perplexity", cell=lambda f: _perplexity(f) if text.metric == "-nll" else None),

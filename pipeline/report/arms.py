@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.analysis.values import Arm
 from pipeline.core.progress import log
 from pipeline.core.types import InputError
+from pipeline.report.pools import settings_of
 from pipeline.report.runs import OTHER, StudyRun
 
 ROLE_ORDER = ("teacher", "zero_shot", "gold_only", "weak_only", "combined", "ceiling", "control", OTHER)
@@ -34,7 +35,9 @@ SHORT = {
 """Options by the words of a table; others by the last part of their name."""
 
 HOW = {
-    **dict.fromkeys(("combined", "weak_only"), "the best on dev; without dev scores the one with most seeds"),
+    **dict.fromkeys(
+        ("combined", "weak_only"), "the best on dev, pools apart; without dev scores the one with most seeds"
+    ),
     "gold_only": "the gold set of combined, then the best on dev",
     "zero_shot": "combined's student before training, without examples",
     "control": "the shuffled teacher, with the settings nearest to combined's",
@@ -87,7 +90,7 @@ def make_arm(
     return Arm(
         role=first.role,
         label=label,
-        name=first.name,
+        name=name_of(first),
         seeds=tuple(run.seed for run in runs),
         lm_weight=first.options.get("loss.lm.weight", 0.0),
         kd_weight=first.options.get("loss.kd.weight", 0.0),
@@ -96,6 +99,7 @@ def make_arm(
         control=first.options.get("loss.kd.control", "none"),
         differing=differing,
         is_main=is_main,
+        is_pool=first.pool is not None,
     )
 
 
@@ -125,9 +129,10 @@ def check_one_setting(role: str, settings: Sequence[Sequence[StudyRun]]) -> None
 def main_settings(unique: Mapping[str, Sequence[Sequence[StudyRun]]], gold_sizes: Mapping[str, int]) -> dict[str, str]:
     """For each role the settings that conclusions rest on.
 
-    combined: the best mean score on dev; without dev the most seeds, then the first. The floor has combined's gold set,
-    the untrained student is the student before training, without examples, and control and ceiling differ least from
-    combined. Among those that are left, dev decides as for combined.
+    combined: the best mean score on dev; without dev the most seeds, then the first; a pool only where nothing reads
+    the teacher's own capture, because conclusions and controls are about the teacher. The floor has combined's gold
+    set, the untrained student is the student before training, without examples, and control and ceiling differ least
+    from combined. Among those that are left, dev decides as for combined.
     """
     chosen: dict[str, Sequence[StudyRun]] = {}
     for role in ("combined", *(role for role in ROLE_ORDER if role not in ("combined", OTHER))):
@@ -145,6 +150,7 @@ def _fitting(
 ) -> list[Sequence[StudyRun]]:
     """The settings of a role that belong to the main arm of combined; all where none of them does."""
     keys = {
+        **dict.fromkeys(("combined", "weak_only"), lambda run: run.pool is not None),
         "gold_only": lambda run: _gold_mismatch(run, combined, gold_sizes),
         "zero_shot": lambda run: (
             run.options.get("scoring.few_shot", 0),
@@ -208,11 +214,13 @@ def _labels(
     described = [dict(run.options) | _named_inputs(run, gold_sizes) for run in firsts]
     # the labels of controls begin with the kind of control
     varying = [name for name in varying_names(described) if (role, name) != ("control", "loss.kd.control")]
-    has_names = role == OTHER or len({run.name for run in firsts}) > 1
+    if are_apart(described, varying, without="pool.members"):  # a hash is of no use to a reader
+        varying.remove("pool.members")
+    has_names = role == OTHER or len({run.name for run in firsts}) > 1 or any(run.pool for run in firsts)
     found = []
     for run, options in zip(firsts, described, strict=True):
         differing = {name: options[name] for name in varying if name in options}
-        parts = [run.options["loss.kd.control"] if role == "control" else run.name if has_names else role]
+        parts = [run.options["loss.kd.control"] if role == "control" else name_of(run) if has_names else role]
         parts += [f"{short_name(name, varying)} {shown(value)}" for name, value in differing.items()]
         found.append((" ".join(parts), differing))
     names = [label for label, _ in found]
@@ -220,6 +228,13 @@ def _labels(
         (label if names.count(label) == 1 else f"{label} {run.settings[:6]}", differing)
         for run, (label, differing) in zip(firsts, found, strict=True)
     ]
+
+
+def are_apart(described: Sequence[Mapping[str, Any]], varying: Sequence[str], *, without: str) -> bool:
+    """Whether a name varies, and the settings differ in what else varies, too."""
+    rest = [name for name in varying if name != without]
+    values = {repr([options.get(name) for name in rest]) for options in described}
+    return without in varying and len(values) == len(described)
 
 
 def varying_names(described: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -234,9 +249,18 @@ def varying_names(described: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(name for name, found in values.items() if len(found) > 1)
 
 
+def name_of(run: StudyRun) -> str:
+    """The experiment's name, with a word on the pool where the name is that of a role."""
+    return f"{run.name} pooled" if run.pool is not None and run.name in ROLE_ORDER else run.name
+
+
 def _named_inputs(run: StudyRun, gold_sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Inputs as something to tell arms apart by: a gold set by its number of records, others by their hash."""
+    """Inputs as something to tell arms apart by: a gold set by its number of records, a pool by its settings, others by
+    their hash."""
     named: dict[str, Any] = {name: value[:8] for name, value in run.inputs.items()}
+    if run.pool is not None:
+        del named["cache"]
+        named |= settings_of(run.pool)
     if run.inputs.get("gold") in gold_sizes:
         named["gold"] = gold_sizes[run.inputs["gold"]]
     return named

@@ -85,7 +85,7 @@ def columns(text: TextFigures, *, is_wide: bool) -> list[Column]:
             is_kept=True,
         )
     )
-    for role in ("gold_only", "weak_only", "teacher", "zero_shot") if is_wide else ("gold_only",):
+    for role in ("gold_only", "weak_only", "combined", "teacher", "zero_shot") if is_wide else ("gold_only",):
         found.append(Column(head=f"- {role}", cells=tuple(_difference(figures, role, text.metric) for figures in arms)))
     found += [Column(head=head, cells=cells) for head, cells in _measures(arms, text.metric, is_wide=is_wide).items()]
     return [column for column in found if column.is_kept or _is_informative(column)]
@@ -164,13 +164,21 @@ class Paired:
 
 
 def paired_differences(text: TextFigures) -> Iterator[Paired]:
-    """Of combined to all other roles, of weak_only to the floor and the teacher."""
-    for role, others in (("combined", None), ("weak_only", ("gold_only", "teacher"))):
-        figures = first_of(text, role)
-        found = () if figures is None else figures.comparisons
-        rows = tuple(_paired_row(role, one, text.metric) for one in found if others is None or one.against in others)
+    """Of combined and of pools to all other roles, of weak_only to the floor and the teacher."""
+    combined, weak_only = (first_of(text, role) for role in ("combined", "weak_only"))
+    main = "combined" if combined is None else combined.arm.name  # gated, for example, which is compared with combined
+    found = [(main, combined, None), *((figures.arm.label, figures, None) for figures in pools(text))]
+    for name, figures, others in [*found, ("weak_only", weak_only, ("gold_only", "teacher"))]:
+        compared = () if figures is None else figures.comparisons
+        rows = tuple(_paired_row(name, one, text.metric) for one in compared if others is None or one.against in others)
         if figures is not None and rows:
             yield Paired(about=f"paired, {text.num_records:,} records; {seeds(figures)}", rows=rows)
+
+
+def pools(text: TextFigures) -> list[ArmFigures]:
+    """The combined arms that learnt from a pool, beside the one on which conclusions rest."""
+    arms = [figures for figures in text.arms if figures.arm.role == "combined"]
+    return [figures for figures in arms if figures.arm.is_pool and not figures.arm.is_main]
 
 
 def _paired_row(role: str, other: Comparison, metric: str) -> tuple[str, str, str]:
@@ -190,6 +198,9 @@ def conclusions(text: TextFigures, saving: LabelSaving | None = None) -> Iterato
     figures = first_of(text, "combined", "weak_only")
     if figures is not None:
         yield from _student_lines(figures)
+    for pool in pools(text):
+        if pool.pgr is not None:
+            yield f"PGR of {pool.arm.label}  {bounds(pool.pgr, '.2f')}"
     if saving is not None:
         yield saving_line(saving)
 

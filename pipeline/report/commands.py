@@ -6,11 +6,12 @@ from pathlib import Path
 
 from pipeline.analysis.values import StudyFigures, Verdict
 from pipeline.analysis.verdict import verdict
-from pipeline.config.schema import ReportConfig
+from pipeline.config.commands import ReportConfig
 from pipeline.core.files import check_writable, write_atomically
 from pipeline.core.progress import log, start_logging
 from pipeline.page.page import write_page
 from pipeline.report import tables
+from pipeline.report.keep import keep_runs
 from pipeline.report.study_figures import Study, read_study
 from pipeline.report.text import markdown, terminal
 
@@ -18,8 +19,9 @@ from pipeline.report.text import markdown, terminal
 def run(config: ReportConfig) -> StudyFigures:
     """Print the verdict, the tables and the conclusions; write the page and the tables too where `out` is given."""
     start_logging()
-    if config.out is not None:
-        check_writable(Path(config.out), "out")
+    for name, folder in (("out", config.out), ("keep", config.keep)):
+        if folder is not None:
+            check_writable(Path(folder), name)
     study = read_study(config.runs, name=config.study, command=config.command)
     judged = verdict(study.figures)
     for line in terminal(study.figures, judged):
@@ -27,6 +29,8 @@ def run(config: ReportConfig) -> StudyFigures:
     if config.out is not None:
         written = write_files(study, judged, Path(config.out))
         log.info("wrote %s and beside it %s", written[0], ", ".join(path.name for path in written[1:]))
+    if config.keep is not None:
+        keep_runs(study.arms, study.texts, Path(config.keep))
     return study.figures
 
 

@@ -20,9 +20,12 @@ from pipeline.config.schema import Role, TrainConfig
 from pipeline.core.files import RunPaths, content_hash, matching_paths
 from pipeline.core.progress import log
 from pipeline.core.types import InputError
+from pipeline.report.pools import kept_pool, pool_of
 
 OTHER = "other"
 """The role of a run that has none: it stands in the table and in no conclusion."""
+MEMBER = Role.member.name
+"""The role of a run that another one learns from, as a part of its pool: no arm of a report."""
 NOT_OF_TRAINING = ("test", "teacher_predictions")  # parts of identity.json that change only what is measured
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # forty times as fast as a typed configuration
 
@@ -49,6 +52,8 @@ class StudyRun:
     """Hashes of what the run was made of: student, cache, gold, ..."""
     settings: str
     """Hash of role, options and inputs: equal for the seeds of an arm."""
+    pool: Mapping[str, Any] | None = None
+    """What the pool that it has read is made of; None where that was no pool."""
 
     @property
     def paths(self) -> RunPaths:
@@ -77,9 +82,12 @@ def read_runs(patterns: Sequence[str]) -> list[StudyRun]:
         if not paths.config.exists():
             continue
         if not paths.result.exists():
-            unfinished.append(paths.folder)
+            if read_config(paths.config).get("role") != MEMBER:
+                unfinished.append(paths.folder)
             continue
         run = read_run(paths)
+        if run.role == MEMBER:
+            continue
         if not run.result.get("test"):
             unscored.append(paths.folder)
             continue
@@ -120,6 +128,7 @@ def read_run(paths: RunPaths) -> StudyRun:
         options=options,
         inputs=inputs,
         settings=content_hash([role, name if role == OTHER else None, options, inputs]),
+        pool=kept_pool(paths.folder) or pool_of(config.get("cache"), identity.get("cache")),
     )
 
 
@@ -221,6 +230,8 @@ def effective_options(options: Mapping[str, Any], inputs: Mapping[str, str]) -> 
     if not options["loss.kd.weight"]:
         unread += [f"loss.kd.{name}" for name in KD_ALONE]
         unread += [] if options["loss.confidence.weight"] else ["loss.kd.gate"]
+        weighs = options["loss.confidence.weight"] or options["loss.hard.weight"]
+        unread += [] if weighs else ["loss.kd.position_weight"]
     for term in ("hard", "confidence"):
         parts = [name for name in options if name.startswith(f"loss.{term}.") and not name.endswith(".weight")]
         unread += [] if options[f"loss.{term}.weight"] else parts
@@ -230,7 +241,9 @@ def effective_options(options: Mapping[str, Any], inputs: Mapping[str, str]) -> 
 
 
 KEPT = ("name", "seed", "steps")
-KD_ALONE = ("ramp", "on", "temperature", "temperature_squared", "divergence", "beta", "adaptive_weight")
+KD_ALONE = (
+    *("ramp", "on", "temperature", "temperature_squared", "divergence", "beta", "tail_weight", "adaptive_weight"),
+)
 """Of loss.kd, read by its own term alone; confidence has its gate too, and control changes what all terms read."""
 
 

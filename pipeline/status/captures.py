@@ -21,6 +21,7 @@ from pipeline.cache.leases import holder, process_of
 from pipeline.core.processes import has_ended
 from pipeline.core.progress import readable_duration
 from pipeline.core.types import Manifest, ShardInfo
+from pipeline.report.pools import settings_of
 from pipeline.status.folders import age_of, newest_write, trouble
 from pipeline.status.values import CaptureStatus, Lease
 
@@ -158,11 +159,16 @@ def shards_per_second(times: Sequence[float], *, num_workers: int = 1) -> float 
 def label_of(manifest: Manifest) -> str:
     """The options that make a cache what it is. A manifest names its teacher by the hash of the weights."""
     made_of = manifest.made_of
-    teacher = str(made_of.get("teacher_weights", "?"))[:8]
     layers = made_of.get("teacher_num_layers")
-    parts = [f"teacher {teacher}", str(made_of.get("teacher_dtype", "")), f"{layers} layers" if layers else ""]
+    if "pool" in made_of:
+        names = ("weights", "temperature")
+        parts = [f"{made_of['pool']} pool", *(f"{name} {settings_of(made_of)[f'pool.{name}']}" for name in names)]
+    else:
+        parts = [f"teacher {str(made_of.get('teacher_weights', '?'))[:8]}", str(made_of.get("teacher_dtype", ""))]
+        parts += [f"{layers} layers" if layers else ""]
     parts += ["" if manifest.kind == "topk" else manifest.kind, f"k {manifest.k}" if manifest.k else ""]
     parts += [f"draws {manifest.draws}" if manifest.draws else "", f"window {manifest.window}"]
+    parts += [f"fold {made_of['only_fold']}"] if "only_fold" in made_of else []
     return "  ".join(part for part in parts if part)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.config.schema import StatusConfig
+from pipeline.config.commands import StatusConfig
 from pipeline.config.validate import positive
 from pipeline.core.files import is_url, matching_paths
 from pipeline.core.types import InputError

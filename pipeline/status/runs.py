@@ -69,6 +69,8 @@ def _find_run(paths: RunPaths, silent_seconds: float) -> FoundRun:
     described, seed = _described(json_object(paths.identity, problems) or {}, problems)
     if note == LOADING and described.get("steps") == 0:
         note = "loading or scoring"  # without training nothing is written before the scores
+    if name == "waiting" and found.state is not None and described.get("steps") == 0:
+        name, note = "stopped", SCORES_LEFT
     status = RunStatus(
         folder=str(paths.folder),
         state=name,
@@ -136,6 +138,8 @@ def _ended(found: Evidence) -> tuple[str, str]:
     is_stopped = found.state is not None and found.state.state == "stopped"
     if found.result is not None:
         return ("stopped", SCORES_LEFT) if is_stopped else ("finished", "")
+    if is_stopped and found.paths.model.exists():
+        return "stopped", SCORES_LEFT
     if found.checkpoint_step is not None:
         return "stopped", f"the same command goes on from step {found.checkpoint_step}"
     return "waiting", "stopped before its first checkpoint"

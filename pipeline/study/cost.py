@@ -22,9 +22,11 @@ from pipeline.data.tokenize import read_sequences
 from pipeline.models.model_files import weight_files
 from pipeline.models.paths import model_folder
 from pipeline.models.tokenizer import open_tokenizer
-from pipeline.training.driver import ALLOCATOR_SETTINGS
+from pipeline.training.launch import ALLOCATOR_SETTINGS
 
 SAMPLED_SEQUENCES = 200  # of a text, to estimate how many it has
+TRAINING_FORWARDS = 3.0  # a backward takes as long as two forwards
+POOL_SECONDS = 5e-5  # a position of two members with k = 64 takes 2e-5; as much again is read and written
 START_SECONDS = 12.0  # of a run beside its steps: imports, loading, scoring, writing
 
 
@@ -68,6 +70,12 @@ def capture_cost(config: CaptureConfig, sequences: float, seconds_per_token: flo
     tokens = round(sequences * config.window)
     seconds = None if seconds_per_token is None else START_SECONDS + tokens * seconds_per_token
     return Cost(steps=0, tokens=tokens, bytes=0, seconds=seconds)
+
+
+def pool_cost(config: CaptureConfig, sequences: float, *, timed: bool) -> Cost:
+    """Of pooling captures made with these options: no token goes through a model."""
+    seconds = sequences * config.window * POOL_SECONDS if timed else None
+    return Cost(steps=0, tokens=0, bytes=0, seconds=seconds)
 
 
 def num_steps(config: TrainConfig, sequences: float) -> int:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.config.commands import StudyConfig
 from pipeline.config.overrides import compose_job
-from pipeline.config.schema import CaptureConfig, ModelConfig, TextConfig, TrainConfig
+from pipeline.config.schema import CaptureConfig, LauncherConfig, ModelConfig, TextConfig, TrainConfig
 from pipeline.config.study import Study, more_tests_of
 from pipeline.config.validate import check_capture, check_files
 from pipeline.config.validate_train import check_train
 from pipeline.core.progress import readable, readable_duration
 from pipeline.core.types import InputError
 from pipeline.declare.shown import show_texts
-from pipeline.models.tokenizer import check_tokenizers, open_tokenizer
+from pipeline.models.tokenizer import check_tokenizers, open_tokenizer, tokenizer_hash
 from pipeline.study import cost
-from pipeline.study.plan import Job, teacher_job
+from pipeline.study.plan import MEMBERS, POOLED, Job, fold_jobs, teacher_job
+from pipeline.training.nodes import this_node
 
 ADAPTIVE = "loss.kd.adaptive_weight.teacher_predictions"
 LATER = ("cache", "scoring.teacher_predictions", "scoring.teacher_dev_predictions", ADAPTIVE)
@@ -73,13 +75,28 @@ def check_jobs(composer: Composer, jobs: Sequence[Job]) -> None:
     check_files(dataclasses.replace(capture, teacher=file.teacher))
     teacher, student = (open_tokenizer(model)[1] for model in (file.teacher, file.student))
     check_tokenizers(teacher, student, names=(file.teacher.path, file.student.path))
+    if any(job.experiment in MEMBERS.values() for job in jobs) and tokenizer_hash(teacher) != tokenizer_hash(student):
+        raise InputError(
+            f"pooled: expected teacher {file.teacher.path} and student {file.student.path} to have the same tokenizer, "
+            "added tokens included, because a pool joins them, found a difference; give one of them the other's files"
+        )
     for job in dict.fromkeys(dataclasses.replace(job, seed=1) for job in [teacher_job(composer.study), *jobs]):
         config = composer.train(job)
+        check_nodes(config.launcher)
         check_files(config)
         adaptive = config.loss.kd.adaptive_weight
         kd = dataclasses.replace(config.loss.kd, adaptive_weight=dataclasses.replace(adaptive, teacher_predictions="."))
         loss = dataclasses.replace(config.loss, kd=kd)
         check_train(dataclasses.replace(config, loss=loss, cache="." if composer.reads_cache(job) else None))
+
+
+def check_nodes(launcher: LauncherConfig) -> None:
+    """Refuse a study, or a search, by one command a node: only runs are trained so."""
+    if this_node(launcher, os.environ) is not None:
+        raise InputError(
+            f"launcher.num_nodes={launcher.num_nodes}: expected one command for all nodes, as in a job of SLURM, found "
+            "one on each; train by scripts/train.py on each node, or give launcher.num_nodes=1"
+        )
 
 
 def jobs_at_once(composer: Composer, jobs: Sequence[Job]) -> int:
@@ -139,12 +156,31 @@ def all_costs(config: StudyConfig, composer: Composer, jobs: Sequence[Job]) -> I
     yield "teacher", [cost.run_cost(teacher, sequences_of(teacher, corpus), speed["teacher"])]
     if any(map(composer.reads_cache, jobs)):
         yield "capture", [cost.capture_cost(composer.capture("teacher.path=."), corpus, speed["teacher"])]
+    for label, group in costs_of_pool(composer, fold_jobs(config, study), corpus, speed["student"]):
+        yield label, group * config.rounds
     groups: dict[str, list[cost.Cost]] = {}
     for job in jobs:
         one = composer.train(job)
         label = job.label.removesuffix(f" seed {job.seed}")
-        groups.setdefault(label, []).append(cost.run_cost(one, sequences_of(one, corpus), speed["student"]))
+        of_job = [cost.run_cost(one, sequences_of(one, corpus), speed["student"])]
+        groups.setdefault(label, []).extend(of_job * (config.rounds if job.experiment == POOLED else 1))
     yield from groups.items()
+
+
+def costs_of_pool(
+    composer: Composer, folds: Sequence[Job], corpus: float, speed: float | None
+) -> Iterator[tuple[str, list[cost.Cost]]]:
+    """Of the students of all folds, of their captures, and of the pool; nothing where there is none.
+
+    `speed`: seconds a token of training, of which the forward that a capture is takes a third.
+    """
+    if not folds:
+        return
+    one, capture = composer.train(folds[0]), composer.capture("teacher.path=.")
+    share, forward = 1 / len(folds), None if speed is None else speed / cost.TRAINING_FORWARDS
+    yield folds[0].experiment, [cost.run_cost(one, sequences_of(one, corpus * (1 - share)), speed)] * len(folds)
+    yield f"capture by {folds[0].experiment}", [cost.capture_cost(capture, corpus * share, forward)] * len(folds)
+    yield "pool", [cost.pool_cost(capture, corpus, timed=speed is not None)]
 
 
 def _speed(config: StudyConfig, model: ModelConfig, run: TrainConfig, *, trains: bool) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config.commands import RunsConfig
 from pipeline.config.layers import option_text
-from pipeline.config.schema import Control
+from pipeline.config.schema import Control, PoolStudents
 from pipeline.config.study import Study, flat
 from pipeline.core.types import InputError
 
@@ -20,8 +20,12 @@ SHORT_NAMES = {
     "learning_rate": "optimizer.learning_rate",
 }
 """Names for the options that are compared most; a grid takes the full name of any other."""
-UNSHOWN = ("gold.", "cache", "scoring.teacher_", "loss.kd.adaptive_weight.teacher_", "launcher.")
+UNSHOWN = ("gold.", "cache", "scoring.teacher_", "loss.kd.adaptive_weight.teacher_", "launcher.", "~more_tests.")
 """Inputs, and how ranks are started: a label does not name them."""
+CROSS_FIT, POOLED = "cross_fit", "pooled"
+"""The experiments of a pool: its members, one a fold, and the students that learn from it."""
+MEMBERS = {PoolStudents.combined: CROSS_FIT, PoolStudents.gold_only: f"{CROSS_FIT}_gold"}
+"""The experiment of the members, by what they learn."""
 OF_THE_STUDY = ("seed", "runs_dir", "experiment", "name", "role", "study", "cache", "dev", "test", "more_tests")
 """Options that a student may not be given beside the study: its runs would not belong to it."""
 UNTRAINED = ("student", "scoring", "trackers", "launcher")
@@ -72,14 +76,25 @@ def student_jobs(config: RunsConfig, study: Study) -> list[Job]:
         few_shot = (*untrained, f"scoring.few_shot={config.few_shot}")
         jobs.append(Job(experiment="few_shot", seed=config.seeds[0], overrides=few_shot))
     settings = [(name, own) for name in names if name != "zero_shot"]
-    if config.grid and "combined" not in names:
+    of_grid = next((name for name in ("combined", POOLED) if name in names), None)
+    if config.grid and of_grid is None:
         raise InputError(f"grid: expected combined among the experiments, whose settings it compares, found {names}")
-    settings += [("combined", own + chosen) for chosen in grid_settings(config.grid)]
+    settings += [(of_grid or "", own + chosen) for chosen in grid_settings(config.grid)]
     settings += [(control.name, own) for control in config.controls if control is not Control.none]
     settings += [("gold_only", own + chosen) for chosen in label_curve(config, study)]
     unique = list(dict.fromkeys(settings))
     jobs += [Job(experiment=name, seed=seed, overrides=chosen) for name, chosen in unique for seed in config.seeds]
     return jobs
+
+
+def fold_jobs(config: RunsConfig, study: Study) -> list[Job]:
+    """The students of all folds where a pool is asked for: each learns from all folds but its own, with one seed."""
+    if POOLED not in experiments(config, study):
+        return []
+    unscored = tuple(f"~more_tests.{name}" for name in study.file.more_tests)
+    folds = [f"leave_out={fold}/{config.folds}" for fold in range(config.folds)]
+    name = MEMBERS[config.pool.students]
+    return [Job(experiment=name, seed=1, overrides=(*config.overrides, fold, *unscored)) for fold in folds]
 
 
 def check_plan(seeds: Sequence[int], overrides: Sequence[str]) -> None:
@@ -101,7 +116,17 @@ def name_of(override: str) -> str:
 def experiments(config: RunsConfig, study: Study) -> list[str]:
     """The experiments of the student that are asked for; by default all that the study has texts for."""
     if config.experiments is not None:
+        if members := {*MEMBERS.values()} & {*config.experiments}:
+            raise InputError(
+                f"experiments: expected students to compare, found {', '.join(sorted(members))}, a member of a pool; "
+                f"ask for {POOLED}, which makes one a fold"
+            )
         return config.experiments
+    return default_experiments(study)
+
+
+def default_experiments(study: Study) -> list[str]:
+    """All experiments of the student that the study has texts for, a pool apart."""
     names = ["zero_shot", "gold_only", "weak_only", "combined"]
     return names + ["ceiling"] * (study.file.ceiling is not None)
 

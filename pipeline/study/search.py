@@ -23,10 +23,11 @@ from pipeline.core.types import Busy, InputError, RunFailed
 from pipeline.data.text_files import open_text
 from pipeline.data.tokenize import text_hash
 from pipeline.declare.leaks import check_texts
-from pipeline.study.driver import quiet, run_teacher, with_inputs
+from pipeline.study.driver import run_teacher
 from pipeline.study.forecast import Composer, check_jobs, jobs_at_once, texts_of
-from pipeline.study.plan import Job, check_plan
+from pipeline.study.plan import MEMBERS, POOLED, Job, check_plan
 from pipeline.study.space import Axis, Values, middle, overrides_of, read_space
+from pipeline.study.students import quiet, with_inputs
 from pipeline.training import driver as training
 
 if TYPE_CHECKING:
@@ -79,10 +80,18 @@ def check_search(config: SearchConfig, study: Study, composer: Composer, space: 
             f"{study.path}: expected dev, a held-out text by whose score a search decides, found none; add it, because "
             "test is no test any more once it decides"
         )
+    if config.experiment in (*MEMBERS.values(), POOLED):
+        raise InputError(
+            f"experiment: expected one that reads the teacher's capture, found {config.experiment}, whose pool "
+            f"scripts/study.py makes; choose the options of combined, which {POOLED} takes from the study's file"
+        )
     if config.trials < 1:
         raise InputError(f"trials: expected at least 1, found {config.trials}; correct it")
-    if importlib.util.find_spec("optuna") is None:
-        raise InputError("search: expected the package optuna, found none; install it with scripts/setup search")
+    for module, package in (("optuna", "optuna"), ("sklearn", "scikit-learn")):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(
+                f"search: expected the package {package}, found none; install it with scripts/setup search"
+            )
     check_plan(config.seeds, config.overrides)
     first = middle(space)
     settings = [first | {name: value} for name, axis in space.items() for value in axis.values or axis.ends]

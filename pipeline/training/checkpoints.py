@@ -43,6 +43,8 @@ class Published:
     """TrainState's fields."""
     skipped_steps: int
     """Those in which the optimizer did nothing, because a gradient overflowed."""
+    loss_scale: float | None = None
+    """In float16 the factor that the loss had; None in checkpoints of before."""
     format: int = FORMAT
 
     def train_state(self) -> TrainState:
@@ -140,6 +142,7 @@ def _publish(run: Run, state: TrainState, folder: Path) -> None:
         tag=folder.name,
         state=dataclasses.asdict(state),
         skipped_steps=run.engine.skipped_steps,
+        loss_scale=run.loss_scale,
         world_size=run.ranks.world_size,
         zero_stage=run.config.deepspeed.zero_stage,
         run=run.paths.folder.name,

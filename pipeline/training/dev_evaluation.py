@@ -66,7 +66,7 @@ def check(config: TrainConfig, num_steps: int) -> None:
 
 
 def evaluate_dev(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """Score the student on dev where it is due; the state that follows, and the figures to log.
+    """Score the student on dev where it is due, on all ranks; the state that follows, and the figures to log.
 
     The first rank's score counts on all ranks.
     """
@@ -111,6 +111,7 @@ def _score_student(run: Run, dev: DevSet) -> tuple[float, dict[str, float]]:
     figures = {name: value for name, value in measured.items() if value is not None}
     if dev.teacher_choices is not None:
         figures |= {f"dev_{name}": value for name, value in imitation(predictions, dev.teacher_choices).items()}
+    # the ranks have the same log-probabilities, but polars may add them up in another order
     values = torch.tensor([main_score(scores), *figures.values()], dtype=torch.float64, device=run.ranks.device)
     found, *rest = run.ranks.broadcast(values).tolist()
     return found, dict(zip(figures, rest, strict=True))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +17,10 @@ from typing import Any
 import torch
 
 from pipeline.config.options import load_config, save_config
-from pipeline.config.parallel import STARTED_VARIABLE
 from pipeline.config.schema import ExportedStep, TrainConfig
 from pipeline.config.validate_train import check_train
 from pipeline.core.file_systems import check_folder
 from pipeline.core.files import RunPaths, content_hash, is_hub_name, write_json
-from pipeline.core.processes import this_process
 from pipeline.core.progress import log, start_logging
 from pipeline.core.run_state import record_finished, recorded_state
 from pipeline.core.runtime import environment, module_command
@@ -39,22 +36,13 @@ from pipeline.training.finish import read_result, steps_kept, time_taken
 from pipeline.training.held_out import SPLITS, entry_of, is_missing, needs_model
 from pipeline.training.identity import identity_of
 from pipeline.training.inputs import RunInputs, save_inputs
-from pipeline.training.launch import check_nodes, ranks_command
+from pipeline.training.joint import gather, watch
+from pipeline.training.launch import ranks_command, start_process, worker_command
+from pipeline.training.meeting import meeting_of
+from pipeline.training.nodes import check_allocation, this_node
+from pipeline.training.options_read import trust_source
 from pipeline.training.run_lock import run_lock
-
-STARTED = float(os.environ.get(STARTED_VARIABLE) or time.time())  # when this command started; its time may be limited
-
-
-# On a CPU an optimizer step moves gigabytes. An allocator that returns them to the kernel after each step pays a page
-# fault for every page of the next: a step of SmolLM2 took 0.5 to 1.5 s, with these settings 0.2 s. Variables that the
-# user's environment sets already are kept.
-ALLOCATOR_SETTINGS = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TOP_PAD_": str(1 << 28),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
+from pipeline.training.trust import learn_trust
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,7 +73,7 @@ class PreparedRun:
         if self.paths.result.exists():  # what it was trained with stays
             config = with_texts_of(config, load_config(self.paths.config, TrainConfig))
             missing = {name: inputs.held_out[name] for name in self.missing()}
-            inputs = dataclasses.replace(inputs, gold=[], held_out=missing)
+            inputs = dataclasses.replace(inputs, gold=None, held_out=missing)
         else:
             write_json(self.paths.environment, environment())
         write_json(self.paths.identity, self.identity)
@@ -99,6 +87,8 @@ def with_texts_of(config: TrainConfig, before: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         before,
         student=config.student,  # the same, wherever it lies now
+        deepspeed=config.deepspeed,  # of the machine that scores
+        launcher=config.launcher,
         dev=config.dev or before.dev,
         test=config.test or before.test,
         more_tests=before.more_tests | config.more_tests,
@@ -171,15 +161,23 @@ def prepare(config: TrainConfig) -> PreparedRun:
     batch = config.global_batch if config.global_batch_tokens is None else config.global_batch_tokens // config.window
     revision = config.student.revision
     config = dataclasses.replace(config, student=pinned(resolve_dtype(config.student)), global_batch=batch)
-    num_ranks = num_processes(config) * (1 if config.steps == 0 else config.launcher.num_nodes)
+    num_ranks = num_processes(config)
+    if config.steps != 0 or config.deepspeed.zero_stage == 3:
+        num_ranks *= config.launcher.num_nodes
+        if this_node(config.launcher, os.environ) is None:
+            check_allocation(config.launcher.num_nodes, os.environ)
     if config.steps != 0:
-        check_nodes(config.launcher.num_nodes)
         check_trained_dtype(config.student)
         fitting_micro_batch(config.global_batch, world_size=num_ranks, at_most=config.micro_batch)
     identity, inputs = identity_of(config)
     if is_hub_name(config.student.path):  # as it was given: the files' content is hashed, so a name needs no commit
         identity["options"]["student"]["revision"] = revision
     paths = RunPaths(folder=Path(config.runs_dir) / f"{config.name}-{content_hash(identity)[:12]}")
+    if inputs.gold is not None and not paths.result.exists():
+        inputs.gold.check()
+    # once written it stays, so that a resumed run has the same
+    if trust_source(config) is not None and not (paths.trust.exists() or paths.result.exists()):
+        inputs = dataclasses.replace(inputs, trust=learn_trust(config))
     return PreparedRun(config=config, paths=paths, identity=identity, inputs=inputs, num_ranks=num_ranks, began=began)
 
 
@@ -196,8 +194,6 @@ def run_to_result(prepared: PreparedRun, lock: int) -> None:
             log.info("%s: %s", "resuming" if paths.published.exists() else "starting", paths.folder)
         kept = steps_kept(paths)
         exit_code = run_ranks(prepared.config, paths, prepared.num_ranks, lock)
-        if exit_code == 0 and paths.model.exists() and not paths.result.exists():  # the ranks of several nodes
-            exit_code = run_ranks(prepared.config, paths, prepared.num_ranks, lock)
     is_complete = prepared.is_complete()
     # a rank may have stopped because of a signal of its own, or because of the time limit
     is_stopped = paths.stop.exists() or (exit_code == 0 and not is_complete)
@@ -207,9 +203,11 @@ def run_to_result(prepared: PreparedRun, lock: int) -> None:
         if is_stopped:  # asked for after the last step: the run needs no more of it, but a sweep has to know
             score = sweep_objective(prepared)
             raise Stopped(f"finished: {paths.folder}", is_finished=True, score=score, signals=tuple(signals))
-    elif is_stopped and (exit_code == 0 or -exit_code in STOP_SIGNALS):  # the scorer, which keeps nothing, dies of it
-        log.info("stopped: %s; the same command continues from its checkpoint", paths.folder)
+    elif is_stopped and (exit_code == 0 or -exit_code in STOP_SIGNALS):  # of a scorer that still loaded its modules
         message = f"stopped: {paths.folder}; the same command continues from its checkpoint"
+        if paths.model.exists() or prepared.config.steps == 0:
+            message = f"stopped: {paths.folder}; the same command scores it again"
+        log.info("%s", message)
         raise Stopped(message, is_finished=False, signals=tuple(signals))
     else:
         raise RunFailed(f"{paths.folder} failed (exit code {exit_code}); the reason stands above and in {paths.log}")
@@ -229,8 +227,8 @@ def convert_checkpoints(config: TrainConfig, paths: RunPaths, ranks: int) -> Non
 
 
 def num_processes(config: TrainConfig) -> int:
-    """Ranks on this machine: as configured, else one per GPU, else one; one where nothing is trained."""
-    if config.steps == 0:
+    """Ranks on this machine: as configured, else one per GPU, else one; one for a student that is only scored whole."""
+    if config.steps == 0 and config.deepspeed.zero_stage < 3:
         return 1
     if config.launcher.num_processes is not None:
         return config.launcher.num_processes
@@ -238,24 +236,20 @@ def num_processes(config: TrainConfig) -> int:
 
 
 def run_ranks(config: TrainConfig, paths: RunPaths, ranks: int, lock: int) -> int:
-    """Start the ranks under torchrun, or the one that only scores; wait for them; returns the exit code."""
+    """Start the ranks under torchrun, or the one that scores alone; wait for them; returns the exit code."""
     nodes = config.launcher.num_nodes
-    only_scores = config.steps == 0 or paths.result.exists() or (nodes > 1 and paths.model.exists())
-    on_this_node = 1 if only_scores else ranks // nodes
-    threads = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // on_this_node, 1))}
-    defaults = threads if torch.cuda.is_available() else threads | ALLOCATOR_SETTINGS
-    variables = defaults | os.environ | {"PIPELINE_DRIVER": this_process()}
-    if config.launcher.time_limit is not None:
-        stop_at = STARTED + 60.0 * config.launcher.time_limit - config.launcher.leave_seconds
-        variables["PIPELINE_STOP_AT"] = str(stop_at)
-    if only_scores:
+    if (config.steps == 0 or paths.result.exists()) and config.deepspeed.zero_stage < 3:
         command = module_command("pipeline.training.scorer", str(paths.folder))
-    else:
-        rank = module_command("pipeline.training.worker", str(paths.folder))
-        command = ranks_command(rank, num_nodes=nodes, num_processes=on_this_node)
-    # a session of its own: Ctrl-C reaches this process alone, and the ranks through the stop file; they inherit the
-    # lock, so that it is held until the last rank has ended even if this process is killed
-    return subprocess.Popen(command, env=variables, start_new_session=True, pass_fds=(lock,)).wait()
+        return start_process(config, command, num_processes=1, lock=lock).wait()
+    meeting, on_this_node = meeting_of(config.launcher), ranks // nodes
+    if meeting is None:
+        command = ranks_command(worker_command(paths), num_nodes=nodes, num_processes=on_this_node)
+        return start_process(config, command, num_processes=on_this_node, lock=lock).wait()
+    port = gather(meeting, paths.folder)
+    command = ranks_command(
+        worker_command(paths), num_nodes=nodes, num_processes=on_this_node, node=meeting.node, port=port
+    )
+    return watch(meeting, start_process(config, command, num_processes=on_this_node, lock=lock))
 
 
 @contextlib.contextmanager
@@ -266,7 +260,9 @@ def forward_signals(paths: RunPaths) -> Iterator[list[int]]:
     def ask_to_stop(number: int, frame: object) -> None:
         received.append(number)
         paths.stop.touch()
-        log.info("stop requested: the ranks save after their current step and end; a run with no step left finishes")
+        log.info(
+            "stop requested: the ranks save after their current step and end, or leave scoring to the next command"
+        )
 
     with stop_signals_handled_by(ask_to_stop):
         yield received

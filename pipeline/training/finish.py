@@ -1,4 +1,4 @@
-"""What a run leaves when it has no step left: its scores and its result. No engine is loaded for it."""
+"""What a run leaves when it has no step left: its scores and its result. Nothing of the optimizer is loaded for it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import dataclasses
 import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.config.schema import ExportedStep, ModelConfig, TrainConfig
 from pipeline.core.files import RunPaths, write_atomically, write_json
-from pipeline.core.runtime import compute_device
-from pipeline.evaluation.predictions import scored_before, scores_from
+from pipeline.core.runtime import Ranks
+from pipeline.core.watchdog import watched
+from pipeline.evaluation.predictions import Scores, scored_before, scores_from
 from pipeline.evaluation.scoring import score
-from pipeline.models.loading import open_model
-from pipeline.models.prepack import prepack
+from pipeline.models.forward import Model
 from pipeline.models.tokenizer import open_tokenizer
 from pipeline.monitoring.metrics import MetricsFile, seconds_of
 from pipeline.monitoring.trackers import record_result
@@ -33,14 +36,22 @@ def scored_model(config: TrainConfig, paths: RunPaths) -> ModelConfig:
     return dataclasses.replace(config.student, path=str(paths.model), revision=None, num_layers=None, adapter=None)
 
 
-def finish(config: TrainConfig, paths: RunPaths) -> None:
-    """Make the scores that are missing, and write the result; after training also delete checkpoints and inputs.
+def finish(config: TrainConfig, paths: RunPaths, ranks: Ranks, load: Callable[[], Model]) -> None:
+    """Make the scores that are missing, on all ranks; the first one writes the result, and after training clears up.
 
-    A result that exists gets what it lacks: everything else in it stays.
+    A result that exists gets what it lacks: everything else in it stays. `load` opens the model, where it is needed.
     """
     is_new = not paths.result.exists()
     result: dict[str, Any] = {"name": config.name, "seed": config.seed} if is_new else read_result(paths)
-    result = with_missing_scores(config, paths, result)
+    result = with_missing_scores(config, paths, result, ranks, load)
+    ranks.barrier()  # until all ranks have read the inputs
+    if ranks.rank == 0:
+        write_result(config, paths, result, is_new=is_new)
+    ranks.barrier()
+
+
+def write_result(config: TrainConfig, paths: RunPaths, result: dict[str, Any], *, is_new: bool) -> None:
+    """Complete result.json and the model's card, delete checkpoints and inputs."""
     if is_new:
         result |= training_summary(config, paths)
         checkpoints.clear(paths, config.checkpoint)
@@ -61,35 +72,49 @@ def read_result(paths: RunPaths) -> dict[str, Any]:
     return result
 
 
-def with_missing_scores(config: TrainConfig, paths: RunPaths, result: dict[str, Any]) -> dict[str, Any]:
-    """The result with scores on each held-out text; the model is loaded if one needs it."""
-    model = functools.cache(lambda: prepack(open_model(scored_model(config, paths), compute_device())))
-    for name, key in load_keys(paths).items():
-        file, entry = paths.predictions(name), entry_of(result, name)
-        if not is_missing(entry, key, file):
-            continue
-        teacher = teacher_file(config, name)
-        if needs_model(entry, key, file):
-            if entry is not None:  # scores and predictions are never of two texts, whenever this process is killed
+def with_missing_scores(
+    config: TrainConfig, paths: RunPaths, result: dict[str, Any], ranks: Ranks, load: Callable[[], Model]
+) -> dict[str, Any]:
+    """The result with scores on each held-out text; the model is loaded if one needs it. Complete on the first rank."""
+    keys, model = load_keys(paths), functools.cache(load)
+    needed = [needs_model(entry_of(result, name), key, paths.predictions(name)) for name, key in keys.items()]
+    # the first rank decides: it alone changes these files
+    needed = ranks.broadcast(torch.tensor(needed, dtype=torch.int64, device=ranks.device)).bool().tolist()
+    for (name, key), is_needed in zip(keys.items(), needed, strict=True):
+        file, entry, teacher = paths.predictions(name), entry_of(result, name), teacher_file(config, name)
+        if is_needed:
+            if entry is not None and ranks.rank == 0:
+                # scores and predictions are never of two texts, whenever this process is killed
                 result = with_entry(result, name, None)
                 write_json(paths.result, result)
-            _, tokenizer = open_tokenizer(scored_model(config, paths))
-            scores, predictions = score(
-                model(),
-                load_held_out(paths, name, tokenizer),
-                batch_tokens=config.scoring.batch_tokens,
-                teacher_predictions=teacher,
-                log_every_seconds=config.launcher.log_every_seconds,
-            )
-            write_table(predictions, file)
+            scores, predictions = score_on(name, config, paths, ranks, model())
+        elif ranks.rank > 0 or not is_missing(entry, key, file):
+            continue
         elif teacher is not None:
             scores, predictions = scored_before(file, load_held_out(paths, name, None), teacher)
-            write_table(predictions, file)
         else:
             assert entry is not None
-            scores, key = scores_from(entry), dataclasses.replace(key, teacher_predictions=entry["teacher_predictions"])
+            scores, predictions = scores_from(entry), None
+            key = dataclasses.replace(key, teacher_predictions=entry["teacher_predictions"])
+        if ranks.rank == 0 and predictions is not None:
+            write_table(predictions, file)
         result = with_entry(result, name, dataclasses.asdict(scores) | dataclasses.asdict(key))
     return result
+
+
+def score_on(name: str, config: TrainConfig, paths: RunPaths, ranks: Ranks, model: Model) -> tuple[Scores, Any]:
+    """Scores and predictions on one held-out text, made by all ranks together and the same on each."""
+    _, tokenizer = open_tokenizer(scored_model(config, paths))
+    held_out = load_held_out(paths, name, tokenizer)
+    with watched(config.launcher.hang_seconds):
+        return score(
+            model,
+            held_out,
+            batch_tokens=config.scoring.batch_tokens,
+            teacher_predictions=teacher_file(config, name),
+            log_every_seconds=config.launcher.log_every_seconds,
+            ranks=ranks,
+        )
 
 
 def write_table(table: Any, file: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from pipeline.config.schema import HardLabels, Source, TrainConfig
 from pipeline.core.object_store import one_location
 from pipeline.core.progress import log
 from pipeline.core.topk import temperature_index
-from pipeline.core.types import InputError, Record, TokenSequence
+from pipeline.core.types import InputError, Record
 from pipeline.data.records import MalformedRecords, find_shape, parse_records
 from pipeline.data.shown import log_supervised
 from pipeline.data.text_files import all_records, open_text
-from pipeline.data.tokenize import load_labeled_sequences, text_hash
+from pipeline.data.tokenize import text_hash
 from pipeline.evaluation.few_shot import Examples, open_examples
 from pipeline.evaluation.predictions import teacher_score
 from pipeline.evaluation.requests import EvaluationSet, check_generation_requests, read_evaluation_set
@@ -37,22 +37,25 @@ from pipeline.objective.divergences import NEEDS_EXACT_TAIL
 from pipeline.training.builders import class_ids
 from pipeline.training.dev_evaluation import evaluates_on_dev, teacher_choices_on_dev
 from pipeline.training.held_out import held_out_texts, score_keys
-from pipeline.training.inputs import RunInputs
+from pipeline.training.inputs import GoldText, RunInputs
 from pipeline.training.options_read import (
     adapts_weight,
     caches_read,
     decides_on_dev,
+    measures_read,
     options_read,
     reads_corpus,
     reads_gold_text,
 )
+from pipeline.training.trust import check_measures, check_source
 
 
 def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
-    """All that decides what a run trains: its options, and its inputs by content; and those inputs as tokens.
+    """All that decides what a run trains: its options, and its inputs by content; and those inputs.
 
     Held-out texts are no part of it, except where dev decides: scores belong to a model and a text (`ScoreKey`).
-    Reads and checks every input on the way, so that a bad one is refused here, before any model loads.
+    Reads and checks every input on the way, so that a bad one is refused here, before any model loads. Gold is not
+    tokenized here: `GoldText.check`.
     """
     folder, tokenizer, caches = read_model_and_caches(config)
     identity: dict[str, Any] = {
@@ -62,18 +65,18 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
         **code_hash(folder, trust_remote_code=config.student.trust_remote_code),
         **caches,
     }
-    gold: list[TokenSequence] = []
-    records: dict[str, Iterable[Record]] = {}
+    gold, gold_records = None, iter(tuple[Record, ...]())
+    records: dict[str, Sequence[Record]] = {}
     if reads_gold_text(config):
         assert config.gold is not None
         text = open_text(config.gold, "gold")
         if config.gold.window_begin_token is None:
             text = dataclasses.replace(text, begins_windows=needs_begin_token(folder))
-        gold = load_labeled_sequences(text, tokenizer, window=config.window)
+        gold = GoldText(text=text, tokenizer=tokenizer, window=config.window)
         log_supervised(text, tokenizer, window=config.window)
         text = find_shape(text)
         raw = all_records(text.files, text.read_columns, take=text.take)
-        records["gold"] = parse_records(raw, text, tokenizer, MalformedRecords(skip=True))  # counted above
+        gold_records = parse_records(raw, text, tokenizer, MalformedRecords(skip=True))  # counted by `GoldText`
         identity["gold"] = text_hash(text)
     examples = open_examples(config.scoring, config.gold, tokenizer)
     if examples is not None:
@@ -82,7 +85,7 @@ def identity_of(config: TrainConfig) -> tuple[dict[str, Any], RunInputs]:
     held_out = _read_held_out(config, folder, tokenizer, examples)
     if evaluates_on_dev(config):
         teacher_choices_on_dev(config, held_out["dev"])
-    warn_of_shared_records(records | {name: found.records for name, found in held_out.items()})
+    warn_of_shared_records(gold_records, records | {name: found.records for name, found in held_out.items()})
     if decides_on_dev(config):
         assert config.dev is not None
         identity["dev"] = text_hash(open_text(config.dev, "dev"))
@@ -116,12 +119,17 @@ def _read_held_out(
     return held_out
 
 
-def warn_of_shared_records(records: dict[str, Iterable[Record]]) -> None:
-    """Warn of records that a later text shares with an earlier one, gold first: scores on them measure memory."""
-    keys = {name: [_content(record) for record in found] for name, found in records.items()}
-    for earlier, later in itertools.combinations(keys, 2):
-        known = set(keys[earlier])
-        num_shared = sum(key in known for key in keys[later])
+def warn_of_shared_records(gold: Iterable[Record], others: dict[str, Sequence[Record]]) -> None:
+    """Warn of records that a later text shares with an earlier one, gold first: scores on them measure memory.
+
+    Gold may be larger than memory: of its records only those are kept that another text has too.
+    """
+    keys = {name: [_content(record) for record in found] for name, found in others.items()}
+    all_keys = set(itertools.chain.from_iterable(keys.values()))
+    known = {name: set(found) for name, found in keys.items()}
+    known["gold"] = all_keys.intersection(map(_content, gold)) if all_keys else set()
+    for earlier, later in itertools.combinations(("gold", *keys), 2):
+        num_shared = sum(key in known[earlier] for key in keys[later])
         if num_shared:
             log.warning("%d of %d records of %s are in %s too", num_shared, len(keys[later]), later, earlier)
 
@@ -141,6 +149,8 @@ def _cache_identity(config: TrainConfig, folder: Path, tokenizer: Any) -> dict[s
     identity: dict[str, Any] = {what: fingerprint for what, fingerprint in found if what != "more_caches"}
     if more := [fingerprint for what, fingerprint in found if what == "more_caches"]:
         identity["more_caches"] = more
+    if (learnt_on := check_source(config, folder, tokenizer)) is not None:
+        identity["learn_on"] = learnt_on
     return identity
 
 
@@ -160,10 +170,16 @@ def check_cache(config: TrainConfig, address: str, what: str, folder: Path, toke
             f"not linear in the teacher's probabilities, found {manifest.kind}, tail {manifest.tail} ({cache}); "
             "use forward_kl"
         )
+    check_measures(measures_read(config), manifest, cache, k=config.k)
+    if kd.tail_weight != 1.0 and kd.weight > 0 and manifest.kind != "topk":
+        raise InputError(
+            f"loss.kd.tail_weight: expected 1 or a topk cache, whose tail has a mass, found {kd.tail_weight} and "
+            f"{manifest.kind} ({cache}); capture with kind=topk"
+        )
     if config.curriculum_parts > 1 and what != "gold_cache" and manifest.tail != "exact":
         raise InputError(
             f"curriculum_parts: expected caches with the teacher's entropy, found one with tail {manifest.tail} "
-            f"({cache}), which was imported and has none; capture with this project, or use curriculum_parts=1"
+            f"({cache}), an import or a pool, which have none; capture with this project, or use curriculum_parts=1"
         )
     if hard.weight == 0 or (Source.gold if what == "gold_cache" else Source.corpus) not in hard.on:
         return manifest.fingerprint

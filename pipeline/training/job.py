@@ -12,19 +12,24 @@ from pipeline.config.validate_train import check_train
 from pipeline.core.progress import start_logging
 from pipeline.core.stopping import Stopped
 from pipeline.core.types import InputError, RunFailed
-from pipeline.training import checkpoints
+from pipeline.training import checkpoints, follower
 from pipeline.training.driver import PreparedRun, prepare, run_prepared, sweep_objective
 from pipeline.training.identity import read_model_and_caches
+from pipeline.training.meeting import meeting_of
 
 
 def run(config: TrainConfig) -> Outcome:
     """Bring one run to its result, or find where it stands; an InputError while its inputs are read is raised."""
     start_logging(quiet=config.launcher.quiet)
-    prepared = prepare(config)
-    folder = str(prepared.paths.folder)
     if config.dry_run:
-        return where_it_stands(prepared)
-    log = prepared.paths.log
+        return where_it_stands(prepare(config))
+    meeting = meeting_of(config.launcher)
+    return drive(prepare(config)) if meeting is None else follower.run(config, meeting, drive)
+
+
+def drive(prepared: PreparedRun) -> Outcome:
+    """Bring a run whose inputs are checked to its result."""
+    folder, log = str(prepared.paths.folder), prepared.paths.log
     begin = log.stat().st_size if log.exists() else 0
     try:
         return Outcome(state=State.finished, folder=folder, score=run_prepared(prepared))

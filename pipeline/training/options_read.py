@@ -15,6 +15,7 @@ from pipeline.config.schema import (
     EarlyStoppingConfig,
     ExportConfig,
     ExportedStep,
+    GateBy,
     GateConfig,
     GoldFractionOf,
     HardConfig,
@@ -23,12 +24,14 @@ from pipeline.config.schema import (
     LossConfig,
     Optimizer,
     OptimizerConfig,
+    PositionWeightConfig,
     RampConfig,
     ScoringConfig,
     Shape,
     Source,
     StudentConfig,
     TrainConfig,
+    WeightBy,
 )
 from pipeline.core.files import is_hub_name
 from pipeline.core.object_store import one_location
@@ -69,6 +72,30 @@ def sources_read(config: TrainConfig, name: str) -> list[Source]:
     of_gold = reads_gold(config) and (name == "lm" or config.gold_cache is not None)
     is_read = {Source.gold: of_gold, Source.corpus: reads_corpus(config)}
     return [source for source in Source if term.weight > 0 and source in term.on and is_read[source]]
+
+
+def gates_teacher(config: TrainConfig) -> bool:
+    """Whether a term reads the teacher through the gate."""
+    return bool(sources_read(config, "kd") or sources_read(config, "confidence"))
+
+
+def weights_positions(config: TrainConfig) -> bool:
+    """Whether a term reads the teacher at positions that are weighted by trust."""
+    return config.loss.kd.position_weight.by is not WeightBy.none and (
+        gates_teacher(config) or bool(sources_read(config, "hard"))
+    )
+
+
+def measures_read(config: TrainConfig) -> set[str]:
+    """The measures of trust that a run reads: those of `keep_fraction` and of position weights."""
+    kd = config.loss.kd
+    of_gate = {kd.gate.by.name} if kd.gate.keep_fraction < 1 and gates_teacher(config) else set()
+    return of_gate | ({kd.position_weight.by.name} if weights_positions(config) else set())
+
+
+def trust_source(config: TrainConfig) -> str | None:
+    """The capture of gold on which trust in the teacher is learnt; None where it is not."""
+    return config.loss.kd.gate.learn_on or config.gold_cache if GateBy.learnt.name in measures_read(config) else None
 
 
 def decides_on_dev(config: TrainConfig) -> bool:
@@ -114,6 +141,16 @@ def options_read(config: TrainConfig) -> dict[str, Any]:
     for text in (options["gold"], options["dev"]):
         if text is not None and text["take"] is None:  # an option that came later: runs keep their names
             del text["take"]
+    if options["leave_out"] is None:  # it came later as well
+        del options["leave_out"]
+    if options["loss"]["kd"]["tail_weight"] == 1.0:  # so did these
+        del options["loss"]["kd"]["tail_weight"]
+    if config.optimizer.schedule is not Shape.step:  # they came later as well
+        del options["optimizer"]["step_at_fractions"], options["optimizer"]["step_factor"]
+    if not read.loss.kd.gate.per_class:
+        del options["loss"]["kd"]["gate"]["per_class"]
+    if read.loss.kd.position_weight.by is WeightBy.none:
+        del options["loss"]["kd"]["position_weight"]
     return options
 
 
@@ -135,7 +172,8 @@ def _student_read(student: StudentConfig) -> StudentConfig:
 def _streams_read(config: TrainConfig) -> dict[str, Any]:
     """The options of gold, of the caches and of how they are mixed."""
     read: dict[str, Any] = {}
-    if all(manifests.load_manifest(one_location(address, what)).k == config.k for what, address in caches_read(config)):
+    manifests_read = [manifests.load_manifest(one_location(address, what)) for what, address in caches_read(config)]
+    if all(manifest.most_kept == config.k for manifest in manifests_read):
         read["k"] = None  # all kept entries, as by default; or there is no cache
     if not reads_corpus(config):
         read["curriculum_parts"] = 1
@@ -166,12 +204,12 @@ def _loss_read(config: TrainConfig) -> LossConfig:
         kd_read = dataclasses.replace(kd_read, temperature_squared=True)
     if kd_read.divergence is not Divergence.jsd:
         kd_read = dataclasses.replace(kd_read, beta=KdConfig.beta)
-    has_gate = sources_read(config, "kd") or sources_read(config, "confidence")
-    gate = kd.gate if has_gate else GateConfig()
+    gate = kd.gate if gates_teacher(config) else GateConfig()
     if gate.keep_fraction == 1.0:
-        gate = dataclasses.replace(gate, by=GateConfig.by)
+        gate = dataclasses.replace(gate, by=GateConfig.by, per_class=False)
+    weight = kd.position_weight if weights_positions(config) else PositionWeightConfig()
     control = kd.control if caches_read(config) else Control.none
-    terms["kd"] = dataclasses.replace(kd_read, gate=gate, control=control)
+    terms["kd"] = dataclasses.replace(kd_read, gate=gate, position_weight=weight, control=control)
     return dataclasses.replace(loss, **terms)
 
 
@@ -189,6 +227,6 @@ def _term_read(config: TrainConfig, name: str, unread: Any) -> Any:
 def _optimizer_read(optimizer: OptimizerConfig) -> OptimizerConfig:
     unread = [] if optimizer.name is Optimizer.muon else ["muon_learning_rate", "muon_momentum"]
     unread += [] if optimizer.schedule is Shape.wsd else ["decay_fraction"]
-    unread += ["final_fraction"] if optimizer.schedule is Shape.constant else []
+    unread += ["final_fraction"] if optimizer.schedule in (Shape.constant, Shape.step) else []
     defaults = OptimizerConfig()
     return dataclasses.replace(optimizer, **{name: getattr(defaults, name) for name in unread})

@@ -12,6 +12,7 @@ from pipeline.data.mixture import Mixture
 from pipeline.evaluation.requests import EvaluationSet
 from pipeline.monitoring.health import ModelSize
 from pipeline.objective.terms import TermOptions
+from pipeline.objective.trust import PositionWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,6 +44,13 @@ class Run:
     model_size: ModelSize
     dev: DevSet | None
     """None where the run never evaluates on dev."""
+    position_weight: PositionWeight | None = None
+    """None where each position counts once."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What DeepSpeed multiplies the loss by before a backward: above 1 only in float16."""
+        return float(self.engine.optimizer.loss_scale if self.engine.fp16_enabled() else 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

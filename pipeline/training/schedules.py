@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # Each shape maps progress in [0, 1] to how far the factor has moved from its start value to its end value. They are the
 # names of the enum `Shape` in config/schema.py, which a new one joins; only wsd is computed in `ramp` itself.
@@ -82,6 +82,25 @@ def learning_rate(
     rest = max(num_steps - num_warmup, 1)
     falls_from = {"end_fraction": max(1.0 - decay_fraction * num_steps / rest, 0.0)} if shape == "wsd" else {}
     return peak * ramp(step - num_warmup, num_steps=rest, shape=shape, end_value=final_fraction, **falls_from)
+
+
+def step_decay(
+    step: int,
+    *,
+    num_steps: int,
+    peak: float,
+    warmup_fraction: float,
+    at_fractions: Sequence[float],
+    factor: float,
+) -> float:
+    """Learning rate of the update that leads from `step` to `step + 1`: peak * factor^(number of fractions passed).
+
+    torch's MultiStepLR with milestones at_fractions * num_steps and gamma = factor, after the same warm-up.
+    """
+    num_warmup = math.ceil(warmup_fraction * num_steps)
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    return peak * factor ** sum(step >= fraction * num_steps for fraction in at_fractions)
 
 
 def is_due(every_steps: int, step: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
 import time
 
 import torch
@@ -13,6 +12,7 @@ from pipeline.core.progress import log
 from pipeline.core.runtime import Ranks
 from pipeline.core.seeds import seed_from_values
 from pipeline.core.types import Batch
+from pipeline.core.watchdog import made_progress, watched
 from pipeline.data.mixture import prefetch
 from pipeline.monitoring.metrics import StepLogger, StepMetrics, engine_metrics, loss_metrics
 from pipeline.objective import diagnostics
@@ -20,10 +20,11 @@ from pipeline.objective.class_prior import class_names, updated_thresholds
 from pipeline.objective.fused_head import sum_names
 from pipeline.objective.gates import Gate
 from pipeline.objective.terms import StepInputs, TermOptions, classes_of, count_positions
+from pipeline.objective.trust import weighted
 from pipeline.training import checkpoints
 from pipeline.training.builders import learning_rate_at, weights_at
 from pipeline.training.dev_evaluation import evaluate_dev, is_over
-from pipeline.training.engine import loss_scale, set_learning_rate
+from pipeline.training.engine import set_learning_rate
 from pipeline.training.run import Run, TrainState
 from pipeline.training.schedules import is_due
 
@@ -49,11 +50,11 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
         micro_batch=run.micro_batch,
     )
     waiting_since = time.monotonic()
-    with contextlib.closing(batches_of_steps):
+    with contextlib.closing(batches_of_steps), watched(run.config.launcher.hang_seconds):
         for step, batches in batches_of_steps:
             started = time.monotonic()
-            # where one rank hangs, the others would wait in a collective; DeepSpeed's own groups know no other limit
-            faulthandler.dump_traceback_later(run.config.launcher.hang_seconds, exit=True)
+            made_progress()
+            batches = [weighted(batch, run.position_weight) for batch in batches]
             metrics = take_step(run, state, batches)
             state = dataclasses.replace(state, step=step + 1, thresholds=next_thresholds(metrics, state))
             metrics |= {"data_wait_seconds": started - waiting_since, "seconds": time.monotonic() - started}
@@ -61,28 +62,37 @@ def take_steps(run: Run, state: TrainState) -> TrainState:
             if is_last:
                 break
             waiting_since = time.monotonic()
-    faulthandler.cancel_dump_traceback_later()
     logger.close()
     return state
 
 
 def finish_step(run: Run, state: TrainState, metrics: StepMetrics, logger: StepLogger) -> tuple[TrainState, bool]:
-    """What follows an optimizer step: evaluation, log, checkpoint; and whether the run stops before its last step."""
+    """What follows an optimizer step: evaluation, log, checkpoint; and whether the run stops here."""
     state, dev_metrics = evaluate_dev(run, state)
-    has_steps_left = state.step < run.num_steps
-    stops_early = has_steps_left and is_over(run.config.early_stopping, state)
+    ends = has_ended(run, state)
+    stops_early = ends and state.step < run.num_steps
     if stops_early:
         dev_metrics["stopped_early"] = True
     logger.append(metrics | dev_metrics, show=("loss", *run.terms))
     if stops_early:
         log.info("step %d: no better score on dev since step %d; the run ends", state.step, state.best_step)
-        return state, True
-    is_stopped = run.ranks.any(bool(run.stop)) and has_steps_left
-    if has_steps_left and (is_stopped or is_checkpoint_due(run, state)):
-        checkpoints.save(run, state)
+    is_stopped = run.ranks.any(bool(run.stop)) and not ends
+    if not ends and (is_stopped or is_checkpoint_due(run, state)):  # that of the last step is saved before the export
+        save(run, state)
     if is_stopped:
         log.info("stop requested: saved at step %d of %d", state.step, run.num_steps)
-    return state, is_stopped
+    return state, ends or is_stopped
+
+
+def has_ended(run: Run, state: TrainState) -> bool:
+    """Whether no step is left, or early stopping has ended the run before."""
+    return state.step >= run.num_steps or is_over(run.config.early_stopping, state)
+
+
+def save(run: Run, state: TrainState) -> None:
+    """A checkpoint; the watchdog's time is its own."""
+    with watched(run.config.launcher.hang_seconds):
+        checkpoints.save(run, state)
 
 
 def is_checkpoint_due(run: Run, state: TrainState) -> bool:
@@ -95,7 +105,7 @@ def is_checkpoint_due(run: Run, state: TrainState) -> bool:
 
 
 def take_step(run: Run, state: TrainState, batches: list[Batch]) -> StepMetrics:
-    """One optimizer step over the global batch; its metrics for metrics.jsonl."""
+    """One optimizer step over the global batch, whose positions are weighted; its metrics for metrics.jsonl."""
     config, terms = run.config, run.terms
     # dropout is a function of the step, so that a resumed run draws the same
     torch.manual_seed(seed_from_values(config.seed, state.step, run.ranks.rank))
@@ -127,7 +137,7 @@ def step_inputs(run: Run, state: TrainState, weights: dict[str, float], counts: 
         coefficients={name: weights[name] * world_size / (counts[name] or 1.0) for name in run.terms},
         diagnose=is_due(run.config.loss.diagnostics_every_steps, state.step),
         thresholds=state.thresholds or (0.0,) * len(classes_of(run.terms)),
-        loss_scale=loss_scale(run.engine),
+        loss_scale=run.loss_scale,
     )
 
 

@@ -54,6 +54,25 @@ def test_what_is_compared_with_what() -> None:
     assert lower == pytest.approx(found["kd 3"].score.value - found["kd 1"].score.value)
 
 
+def test_another_experiment_is_held_against_combined_with_the_same_weights() -> None:
+    """A gate, a pool: of role combined under a name of its own. Where no combined arm is the one, against none."""
+    weights = (("kd 1", 1.0), ("kd 3", 3.0), ("gated", 1.0), ("sharp", 0.5))
+    grid = [TrueArm(role="combined", label=name, accuracy=0.8, kd_weight=w, is_main=False) for name, w in weights]
+    arms, held_out = simulate(study_of([*STUDENTS[:3], *grid], num_records=300), 1)
+    renamed = [
+        replace(one, arm=replace(one.arm, name=one.arm.label)) if one.arm.label in ("gated", "sharp") else one
+        for one in arms
+    ]
+    found = {one.arm.label: one for one in text_figures(renamed, held_out, "accuracy").arms}
+    plain = {
+        label: one.difference.value
+        for label, figures in found.items()
+        for one in figures.comparisons
+        if one.against == "combined"
+    }
+    assert plain == {"gated": pytest.approx(found["gated"].score.value - found["kd 1"].score.value)}
+
+
 def test_the_lower_kd_weight_differs_in_nothing_else() -> None:
     def combined(label: str, kd: float, rate: float) -> TrueArm:
         differing = (("loss.kd.weight", kd), ("optimizer.lr", rate))
@@ -70,6 +89,33 @@ def test_the_lower_kd_weight_differs_in_nothing_else() -> None:
         if one.against == "lower kd"
     }
     assert lower == pytest.approx({"c": found["a"].score.value, "d": found["b"].score.value})
+
+
+def test_a_pool_is_no_kd_weight_of_the_teachers_own_capture() -> None:
+    def combined(label: str, kd: float, accuracy: float, *, is_pool: bool = False) -> TrueArm:
+        return TrueArm(
+            role="combined",
+            label=label,
+            accuracy=accuracy,
+            kd_weight=kd,
+            differing=(("loss.kd.weight", kd),),
+            is_main=label == "kd 1",
+            is_pool=is_pool,
+        )
+
+    arms = [
+        combined("kd 1", 1, 0.8),
+        combined("pool 3", 3, 0.85, is_pool=True),
+        combined("pool 9", 9, 0.7, is_pool=True),
+    ]
+    found = figures_of(study_of([*STUDENTS[:3], *arms], num_records=300))
+    lower = {
+        label: found[label].score.value - one.difference.value
+        for label in ("kd 1", "pool 3", "pool 9")
+        for one in found[label].comparisons
+        if one.against == "lower kd"
+    }
+    assert lower == pytest.approx({"pool 9": found["pool 3"].score.value})
 
 
 def test_of_several_teacher_runs_the_first_is_imitated() -> None:

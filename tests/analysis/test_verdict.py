@@ -400,6 +400,29 @@ def test_missing_runs_are_made_by_the_study_as_it_is() -> None:
     assert chosen(study(TEACHER, combined()))["grid"] == "kd_weight:0.1,0.3,1"
 
 
+def test_options_of_a_pool_go_where_no_pool_is_asked_for() -> None:
+    """The study refuses them there; a command that still trains pooled keeps them."""
+    own = f"{OWN} 'experiments=[combined,pooled]' folds=3 pool.temperature=0.5 'controls=[smoothed]'"
+    kept = words(verdict(dataclasses.replace(too_high(), command=own)).command)
+    assert (kept["folds"], kept["pool.temperature"]) == ("3", "0.5")
+    five = study(TEACHER, GOLD_ONLY, combined(EVEN, seeds=(1, 2, 3, 4, 5), differing=CHOSEN))
+    alone = words(verdict(dataclasses.replace(five, command=own)).command)
+    assert alone["experiments"] == "[combined]"
+    assert not alone.keys() & {"folds", "pool.temperature"}
+
+
+def test_a_judged_pool_is_repeated_as_the_pool_that_it_is() -> None:
+    """A grid, and more seeds, are then of pooled alone, with the options that tell it from other pools."""
+    differing = {"pool.weights": "0.3/0.7", "pool.temperature": 0.5, "pool.members": "0123abcd"}
+    options = {"is_pool": True, "differing": differing, "imitation": imitation(0.5, excess=UP)}
+    figures = study(TEACHER, GOLD_ONLY, combined(LOW, **options))
+    found = words(verdict(dataclasses.replace(figures, command=f"{OWN} 'experiments=[gold_only,pooled]'")).command)
+    of_pool = {"experiments": "[pooled]", "pool.weights": "[0.3,0.7]", "pool.temperature": "0.5"}
+    assert found == {"study": "mine", "seeds": "1,2,3", **of_pool, "grid": "kd_weight:0.03,0.1,0.3"}
+    seeds = study(TEACHER, GOLD_ONLY, combined(EVEN, seeds=(1,), is_pool=True))
+    assert words(verdict(dataclasses.replace(seeds, command=OWN)).command)["experiments"] == "[pooled]"
+
+
 def test_options_of_the_study_are_kept_and_replaced() -> None:
     own = "python scripts/study.py study=mine file.window=64 'seeds=[1, 2, 3]' grid=kd_weight:1,3 seeds=1,2,3"
     command = verdict(dataclasses.replace(too_high(), command=own)).command

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.audit import commands
-from pipeline.config.schema import AuditConfig
+from pipeline.config.commands import AuditConfig
 from pipeline.core.types import InputError
 from support.commands import ROOT, script
 

@@ -11,7 +11,8 @@ from pipeline.audit import commands
 from pipeline.audit.verify import findings
 from pipeline.cache import manifest as manifests
 from pipeline.capture.driver import run
-from pipeline.config.schema import AuditConfig, ModelConfig
+from pipeline.config.commands import AuditConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.core import object_store
 from pipeline.core.object_store import RemotePath
 from pipeline.core.types import InputError

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.audit import commands
-from pipeline.config.schema import AuditConfig, Dtype, ModelConfig
+from pipeline.config.commands import AuditConfig
+from pipeline.config.schema import Dtype, ModelConfig
 from pipeline.core.types import InputError
 from support.damage import ChangeOfList, copy_cache, rewrite_first_row
 

@@ -16,7 +16,7 @@ from pipeline.audit import commands
 from pipeline.audit.summary import Float16Counts, powers_of_two, summarize
 from pipeline.audit.verify import load_manifest
 from pipeline.cache.shards import ShardReader
-from pipeline.config.schema import AuditConfig
+from pipeline.config.commands import AuditConfig
 from pipeline.core.topk import log_probabilities
 from pipeline.core.types import InputError
 
@@ -27,6 +27,7 @@ def test_figures_equal_those_of_a_slow_reader(labeled_copy: Path) -> None:
     masses: list[float] = []
     entries_of_positions: list[list[float]] = []
     top_is_target: list[bool] = []
+    confidence: list[float] = []
     for block, rows in enumerate(reader.blocks):
         for row in range(rows):
             sequence, captured = reader.row(block, row)
@@ -34,6 +35,8 @@ def test_figures_equal_those_of_a_slow_reader(labeled_copy: Path) -> None:
             masses += p_NK.sum(1).tolist()
             entries_of_positions += p_NK.tolist()
             is_known_N = sequence.target_ids_N >= 0
+            log_p_N = log_probabilities(captured.top, temperature=1.0)[0].amax(1)
+            confidence += log_p_N[is_known_N].half().tolist()
             top_is_target += (captured.top.ids_NK[:, 0] == sequence.target_ids_N)[is_known_N].tolist()
     table = pl.read_parquet(labeled_copy / "shards" / "*.parquet")
     entropy = table.explode("entropy")["entropy"].cast(pl.Float64)
@@ -47,6 +50,11 @@ def test_figures_equal_those_of_a_slow_reader(labeled_copy: Path) -> None:
     assert figures["next_log_prob"] == pytest.approx(next_log_prob.drop_nans().mean())
     assert figures["perplexity"] == pytest.approx(math.exp(-figures["next_log_prob"]))
     assert figures["top_is_target_fraction"] == pytest.approx(sum(top_is_target) / len(top_is_target))
+    ordered = sorted(zip(confidence, top_is_target, strict=True), reverse=True)
+    for kept, share in figures["top_is_target_of_surest"].items():
+        least = ordered[max(round(float(kept) * len(ordered)), 1) - 1][0]
+        of_surest = [is_target for value, is_target in ordered if value >= least]
+        assert share == pytest.approx(sum(of_surest) / len(of_surest)), kept
     assert figures["entropy"]["mean"] == pytest.approx(entropy.mean())
     assert sum(figures["entropy"]["histogram"]) == sum(figures["retained_mass"]["histogram"]) == len(masses)
     for name, value in figures["entropy"]["quantiles"].items():

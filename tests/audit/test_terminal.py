@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pipeline.audit import commands, terminal
 from pipeline.audit.sampling import samples_of_record
 from pipeline.audit.verify import load_manifest
-from pipeline.config.schema import AuditConfig, ModelConfig
+from pipeline.config.commands import AuditConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.core.progress import readable
 from pipeline.core.types import InputError
 from support.tiny import prompts

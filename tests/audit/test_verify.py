@@ -14,7 +14,7 @@ from pipeline.audit.verify import findings, load_manifest
 from pipeline.cache.manifest import describe_shard
 from pipeline.cache.shards import ShardReader
 from pipeline.core.types import InputError
-from support.damage import ChangeOfList, change_json, copy_cache, rewrite_first_row
+from support.damage import ChangeOfList, change_json, copy_cache, rewrite_first_row, without_parts
 
 
 def test_a_complete_cache_has_no_finding(cache: Path, labeled_copy: Path) -> None:
@@ -30,15 +30,24 @@ def with_flipped_byte(data: bytes, generator: random.Random) -> bytes:
 def test_any_flipped_byte_of_a_shard_is_found_and_never_read(labeled_copy: Path) -> None:
     generator, num_blocks = random.Random(0), 0
     for shard in sorted((labeled_copy / "shards").glob("*.parquet")):
-        intact, reader = shard.read_bytes(), ShardReader(labeled_copy)
+        intact = shard.read_bytes()
         for _ in range(17):
             shard.write_bytes(with_flipped_byte(intact, generator))
             assert any(line.startswith(str(shard)) for line in findings(labeled_copy))
             with pytest.raises(InputError, match="damaged"):
-                reader.row(num_blocks, 0)
+                ShardReader(labeled_copy).row(num_blocks, 0)
         shard.write_bytes(intact)
         num_blocks += len(describe_shard(shard, 0).row_groups)
     assert findings(labeled_copy) == []
+
+
+def test_a_cache_without_hashes_of_row_groups_is_verified_by_those_of_its_shards(labeled_copy: Path) -> None:
+    assert findings(without_parts(labeled_copy)) == []
+    shard, *_ = sorted((labeled_copy / "shards").glob("*.parquet"))
+    shard.write_bytes(with_flipped_byte(shard.read_bytes(), random.Random(0)))
+    assert any(line.startswith(f"{shard}: expected sha256") for line in findings(labeled_copy))
+    with pytest.raises(InputError, match="expected sha256 .* damaged"):
+        ShardReader(labeled_copy).row(0, 0)
 
 
 def is_found_or_refused(cache: Path) -> bool:

@@ -200,7 +200,7 @@ def test_an_unknown_part_is_rejected(monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit) as exit_info:
         bench.main()
     assert exit_info.value.code == 2
-    message = "expected any of capture, read, fidelity, rerun, loss, step, train, found reed"
+    message = "expected any of capture, read, pool, fidelity, rerun, loss, step, train, found reed"
     assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -212,6 +212,7 @@ def test_the_quick_bench_of_real_models(tmp_path: Path) -> None:
     subprocess.run([str(ROOT / "scripts" / "bench"), "--quick", "--json", str(out)], check=True, timeout=900)
     results = json.loads(out.read_text())
     keys = ["capture.ratio_to_forward", "capture.ratio_to_plain_script", "read.tokens_per_second", "rerun.seconds"]
+    keys += ["pool.logarithmic.memory.tokens_per_second", "pool.linear.command.tokens_per_second"]
     keys += [f"loss.time_ratio_to_{other}" for other in ("cross_entropy", "linear_cross_entropy", "plain_kd")]
     keys += ["loss.memory_ratio", "step.time_ratio_to_lm", "step.time_ratio_to_online"]
     keys += ["train.time_ratio_to_bare_loop", "train.data_wait_fraction"]

@@ -18,8 +18,8 @@ from pipeline.audit.verify import findings
 from pipeline.cache.manifest import fingerprint, load_manifest
 from pipeline.capture import plan
 from pipeline.capture.driver import run
+from pipeline.config.commands import AuditConfig
 from pipeline.config.schema import (
-    AuditConfig,
     CompletionConfig,
     CompletionMode,
     Dtype,

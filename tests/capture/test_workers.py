@@ -21,7 +21,7 @@ import torch
 
 from pipeline.cache import manifest as manifests
 from pipeline.cache.leases import hold_lease
-from pipeline.capture import worker
+from pipeline.capture import driver, worker
 from pipeline.capture.driver import run, shards_of_share
 from pipeline.capture.plan import make_plan
 from pipeline.capture.plan_lookup import plan_folder
@@ -260,6 +260,32 @@ def test_a_stopped_capture_releases_its_leases_and_the_same_command_continues(
     assert 10 <= len(list(shards.glob("*.json"))) < 120
     script("capture", *arguments(teacher, many, **changes), cwd=tmp_path, env=one_thread())
     assert shards_of(tmp_path) == undisturbed
+
+
+def test_a_request_to_stop_waits_for_what_the_workers_write_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    class Process:
+        def __init__(self, number: int) -> None:
+            self.number = self.sentinel = number
+
+        def terminate(self) -> None:
+            calls.append(f"terminate {self.number}")
+
+        def join(self) -> None:
+            calls.append(f"join {self.number}")
+
+    def asked_to_stop(sentinels: list[int]) -> None:
+        calls.append(f"wait for {sentinels}")
+        raise KeyboardInterrupt("SIGUSR1")
+
+    monkeypatch.setattr(driver, "start_worker", lambda *arguments: Process(arguments[-1]))
+    monkeypatch.setattr(driver, "wait", asked_to_stop)
+    with pytest.raises(KeyboardInterrupt, match="SIGUSR1"):
+        driver.supervise(CaptureConfig(name="x", num_workers=2), tmp_path, tmp_path, range(3))
+    assert calls == ["wait for [0, 1]", "terminate 0", "terminate 1", "join 0", "join 1"]
 
 
 def test_a_worker_that_waits_logs_for_whom(

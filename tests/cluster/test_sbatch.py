@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -14,16 +15,19 @@ from typing import cast
 
 import pytest
 
+from pipeline.cluster import submit
 from pipeline.cluster.jobs import jobs_of
 from pipeline.cluster.sbatch import BatchJob, script_text, submission_text
-from pipeline.cluster.submit import answer_of, check_cluster, check_one_teacher, with_teacher_on_dev
+from pipeline.cluster.submit import answer_of, check_cluster, check_one_pool, check_one_teacher, with_teacher_on_dev
 from pipeline.config.cluster import ClusterConfig
-from pipeline.config.commands import StudyConfig, SubmitConfig
-from pipeline.config.compose import open_study
+from pipeline.config.commands import StudyConfig, StudyPoolConfig, SubmitConfig
+from pipeline.config.compose import open_study, study_arguments
 from pipeline.core.types import InputError
 from pipeline.study.forecast import ADAPTIVE, Composer
-from pipeline.study.plan import Job, student_jobs
-from pipeline.training.launch import check_nodes, ranks_command, rendezvous, srun
+from pipeline.study.members import pool_words
+from pipeline.study.plan import Job, fold_jobs, student_jobs
+from pipeline.training.launch import ranks_command, rendezvous, srun
+from pipeline.training.nodes import check_allocation
 from support.commands import ROOT, composed, script
 
 EXPECTED = Path(__file__).parent / "expected"
@@ -174,19 +178,15 @@ def test_one_node_needs_no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--nnodes=2" in command
 
 
-def test_nodes_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"):
-        monkeypatch.delenv(name, raising=False)
-    check_nodes(1)
-    with pytest.raises(InputError, match="launcher.num_nodes=2: expected to run in a job of SLURM .* found none"):
-        check_nodes(2)
-    with pytest.raises(InputError, match="expected at least 1, found 0"):
-        check_nodes(0)
-    monkeypatch.setenv("SLURM_JOB_ID", "412")
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    check_nodes(2)
-    with pytest.raises(InputError, match="found one of 2; scripts/submit.py with cluster.nodes= makes one"):
-        check_nodes(3)
+def test_nodes_that_are_not_there_are_refused() -> None:
+    with pytest.raises(
+        InputError, match="launcher.num_nodes=2: expected .*, or to run in a job of SLURM .* found neither"
+    ):
+        check_allocation(2, {})
+    allocated = {"SLURM_JOB_ID": "412", "SLURM_JOB_NUM_NODES": "2"}
+    check_allocation(2, allocated)
+    with pytest.raises(InputError, match="found one of 2; .*scripts/submit.py with cluster.nodes= makes such a job"):
+        check_allocation(3, allocated)
 
 
 # ------------------------------------------------------------------------------------------ the command
@@ -217,6 +217,26 @@ def test_several_teachers_in_the_folders_are_refused(tmp_path: Path, monkeypatch
         check_one_teacher(study)
 
 
+def test_another_pool_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its students would find two. The pool that is asked for may be there already."""
+    monkeypatch.chdir(tmp_path)
+    study = open_study("demo", None)
+    made_of = {"pool": "logarithmic", "members": ["a", ["b", "c"]], "weights": [0.5, 0.5], "temperature": 1.0}
+    monkeypatch.setattr(submit, "load_manifest", lambda path: SimpleNamespace(made_of=made_of))
+    config = SubmitConfig(study="demo", experiments=["pooled"], folds=2)
+    check_one_pool(config, study)
+    (tmp_path / study.file.caches_dir / "pooled-demo-0123").mkdir(parents=True)
+    check_one_pool(config, study)
+    for change in (
+        {"folds": 3},
+        {"pool": StudyPoolConfig(temperature=0.5)},
+        {"pool": StudyPoolConfig(weights=[0.3, 0.7])},
+        {"pool": StudyPoolConfig(fit=True)},
+    ):
+        with pytest.raises(InputError, match="pool: expected no other pool than the one asked for"):
+            check_one_pool(dataclasses.replace(config, **change), study)
+
+
 def test_a_weight_that_adapts_reads_the_teacher_on_dev() -> None:
     study = open_study("demo", None)
     composed_job = SimpleNamespace(study=study, train=lambda job: composed("train", "study=demo", *job.arguments))
@@ -244,3 +264,23 @@ def test_an_own_cluster_and_an_option_of_training(tmp_path: Path) -> None:
     assert "  partition: gpu\n" in shown
     assert "  account: mylab\n" in shown
     assert "overrides:\n- loss.kd.weight=0.3\n" in shown
+
+
+def test_a_pool_waits_for_its_folds_and_the_students_for_the_pool() -> None:
+    study = open_study("demo", None)
+    config = StudyConfig(study="demo", experiments=["combined", "pooled"], folds=2, overrides=["loss.kd.weight=3"])
+    folds, pool = fold_jobs(config, study), [*pool_words(config, study), *config.overrides]
+    jobs = jobs_of(study, student_jobs(config, study), LARGE, captures=True, folds=folds, pool=pool)
+    waits = {job.name: (job.after_success, job.after) for job in jobs}
+    assert list(waits) == ["teacher", "capture", "cache", "cross_fit", "pool", "students", "report"]
+    assert waits["cross_fit"] == ("cache", None)
+    assert waits["pool"] == ("cross_fit", None)
+    assert waits["students"] == ("cache", "pool")
+    by_name = {job.name: job for job in jobs}
+    assert by_name["cross_fit"].tasks == tuple(tuple(job.arguments) for job in folds)
+    asked = "experiments=[zero_shot,gold_only,weak_only,combined,ceiling,pooled]"
+    words = ["study=demo", asked, "folds=2", "loss.kd.weight=3", "probe_seconds=0", "stop_after_pool=true"]
+    assert list(by_name["pool"].command[2:]) == words
+    typed = composed("study", "study=demo", *study_arguments(words[1:]))
+    assert (typed.experiments[-1], typed.folds, typed.stop_after_pool) == ("pooled", 2, True)
+    assert typed.overrides == ["loss.kd.weight=3"]

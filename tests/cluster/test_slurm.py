@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.commands import BIT_BY_BIT, ROOT, losses_of, needs_root, script, steps_done
+from support.commands import BIT_BY_BIT, ROOT, losses_of, needs_root, only, script, steps_done, train_arguments
 from support.slurm import Cluster, start_cluster, stop_cluster
 from support.tiny import prompts, write_lines
 from support.tiny_study import write_tiny_study
@@ -221,9 +222,37 @@ def test_a_run_on_two_nodes_is_that_of_two_ranks(
     assert_same_run(only_run(folder), only_run(local))
 
 
-def test_a_job_outside_of_slurm_has_one_node(student: Path, data: Path, tmp_path: Path) -> None:
+def test_srun_starts_one_command_a_node(
+    cluster: Cluster, student: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    """USR1 to all tasks, as before a time limit: both save; a second job goes on, and equals two ranks of one node."""
+    folder, local = tmp_path / "cluster", tmp_path / "local"
+    changes = {"micro_batch": 2, "steps": 200, "dev": "null"}
+    for place in (folder, local):
+        place.mkdir()
+    arguments = train_arguments(student, data, str(cache), launcher__num_nodes=2, launcher__num_processes=1, **changes)
+    command = shlex.join([sys.executable, str(ROOT / "scripts" / "train.py"), *arguments])
+    nodes = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
+    asked = ("sbatch", "--parsable", *nodes, "-o", "log-%j.txt", "--wrap", f"srun {command}")
+    job = cluster.run(*asked, cwd=folder).strip()
+    cluster.wait(lambda: steps_done(folder / "runs") > 10, what="the first steps")
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait(lambda: not cluster.in_queue(), what="the end")
+    log = (folder / f"log-{job}.txt").read_text()
+    assert "2 ranks on cpu" in log
+    assert "task 0: Exited with exit code 75" in log
+    assert "task 1: Exited with exit code 75" in log
+    job = cluster.run(*asked, cwd=folder).strip()
+    cluster.wait(lambda: not cluster.in_queue(), what="the second end")
+    assert "loading the checkpoint" in (folder / f"log-{job}.txt").read_text()
+    on_one_node = train_arguments(student, data, str(cache), launcher__num_processes=2, **changes)
+    script("train", *on_one_node, cwd=local, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert_same_run(only(folder / "runs"), only(local / "runs"))
+
+
+def test_several_nodes_outside_of_slurm_need_their_place(student: Path, data: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "experiment=gold_only", f"student.path={student}"]
     more = ["text@gold=own", f"gold.files=[{data}/gold.jsonl]", "launcher.num_nodes=2", "steps=1", "epochs=null"]
     done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert "launcher.num_nodes=2: expected to run in a job of SLURM with so many nodes, found none" in done.stderr
+    assert "or to run in a job of SLURM with so many nodes, found neither; docs/clusters.md has the" in done.stderr

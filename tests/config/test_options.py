@@ -21,6 +21,7 @@ from pipeline.config.options import identity_options, load_config, options, save
 from pipeline.config.overrides import check_override_names
 from pipeline.config.schema import Control, Targets, TrainConfig
 from pipeline.config.validate import check_capture
+from pipeline.config.validate_packages import OLDEST_DEEPSPEED, check_deepspeed
 from pipeline.config.validate_train import check_train
 from pipeline.core.types import InputError
 from support.commands import ROOT, composed, script
@@ -54,6 +55,7 @@ USES = [
 LEFT = {
     "import": ["name=theirs", "source=some/folder", "format=distillkit", "tokenizer=some/teacher"],
     "evaluate": ["model.path=some/folder"],
+    "pool": ["name=pool", "members=[some/cache]"],
 }
 
 
@@ -175,7 +177,12 @@ def test_contradictions(name: str) -> None:
         (["epochs=-1"], "epochs: expected more than 0, found -1"),
         (["launcher.num_processes=0"], "num_processes: expected at least 1, found 0"),
         (["optimizer.warmup_fraction=3"], "warmup_fraction: expected 0 to 1, found 3"),
-        (["optimizer.schedule=step"], "optimizer.schedule: expected constant, linear, cosine or wsd, found step"),
+        (
+            ["optimizer.schedule=step", "optimizer.step_at_fractions=[0.75,0.5]"],
+            "optimizer.step_at_fractions: expected one or more fractions in ascending order",
+        ),
+        (["optimizer.schedule=step", "optimizer.step_at_fractions=[]"], "warmup_fraction 0.05 and 1, found []"),
+        (["optimizer.schedule=step", "optimizer.step_factor=0"], "step_factor: expected more than 0"),
         (["optimizer.max_grad_norm=-1"], "max_grad_norm: expected at least 0, found -1"),
     ],
 )
@@ -209,7 +216,8 @@ def test_the_script_refuses_in_the_first_second_and_without_a_traceback(
 
 def test_help_of_every_script(tmp_path: Path) -> None:
     for root in ROOTS:
-        done = script(root, "--help", cwd=tmp_path)
+        words = ["study", "preview"] if root == "preview" else [root]
+        done = script(*words, "--help", cwd=tmp_path)
         assert "Options (name=value" in done.stdout
 
 
@@ -301,3 +309,14 @@ def test_a_wrong_value_is_refused_with_its_cause(tmp_path: Path) -> None:
     done = script("train", "optimizer.name=sgd", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "optimizer.name: expected one of adamw | muon, found 'sgd'" in done.stderr
+
+
+def test_a_deepspeed_that_sums_wrongly_is_refused() -> None:
+    """The bound in setup.cfg is that of the check."""
+    oldest = ".".join(map(str, OLDEST_DEEPSPEED))
+    assert f"    deepspeed>={oldest},<0.20\n" in (ROOT / "setup.cfg").read_text()
+    for found in ("0.19.7", "0.18.12+cu128", "0.9.9"):
+        with pytest.raises(InputError, match=f"expected release {oldest} or later, .* found {re.escape(found)}"):
+            check_deepspeed(found)
+    for found in (oldest, "0.19.10", "0.20.0.dev0", "1.0"):
+        check_deepspeed(found)

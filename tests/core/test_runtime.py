@@ -133,6 +133,24 @@ def test_a_module_runs_with_this_package_wherever_it_is_started(tmp_path: Path) 
     assert done.stdout.strip() == f"{seeds.__file__} __main__ ['-c', 'a b']"
 
 
+def test_a_signal_that_a_module_may_not_handle_is_ignored_until_its_child_handles_it(tmp_path: Path) -> None:
+    """As torchrun of each release, which would end its ranks at SIGTERM, and itself with an error."""
+    child = "import os, signal; signal.signal(signal.SIGTERM, lambda *_: print('the child saves', flush=True)); "
+    child += "os.kill(os.getpid(), signal.SIGTERM)"
+    (tmp_path / "agent.py").write_text(
+        "import os, signal, subprocess, sys\n"
+        "for number in (signal.SIGTERM, signal.SIGHUP):\n"
+        "    signal.signal(number, lambda number, frame: print(signal.Signals(number).name, flush=True))\n"
+        "for name in ('SIGTERM', 'SIGUSR1', 'SIGHUP'):\n"
+        "    os.kill(os.getpid(), signal.Signals[name])\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = module_command("agent", never_handled=("SIGTERM",))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["SIGHUP", "the child saves"]
+
+
 @pytest.mark.parametrize(
     ("vendor", "has_instructions", "has_amx", "is_fast"),
     [

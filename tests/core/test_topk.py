@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from pipeline.core.topk import (
     hybrid,
+    keep_also,
+    kept_ids,
     largest_k,
     log_probabilities,
     narrow,
@@ -43,6 +45,37 @@ def test_matches_the_dense_distribution_in_fp64_and_sums_to_one(shape: tuple, k:
         assert torch.allclose(log_tail_N.double(), tail_NV.logsumexp(1), atol=tolerance)
     else:
         assert (log_tail_N == -torch.inf).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(shape=SHAPES, k=st.integers(1, 40))
+def test_keeping_more_tokens_moves_them_out_of_the_tail(shape: tuple, k: int) -> None:
+    """None, half of the vocabulary, and all of it, at -inf here and there: against the sum over the other tokens."""
+    logits_NV = random_logits(shape)
+    vocabulary, k = shape[1], min(k, shape[1] - 1)
+    logits_NV[0, vocabulary // 2 :] = -torch.inf
+    top = top_k_and_entropy(logits_NV, k=k, temperatures=(1.0, 2.0))[0]
+    everything_NV = torch.arange(vocabulary).repeat(len(logits_NV), 1)
+    nothing_NV = torch.full_like(everything_NV, -1)
+    some_NV = torch.where(everything_NV % 2 == 0, everything_NV, -1)
+    for also_NV in (nothing_NV, some_NV, everything_NV):
+        more = keep_also(top, logits_NV, also_NV)
+        assert torch.equal(more.ids_NK[:, :k], top.ids_NK)
+        assert torch.equal(more.relative_logits_NK[:, :k], top.relative_logits_NK)
+        assert (more.relative_logits_NK[:, 1:] <= more.relative_logits_NK[:, :-1]).all()
+        is_kept_NV = torch.zeros_like(logits_NV, dtype=torch.bool).scatter(1, more.ids_NK, True)
+        wanted_NV = is_kept_NV.new_zeros(logits_NV.shape).scatter(1, top.ids_NK, True) | (also_NV >= 0)
+        exists_NV = logits_NV > -torch.inf
+        assert torch.equal(is_kept_NV & exists_NV, wanted_NV & exists_NV)
+        relative_NV = logits_NV.double() - logits_NV.double().amax(dim=1, keepdim=True)
+        for c, T in enumerate((1.0, 2.0)):
+            expected_N = (relative_NV / T).masked_fill(wanted_NV, -torch.inf).logsumexp(1)
+            assert torch.allclose(more.log_tail_NC[:, c].double(), expected_N, atol=1e-4)
+        counts_N = (kept_ids(more)[:, k:] >= 0).sum(1)
+        assert torch.equal(
+            counts_N,
+            (wanted_NV & exists_NV).sum(1) - (top.ids_NK >= 0).logical_and(exists_NV.gather(1, top.ids_NK)).sum(1),
+        )
 
 
 @settings(deadline=None)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.cache import shards
 from pipeline.cache.shards import ShardReader
 from pipeline.core.types import InputError
 from pipeline.data.mixture import Mixture
@@ -107,6 +108,32 @@ def test_gold_epochs_are_counted_in_gold_sequences(opened: Callable[..., Mixture
     read = Counter(slot.row for step in range(40) for slot in mixture.slots(step) if slot.source == "gold")
     assert read == dict.fromkeys(range(len(mixture.gold)), 2)
     assert {slot.source for slot in mixture.slots(39)} == {"corpus"}
+
+
+def test_a_gold_set_with_a_teacher_is_read_where_it_is_used(
+    opened: Callable[..., Mixture], other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows in the order of its cache; none is decoded before, so a gold set may be larger than memory."""
+    decoded: list[int] = []
+    decode = shards.decode
+
+    def counted(table: Any, **named: Any) -> Any:
+        decoded.append(table.num_rows)
+        return decode(table, **named)
+
+    monkeypatch.setattr(shards, "decode", counted)
+    mixture = opened(gold_cache=other, gold_fraction=0.5, gold_fraction_of="targets")
+    assert decoded == []
+    reader = ShardReader(other)
+    places = [(block, row) for block, size in enumerate(reader.blocks) for row in range(size)]
+    assert len(mixture.gold) == len(places)
+    for index, place in enumerate(places):
+        (found, found_captured), (expected, captured) = mixture.gold[index], reader.row(*place)
+        assert found.key == expected.key
+        assert found_captured is not None
+        assert torch.equal(found_captured.top.ids_NK, captured.top.ids_NK)
+    found = targets_of(mixture, range(200))
+    assert found["gold 0"] / found.total() == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_curriculum_reads_the_surest_sequences_first(opened: Callable[..., Mixture], other: Path) -> None:

@@ -164,3 +164,61 @@ def test_seed_and_epoch_change_the_order() -> None:
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(2, 0)
     assert order(1, 0) != order(1, 1)
+
+
+# ------------------------------------------------------------------------------------- dealt to ranks
+
+
+@given(
+    num_ranks=st.integers(1, 12),
+    part=st.integers(1, 9),
+    fraction=FRACTIONS,
+    sizes=st.lists(BLOCKS, min_size=1, max_size=3),
+    num_parts=st.integers(1, 3),
+    step=st.integers(0, 60),
+)
+def test_ranks_share_a_global_batch_evenly(
+    num_ranks: int, part: int, fraction: Fraction, sizes: list[tuple[int, ...]], num_parts: int, step: int
+) -> None:
+    """Together the step's slots, each once and in its order; each rank G / W of them, and gold to within one."""
+    corpora = tuple(CacheStream(weight=Fraction(1, len(sizes)), parts=(own,) * num_parts) for own in sizes)
+    order = order_of(global_batch=num_ranks * part, gold_fraction=fraction, corpora=corpora, max_gold=700)
+    slots, dealt = order.slots(step), order.dealt(step, num_ranks)
+    assert Counter(slot for own in dealt for slot in own) == Counter(slots)
+    assert [len(own) for own in dealt] == [part] * num_ranks
+    num_gold = [sum(slot.source == "gold" for slot in own) for own in dealt]
+    assert max(num_gold) - min(num_gold) <= 1
+    for own in dealt:  # repeats of a sequence are equal slots
+        places = iter(slots)
+        assert all(any(place == slot for place in places) for slot in own)
+    assert order.dealt(step, 1) == [slots]
+    assert order_of(global_batch=8, gold_fraction=Fraction(1)).dealt(step, 2)[0][0].source == "gold"
+
+
+def blocks_decoded(order: BatchSampler, num_ranks: int) -> list[int]:
+    """How many row groups each rank decodes in an epoch, if it keeps those of one pool."""
+    num_rows = sum(map(sum, order.corpora[0].parts))
+    decoded = [0] * num_ranks
+    kept: list[list[int]] = [[] for _ in range(num_ranks)]  # the last used first
+    for step in range(num_rows // order.global_batch):
+        for rank, own in enumerate(order.dealt(step, num_ranks)):
+            for slot in own:
+                if slot.block not in kept[rank]:
+                    decoded[rank] += 1
+                kept[rank] = [slot.block, *(b for b in kept[rank] if b != slot.block)][: SHUFFLE_BLOCKS + 1]
+    return decoded
+
+
+@pytest.mark.parametrize(("num_ranks", "most"), [(1, 8.0), (2, 5.5), (4, 3.5), (8, 2.5), (16, 2.0)])
+def test_ranks_decode_few_row_groups(num_ranks: int, most: float) -> None:
+    """Of each pool of 8 row groups; when every rank took every W-th slot, each rank decoded all 8.
+
+    A rank's slots of a step are exact, and row groups have more and less in it: to even that out by stretches of a ring
+    takes at least 8 + W - 1 pairs of rank and row group, (8 + W - 1) / W for each rank.
+    """
+    blocks = (128,) * SHUFFLE_BLOCKS * 8
+    corpora = (CacheStream(weight=Fraction(1), parts=(blocks,)),)
+    order = order_of(global_batch=128, gold_fraction=Fraction(0), corpora=corpora)
+    decoded = blocks_decoded(order, num_ranks)
+    assert sum(decoded) / num_ranks / 8 <= most
+    assert sum(decoded) >= len(blocks)

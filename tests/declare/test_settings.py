@@ -20,7 +20,7 @@ from pipeline.declare.study_yaml import flow
 
 def sizes(**changes: Any) -> Sizes:
     chosen: dict[str, Any] = {"corpus": 3000, "gold": 80, "teacher_labels": 2000, "ceiling": 3000, "window": 64}
-    chosen |= {"student_parameters": 135_000_000, "teacher_parameters": 42_000_000, "on_cpu": True, "has_dev": True}
+    chosen |= {"student_parameters": 135_000_000, "teacher_parameters": 42_000_000, "has_dev": True}
     return Sizes(**chosen | changes)
 
 
@@ -28,7 +28,7 @@ def test_of_the_demo_they_are_near_those_that_were_measured() -> None:
     """docs/decisions.md: rates 1e-4 and 3e-4, batches of 16, two and three epochs, 24 steps of gold alone."""
     settings = choose_settings(sizes())
     assert (settings.learning_rate, settings.teacher_learning_rate) == (1e-4, 3e-4)
-    assert (settings.global_batch, settings.micro_batch, settings.attention) == (16, 16, "eager")
+    assert (settings.global_batch, settings.micro_batch) == (16, 16)
     assert (settings.epochs, settings.teacher_epochs) == (2, 3)
     assert 1 / 16 <= settings.gold_fraction <= 1 / 8
     assert 24 <= settings.steps["gold_only"] <= 48
@@ -69,9 +69,7 @@ def test_learning_rates_fall_with_size() -> None:
     assert (rates[0], rates[-1]) == (1e-3, 1e-5)
 
 
-def test_attention_of_a_gpu_or_a_long_window_is_left_to_the_model() -> None:
-    assert choose_settings(sizes(on_cpu=False)).attention is None
-    assert choose_settings(sizes(window=512)).attention is None
+def test_without_dev_nothing_is_evaluated() -> None:
     assert choose_settings(sizes(has_dev=False)).evaluate_every_steps is None
 
 

@@ -6,12 +6,10 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
 import pytest
-import torch
 import transformers
 
 from pipeline.config.schema import Targets
@@ -19,9 +17,7 @@ from pipeline.core.types import InputError
 from pipeline.data.text_files import Text
 from pipeline.evaluation.predictions import teacher_score
 from pipeline.evaluation.requests import EvaluationSet, check_generation_requests, open_evaluation_set
-from pipeline.evaluation.scoring import score
 from pipeline.models.generation import batches_by_length
-from pipeline.models.loading import load_model
 from pipeline.models.tokenizer import end_token_ids, load_tokenizer
 from pipeline.training.held_out import ScoreKey
 from support.commands import prepare_run, run_ranks, script, train_arguments
@@ -94,15 +90,6 @@ def test_records_with_choices_are_not_asked(student: Path, tmp_path: Path) -> No
     unasked, table = scored(student, tmp_path / "a.jsonl")
     assert (unasked.num_free_records, unasked.exact_match) == (0, None)
     assert table["exact"].null_count() == 2
-
-
-def test_every_rank_generates_the_first_ranks_tokens(student: Path, tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "the weak", "completion": " a"}])
-    exam = exam_of(student, path, max_new_tokens=4)
-    ranks: Any = SimpleNamespace(broadcast=lambda tokens_B: torch.full_like(tokens_B, 40))
-    model = load_model(student, dtype="float32", device=torch.device("cpu"))
-    _, table = score(model, exam, batch_tokens=99, teacher_predictions=None, log_every_seconds=9, ranks=ranks)
-    assert table["generated"][0] == exam.tokenizer.decode([40] * 4).strip()
 
 
 # -------------------------------------------------------------------------------------------- what is wanted

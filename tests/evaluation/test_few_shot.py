@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.commands import EvaluateConfig
 from pipeline.config.schema import (
     Dtype,
-    EvaluateConfig,
     MalformedPolicy,
     ModelConfig,
     ScoringConfig,

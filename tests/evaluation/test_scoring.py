@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from pipeline.config.schema import EvaluateConfig, MalformedPolicy, ModelConfig, Targets, TextConfig
+from pipeline.config.commands import EvaluateConfig
+from pipeline.config.schema import MalformedPolicy, ModelConfig, Targets, TextConfig
 from pipeline.core.types import InputError
 from pipeline.data.tokenize import load_labeled_sequences
 from pipeline.evaluation.predictions import scores_of, teacher_score

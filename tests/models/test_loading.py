@@ -31,12 +31,13 @@ CPU = torch.device("cpu")
 def tiny(name: str, **config_values: Any) -> Any:
     torch.manual_seed(0)
     config_class = getattr(transformers, f"{name}Config")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
     if name == "GPT2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 64}
     else:
         sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.3}
-    config = config_class(**sizes, pad_token_id=0, bos_token_id=0, eos_token_id=1, use_cache=False, **config_values)
+    sizes |= config_values
+    config = config_class(**sizes, pad_token_id=0, bos_token_id=0, eos_token_id=1, use_cache=False)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -261,3 +262,27 @@ def test_prepacked_weights_give_the_same_bits(name: str) -> None:
 
 def test_float32_layers_are_not_replaced() -> None:
     assert not any(isinstance(module, PrepackedLinear) for module in prepack(tiny("Llama")).modules())
+
+
+@pytest.mark.parametrize(
+    ("device", "partition", "place"),
+    [
+        ("cpu", None, None),
+        ("cuda:1", None, {"": torch.device("cuda:1")}),
+        ("cuda:1", {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}, None),
+    ],
+)
+def test_weights_go_straight_to_a_gpu(
+    device: str, partition: Any, place: Any, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU they stay where the file is mapped into memory; at ZeRO 3 DeepSpeed places them."""
+    asked: dict[str, Any] = {}
+
+    def load(folder: Path, **options: Any) -> Any:
+        asked.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(InterruptedError):
+        load_model(student, dtype="bfloat16", device=torch.device(device), partition=partition)
+    assert asked["device_map"] == place

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.options import identity_options
 from pipeline.config.schema import Tracker, TrainConfig
-from pipeline.config.validate_train import TRACKER_PACKAGES
+from pipeline.config.validate_packages import TRACKER_PACKAGES
 from pipeline.core.files import RunPaths
 from pipeline.monitoring.trackers import TRACKERS, Trackers, record_result, tracked_run
 from support.commands import composed
@@ -139,6 +140,25 @@ def test_what_wandb_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("WANDB_PROJECT")
     record_result(dataclasses.replace(config, study="a/b"), paths, RESULT)
     assert [given["project"] for given in inits[3:]] == ["elsewhere", "a-b"]
+    assert {(given["entity"], given["tags"], given["name"]) for given in inits} == {(None, None, paths.folder.name)}
+
+
+CHOSEN = ["project=mine", "entity=team", "name=first", "tags=[ablation,7b]", "run_id=abc123"]
+
+
+def test_names_project_tags_and_id_are_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They win over the services' variables, reach every tracker and make no other run."""
+    inits: list[dict[str, Any]] = []
+    record = types.SimpleNamespace(log=lambda *_, **__: None, summary={}, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **given: inits.append(given) or record))
+    monkeypatch.setenv("WANDB_PROJECT", "elsewhere")
+    plain = config_of("wandb")
+    config = config_of("wandb", *(f"tracking.{option}" for option in CHOSEN))
+    track(config, paths_of(tmp_path))
+    for given in inits:
+        assert (given["project"], given["entity"], given["tags"]) == ("mine", "team", ["ablation", "7b"])
+        assert (given["name"], given["id"]) == ("first", "abc123")
+    assert identity_options(config) == identity_options(plain)
 
 
 # ------------------------------------------------------------------------------------ the real packages
@@ -161,7 +181,7 @@ def test_tensorboard_has_steps_options_and_scores(tmp_path: Path) -> None:
     assert given["experiment"].string_value == "combined"
     assert given["loss.lm.weight"].number_value == 0.3
     assert given["student.adapter.rank"].string_value == "None"
-    assert set(given) == {*tracked_run(config, paths).options, "project", "experiment", "role"}
+    assert set(given) == {*tracked_run(config, paths).options, "project", "experiment", "role", "name", "tags"}
 
 
 def test_mlflow_has_one_experiment_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from pipeline.core.types import Batch, InputError
 from pipeline.models.forward import hidden_states, logit_rules
-from pipeline.objective import fused_head
+from pipeline.objective import fused_head, position_groups
 from pipeline.objective.fused_head import combined_loss, sum_names
 from pipeline.objective.terms import StepInputs, TermOptions
+from support import fake_gpu
 from support.twin import make_batch
 
 VOCABULARY, ROWS, HIDDEN = 30, 37, 16  # the head has more rows than there are tokens
@@ -117,6 +119,28 @@ def test_every_head_in_chunks_equals_full_logits(name: str, chunk: int, monkeypa
     assert grads
     for key, grad in grads.items():
         assert torch.allclose(found_grads[key], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max())), key
+
+
+@pytest.mark.parametrize("depths", [0, 2])
+def test_on_a_gpu_the_host_waits_once_a_micro_batch(depths: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the positions of each term, in one copy; on a fake GPU, which counts. Then the loss runs to its gradients."""
+    cuda, gpu = fake_gpu.install(monkeypatch), torch.device("cuda", 1)
+    model, batch = llama(tie_word_embeddings=False), batch_of()
+    batch = dataclasses.replace(batch, depths_N=torch.arange(31) % (depths + 1))
+    hidden_NH = torch.randn(31, HIDDEN)
+    step = StepInputs(coefficients=FACTORS)
+    expected = combined_loss(model, hidden_NH, batch, TERMS, step, vocabulary_size=VOCABULARY)
+    fake_gpu.on_gpu(model, gpu)
+    with fake_gpu.FakeGpus(cuda.log), torch.no_grad():
+        there = batch.to(gpu)
+        hidden_NH = hidden_NH.to(gpu)
+        cuda.log.clear()
+        found = combined_loss(model, hidden_NH, there, TERMS, step, vocabulary_size=VOCABULARY)
+        groups = len(position_groups.group_positions(batch, TERMS))
+    waits = [line for line in cuda.log if "wait" in line or "blocking" in line]
+    assert waits == ["copy to host, blocking"]
+    assert cuda.log.count("copy to cuda:1") == groups == 2  # the positions of each group
+    assert torch.allclose(found[0], expected[0])
 
 
 def test_padding_rows_of_the_head_get_no_gradient() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pipeline.cache.shards import ShardReader
+from pipeline.core.topk import label_smoothed
 from pipeline.core.types import InputError
 from pipeline.objective.gates import threshold, top_probability
 from pipeline.training import driver
@@ -66,6 +67,7 @@ def all_options(gold_cache: Path, predictions: Path) -> dict[str, Any]:
         "loss.kd.on": "[gold,corpus]",
         "loss.kd.temperature": 2.0,
         "loss.kd.gate.keep_fraction": 0.7,
+        "loss.kd.position_weight.by": "margin",
         "loss.kd.adaptive_weight.every_steps": 4,
         "loss.kd.adaptive_weight.teacher_predictions": predictions,
         "loss.hard.weight": 0.5,
@@ -173,14 +175,19 @@ def test_each_option_in_one_run_and_a_resume_that_repeats_it(
 
 
 def test_a_gate_keeps_the_given_fraction(student: Path, data: Path, cache: Path) -> None:
-    for by in ("confidence", "entropy"):
-        changes = {"loss.kd.gate.keep_fraction": 0.3, "loss.kd.gate.by": by}
+    """Of what the loss reads: under the control `smoothed` the teacher is less sure of its first token."""
+    for by, control in (("confidence", "none"), ("entropy", "none"), ("confidence", "smoothed")):
+        changes = {"loss.kd.gate.keep_fraction": 0.3, "loss.kd.gate.by": by, "loss.kd.control": control}
         config = composed("train", *arguments_of(student, data, cache, changes))
         reader = ShardReader(cache)
         gate = open_gate(config.loss.kd, [reader])
         rows = [reader.row(b, r)[1] for b, size in enumerate(reader.blocks) for r in range(size)]
+        tops = [row.top for row in rows]
+        if control == "smoothed":
+            size = reader.manifest.vocabulary_size
+            tops = [label_smoothed(row.top, row.entropy_N, vocabulary_size=size) for row in rows]
         if by == "confidence":
-            kept_N = torch.cat([top_probability(row.top) for row in rows]) >= gate.min_confidence
+            kept_N = torch.cat([*map(top_probability, tops)]) >= gate.min_confidence
         else:
             kept_N = torch.cat([row.entropy_N for row in rows]).float() <= gate.max_entropy
         assert float(kept_N.float().mean()) == pytest.approx(0.3, abs=0.02)
@@ -231,6 +238,9 @@ def test_options_that_do_not_fit_the_cache_are_rejected_before_any_rank_starts(
         (cache, {"optimizer.decay_fraction": 2}, "decay_fraction: expected 0 to 1"),
         (cache, {"loss.kd.adaptive_weight.every_steps": 5}, "expected dev and adaptive_weight.teacher_predictions"),
         (cache, {"loss.kd.gate.keep_fraction": 0}, "keep_fraction: expected more than 0"),
+        (sampled, {"loss.kd.tail_weight": 2}, "tail_weight: expected 1 or a topk cache"),
+        (cache, {"loss.kd.tail_weight": -1}, "loss.kd.tail_weight: expected at least 0"),
+        (cache, {"loss.kd.tail_weight": 2, "loss.kd.divergence": "truncated"}, "expected 1 with divergence=truncated"),
         (cache, {"loss.kd.beta": 1.5}, "beta: expected 0 to 1"),
         (cache, {"loss.hard.on": "[gold]", "loss.hard.weight": 1}, "gold carries no output of the teacher"),
         (cache, {"loss.confidence.choices": "[a,ab]"}, "expected completions with two or more different first"),

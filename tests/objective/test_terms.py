@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config.schema import Divergence, HardLabels, LossConfig
 from pipeline.core.topk import hybrid, label_smoothed, sampled, top_k_and_entropy
 from pipeline.core.types import Batch, InputError
 from pipeline.objective.class_prior import harden, updated_thresholds
-from pipeline.objective.divergences import DIVERGENCES, NEEDS_EXACT_TAIL, forward_kl, jsd, reverse_kl
+from pipeline.objective.divergences import (
+    DIVERGENCES,
+    NEEDS_EXACT_TAIL,
+    divergence_by_name,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    weighted_forward_kl,
+)
 from pipeline.objective.fused_head import combined_loss, sum_names
 from pipeline.objective.gates import Gate
 from pipeline.objective.position_groups import kd_of_logits
 from pipeline.objective.terms import HARD_LABELS, TERMS, StepInputs, TermOptions, count_positions, term_positions
-from support.twin import make_batch, twin, value_at
+from support.twin import IdentityHead, make_batch, twin, value_at
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 ALL = ("gold", "corpus")
@@ -36,19 +43,6 @@ def test_options_name_exactly_the_terms_divergences_and_hard_labels_that_exist()
     defaults = TermOptions(on=())
     assert defaults.take in HARD_LABELS
     assert defaults.divergence in DIVERGENCES
-
-
-class IdentityHead(nn.Module):
-    """A model whose hidden states are its logits: the head is the identity."""
-
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(vocabulary, vocabulary, bias=False)
-        self.config = SimpleNamespace()
-        nn.init.eye_(self.head.weight)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.head
 
 
 def ours(
@@ -126,6 +120,52 @@ def test_every_divergence_at_every_temperature_against_the_twin(
     assert close(grad, expected_grad)
     if divergence not in ("truncated", "renormalised"):
         assert value >= -1e-5 * num
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@settings(deadline=None, max_examples=25)
+@given(
+    k=st.integers(1, 20),
+    seed=st.integers(0, 10_000),
+    scale=st.sampled_from([0.1, 1.0, 4.0]),
+    temperature=st.sampled_from(TEMPERATURES),
+    tail_weight=st.sampled_from([0.0, 0.3, 4.0]),
+)
+def test_head_and_tail_apart_against_the_twin(
+    fused: bool, k: int, seed: int, scale: float, temperature: float, tail_weight: float
+) -> None:
+    """With k of the whole vocabulary, 20, there is no tail, and both masses are 1."""
+    batch = make_batch(num_gold=0, num_corpus=4, vocabulary=20, k=k, temperatures=TEMPERATURES, scale=scale, seed=seed)
+    options = TermOptions(on=("corpus",), temperature=temperature, tail_weight=tail_weight)
+    logits_NV = torch.randn(4, 20, generator=torch.Generator().manual_seed(seed + 1)) * scale
+    value, grad, _ = ours(logits_NV, batch, {"kd": options}, {"kd": 1.0}, fused=fused)
+    expected, expected_grad = exact(logits_NV, batch, {"kd": options}, {"kd": 1.0})
+    assert close(value, expected)
+    assert close(grad, expected_grad)
+
+
+@given(seed=st.integers(0, 1000), tail_weight=st.floats(0.0, 8.0))
+@settings(deadline=None, max_examples=30)
+def test_the_gradient_of_head_and_tail_is_the_formula(seed: int, tail_weight: float) -> None:
+    """On a kept logit q - p + (w - 1) (Q - P) q / Q, on one of the tail w q (P - Q) / (1 - Q), against autograd."""
+    generator = torch.Generator().manual_seed(seed)
+    p_NV = torch.randn(5, 12, generator=generator, dtype=torch.float64).softmax(1)
+    z_NV = (2 * torch.randn(5, 12, generator=generator, dtype=torch.float64)).requires_grad_()
+
+    def categories(log_p_NV: Tensor) -> Tensor:  # the first 4 tokens are the kept entries
+        return torch.cat([log_p_NV[:, :4], log_p_NV[:, 4:].logsumexp(1, keepdim=True)], dim=1)
+
+    log_p_NC, log_q_NC = categories(p_NV.log()), categories(z_NV.log_softmax(1))
+    value_N = weighted_forward_kl(log_p_NC, log_q_NC, tail_weight=tail_weight)
+    (grad_NV,) = torch.autograd.grad(value_N.sum(), z_NV)
+    q_NV = z_NV.detach().softmax(1)
+    P_N1, Q_N1 = p_NV[:, :4].sum(1, keepdim=True), q_NV[:, :4].sum(1, keepdim=True)
+    on_kept_NK = (q_NV - p_NV)[:, :4] + (tail_weight - 1) * (Q_N1 - P_N1) * q_NV[:, :4] / Q_N1
+    on_tail = tail_weight * q_NV[:, 4:] * (P_N1 - Q_N1) / (1 - Q_N1)
+    torch.testing.assert_close(grad_NV, torch.cat([on_kept_NK, on_tail], dim=1))
+    exact_N = forward_kl(log_p_NC, log_q_NC)
+    torch.testing.assert_close(weighted_forward_kl(log_p_NC, log_q_NC, tail_weight=1.0), exact_N, rtol=0, atol=0)
+    assert divergence_by_name("forward_kl", beta=0.5) is forward_kl
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -29,6 +29,7 @@ def make_run(
     control: str = "none",
     name: str | None = None,
     few_shot: int = 0,
+    pool: dict[str, Any] | None = None,
 ) -> StudyRun:
     config = TrainConfig(
         name=name or role,
@@ -40,7 +41,7 @@ def make_run(
         optimizer=OptimizerConfig(learning_rate=rate),
     )
     inputs = {"student": student} | ({} if gold is None else {"gold": gold})
-    inputs |= {"cache": "c"} if role in ("combined", "weak_only", "control") else {}
+    inputs |= {"cache": repr(pool or "c")} if role in ("combined", "weak_only", "control") else {}
     options = effective_options(_flat(identity_options(config)) | {"scoring.few_shot": few_shot}, inputs)
     options = {key: value for key, value in options.items() if key not in ("name", "seed")}
     result: dict[str, Any] = {"test": {"accuracy": test}} | ({} if dev is None else {"dev": {"accuracy": dev}})
@@ -55,6 +56,7 @@ def make_run(
         result=result,
         options=options,
         inputs=inputs,
+        pool=pool,
         settings=repr(
             (role, config.name if role == "other" else "", sorted(options.items(), key=str), sorted(inputs.items()))
         ),
@@ -169,3 +171,42 @@ def test_labels_name_what_differs_and_are_unique() -> None:
     assert {"mine", "yours", "teacher"} <= arms.keys()
     assert arms["teacher"].arm.differing == {}
     assert not arms["mine"].arm.is_main
+
+
+def pool_of(temperature: float = 1.0, *, weights: tuple[float, ...] = (0.5, 0.5), members: str = "b") -> dict[str, Any]:
+    """What a pool's manifest says that it is made of."""
+    return {
+        "schema_version": 1,
+        "pool": "logarithmic",
+        "members": ["c", [members]],
+        "weights": list(weights),
+        "temperature": temperature,
+        "tokenizer": "t",
+    }
+
+
+def test_pools_are_arms_whose_labels_say_in_which_setting_they_differ() -> None:
+    combined = [make_run("combined", seed=seed) for seed in (1, 2)]
+    one = [make_run("combined", name="pooled", pool=pool_of(), seed=seed) for seed in (1, 2)]
+    found = by_label([*combined, *one])
+    assert list(found) == ["combined", "pooled"]  # no hash of a cache: the name says enough
+    assert [(of.arm.is_pool, of.arm.is_main, of.arm.seeds) for of in found.values()] == [
+        (False, True, (1, 2)),
+        (True, False, (1, 2)),
+    ]
+    sharp = make_run("combined", name="pooled", pool=pool_of(0.5))
+    assert list(by_label([*combined, *one, sharp])) == ["combined", "pooled temperature 1", "pooled temperature 0.5"]
+    heavy = make_run("combined", name="pooled", pool=pool_of(weights=(0.25, 0.75)))
+    assert "pooled weights 0.25/0.75" in by_label([*combined, *one, heavy])
+    others = by_label([*one, make_run("combined", name="pooled", pool=pool_of(members="z"))])
+    assert all(label.startswith("pooled members ") for label in others)
+    second = make_run("combined", name="pooled", pool=pool_of(members="z") | {"round": 2})
+    assert list(by_label([*one, second])) == ["pooled round 1", "pooled round 2"]
+    assert list(by_label(one)) == ["pooled"]
+    assert list(by_label([*combined, make_run("combined", pool=pool_of())])) == ["combined", "combined pooled"]
+
+
+def test_conclusions_rest_on_the_teachers_own_capture_where_there_is_one() -> None:
+    pooled = make_run("combined", name="pooled", pool=pool_of(), dev=0.9)
+    assert main_label([make_run("combined", dev=0.6), pooled], "combined") == "combined"
+    assert main_label([pooled], "combined") == "pooled"

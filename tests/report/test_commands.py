@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from pipeline.analysis.values import ArmFigures, StudyFigures
-from pipeline.config.schema import ReportConfig
+from pipeline.config.commands import ReportConfig
 from pipeline.core.types import InputError
 from pipeline.report.commands import run
 from pipeline.report.study_figures import of_study
@@ -134,6 +134,43 @@ def test_page_and_markdown_are_written(reported: tuple[StudyFigures, Path]) -> N
     assert {"report.html", "report.md", "figures"} < {path.name for path in out.iterdir()}
     assert "combined kd 0.3 lr 1e-05" in (out / "report.html").read_text()
     assert "python scripts/study.py study=mine " in (out / "report.md").read_text()
+
+
+def test_a_kept_copy_is_small_and_reports_the_same(
+    reported: tuple[StudyFigures, Path], study: StudyFolder, tmp_path: Path
+) -> None:
+    """Every score, difference and gap to the last bit; calibration but for the rounding."""
+    run(ReportConfig(runs=study.runs, keep=str(tmp_path / "kept"), study="mine"))
+    again = run(ReportConfig(runs=[f"{tmp_path}/kept/*"], study="mine"))
+    for kept, found in ((again.main, reported[0].main), *zip(again.more, reported[0].more, strict=True)):
+        assert len(kept.arms) == len(found.arms)
+        for one, other in zip(kept.arms, found.arms, strict=True):
+            assert (one.arm, one.score, one.comparisons, one.pgr) == (
+                other.arm,
+                other.score,
+                other.comparisons,
+                other.pgr,
+            )
+            assert (one.nll, one.imitation) == (other.nll, other.imitation)
+            assert (one.calibration is None) == (other.calibration is None)
+            if one.calibration is not None and other.calibration is not None:
+                assert one.calibration.ece == pytest.approx(other.calibration.ece, abs=0.01)
+    folders = sorted((tmp_path / "kept").iterdir())
+    assert {path.name for folder in folders for path in folder.iterdir()} <= {
+        *("config.yaml", "identity.json", "environment.json", "result.json"),
+        *("predictions-test.parquet", "predictions-news.parquet"),
+    }
+
+
+def test_a_kept_copy_is_never_replaced(study: StudyFolder, tmp_path: Path) -> None:
+    """What a committed table was made from stays, and what is new joins it."""
+    first = study.run_folders("weak_only")[0]
+    run(ReportConfig(runs=study.runs, keep=str(tmp_path), study="mine"))
+    (tmp_path / first.name / "result.json").write_text("as it was")
+    shutil.rmtree(tmp_path / study.run_folders("ceiling")[0].name)
+    run(ReportConfig(runs=study.runs, keep=str(tmp_path), study="mine"))
+    assert (tmp_path / first.name / "result.json").read_text() == "as it was"
+    assert (tmp_path / study.run_folders("ceiling")[0].name / "result.json").exists()
 
 
 def test_nothing_is_written_where_nobody_asked(

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from pipeline.analysis.values import Interval, LabelSaving, StudyFigures
-from pipeline.report.cells import columns, score_text
+from pipeline.report.cells import columns, paired_differences, score_text
 from pipeline.report.text import WIDTH, command_lines, markdown, table_lines, terminal, wrapped
 from support.sample_figures import full_study, healthy, large_study, minimal_study, plain_text_study, too_high
 
@@ -26,6 +26,20 @@ def test_every_line_fits_80_columns(name: str) -> None:
     lines = lines_of(STUDIES[name]())
     assert [line for line in lines if len(line) > WIDTH] == []
     assert not any("None" in line or "nan" in line for line in lines)
+
+
+def test_paired_lines_name_the_experiment_on_which_conclusions_rest() -> None:
+    """A gate under a name of its own is compared with combined, and not combined with itself."""
+    study = full_study()
+    arms = tuple(
+        dataclasses.replace(one, arm=dataclasses.replace(one.arm, name="gated")) if one.arm.role == "combined" else one
+        for one in study.main.arms
+    )
+    main = dataclasses.replace(study.main, arms=arms)
+    found = [row for paired in paired_differences(main) for row in paired.rows]
+    assert any(name.startswith("gated - ") for name, _, _ in found)
+    assert not any(name.startswith("combined - ") for name, _, _ in found)
+    assert any(name.startswith("combined - ") for one in paired_differences(study.main) for name, _, _ in one.rows)
 
 
 def test_the_verdict_comes_first_and_its_command_can_be_pasted() -> None:

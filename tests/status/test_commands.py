@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.schema import StatusConfig
+from pipeline.config.commands import StatusConfig
 from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError
 from pipeline.status import commands

@@ -18,7 +18,8 @@ import yaml
 from pipeline.config.commands import SearchConfig
 from pipeline.config.compose import open_study
 from pipeline.core.types import InputError
-from pipeline.study.search import begun_trials, folder_of, open_search, summary, trials
+from pipeline.study.forecast import Composer
+from pipeline.study.search import begun_trials, check_search, folder_of, open_search, summary, trials
 from pipeline.study.space import Axis, overrides_of, read_space
 from support.commands import ROOT, composed, script, wait_for
 from support.tiny import prompts, write_lines
@@ -179,6 +180,26 @@ def test_the_summary_shows_the_best_and_what_mattered(study_folder: Path) -> Non
     share = text.split("explained by: ")[1].split(", ")[0]
     assert share.startswith("loss.lm.weight ")
     assert int(share.split()[1].rstrip("%")) > 90
+
+
+@pytest.mark.parametrize(("module", "package"), [("optuna", "optuna"), ("sklearn", "scikit-learn")])
+def test_a_package_that_is_missing_is_named_before_any_run(
+    study_folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, package: str
+) -> None:
+    """The importances need scikit-learn only at the end, when all settings are trained."""
+    config = config_of(study_folder)
+    study = open_study(config.study, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else name)
+    with pytest.raises(InputError, match=f"^search: expected the package {package}, found none"):
+        check_search(config, study, Composer(study), SPACE)
+
+
+@pytest.mark.parametrize("experiment", ["pooled", "cross_fit", "cross_fit_gold"])
+def test_what_learns_for_or_from_a_pool_is_not_searched(study_folder: Path, experiment: str) -> None:
+    config = config_of(study_folder, experiment=experiment)
+    study = open_study(config.study, None)
+    with pytest.raises(InputError, match=f"^experiment: expected one that reads .*, found {experiment}"):
+        check_search(config, study, Composer(study), SPACE)
 
 
 def test_without_dev_nothing_is_searched(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:

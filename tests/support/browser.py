@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+
+from support import apt
 
 FLAGS = (
     "--headless=new",
@@ -37,27 +36,13 @@ def _find() -> tuple[str, str] | None:
     return (browser, driver) if browser and driver else None
 
 
-def _install() -> tuple[str, str] | None:
-    """By apt; one process at a time, since several test processes may need it."""
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    with (Path(tempfile.gettempdir()) / "install-chromium.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if _find() is None:
-            install = ["install", "-y", "--no-install-recommends", "chromium", "chromium-driver"]
-            for words in (["update"], install):
-                command = ["apt-get", "-o", "DPkg::Lock::Timeout=300", *words]
-                subprocess.run(command, check=False, stdout=subprocess.DEVNULL, env=environment)
-    return _find()
-
-
 def browser_and_driver() -> tuple[str, str]:
     """Where Chromium and its driver are; installed by apt where that is possible.
 
     Without them a test is skipped on a developer's machine; in CI, or among the slow tests, it fails.
     """
+    apt.install("chromium", "chromium-driver", unless=_find)
     found = _find()
-    if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        found = _install()
     if found is not None:
         return found
     reason = "expected chromium and chromedriver, found none; install the packages chromium and chromium-driver"

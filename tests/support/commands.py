@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from pipeline.cache.sequence_files import MappedSequences, write_mapped_sequences
 from pipeline.config.commands import ROOTS
 from pipeline.config.compose import chosen_groups, register, take_study
 from pipeline.config.groups import CONF_DIR
@@ -31,7 +33,6 @@ from pipeline.config.schema import (
     TrainConfig,
 )
 from pipeline.core.files import RunPaths
-from pipeline.core.types import TokenSequence
 from pipeline.data.mixture import Mixture
 from pipeline.data.text_files import open_text
 from pipeline.data.tokenize import load_labeled_sequences
@@ -214,10 +215,13 @@ def prepare_run(folder: Path, arguments: list[str], *, stop: bool = False) -> Pa
 
 def mixture_of(config: TrainConfig) -> Mixture:
     """What a rank of this run reads."""
-    gold: list[TokenSequence] = []
+    gold = None
     if config.gold is not None and config.gold_cache is None and config.gold_fraction > 0:
         tokenizer = open_tokenizer(config.student)[1]
-        gold = load_labeled_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
+        sequences = load_labeled_sequences(open_text(config.gold, "gold"), tokenizer, window=config.window)
+        with tempfile.TemporaryDirectory() as folder:
+            write_mapped_sequences(Path(folder) / "gold.arrow", sequences)
+            gold = MappedSequences(Path(folder) / "gold.arrow")  # the map outlives the file's name
     return open_mixture(config, gold)
 
 

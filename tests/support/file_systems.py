@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import importlib.util
 import os
 import subprocess
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from support import apt
 
 PROGRAM = Path(__file__).with_name("fuse_folder.py")
 
@@ -23,6 +26,7 @@ def mounted_without(folder: Path, *abilities: str) -> Iterator[Path]:
         pytest.skip("FUSE needs mfusepy, which the extra `dev` installs")
     if os.geteuid() != 0 or not os.access("/dev/fuse", os.W_OK):
         pytest.skip("FUSE needs root and /dev/fuse")
+    apt.install("libfuse2", unless=lambda: ctypes.util.find_library("fuse") or ctypes.util.find_library("fuse3"))
     behind = folder.with_name(f"{folder.name}-behind")
     for path in (folder, behind):
         path.mkdir()

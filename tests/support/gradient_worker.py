@@ -28,6 +28,7 @@ from pipeline.data.packing import Segment, make_sequence
 from pipeline.objective.gates import Gate
 from pipeline.training import engine as engines
 from pipeline.training.builders import term_options
+from pipeline.training.partition import student_weights
 from pipeline.training.run import Run, TrainState
 from pipeline.training.steps import take_step
 from support.commands import composed
@@ -80,7 +81,7 @@ def options(dtype: str) -> TrainConfig:
 
 
 def weights_after(ranks, layout: str, stage: int, *how: Any) -> dict[str, torch.Tensor] | None:
-    return engines.student_weights(run_after(ranks, layout, stage, *how).engine, stage)
+    return student_weights(run_after(ranks, layout, stage, *how).engine)
 
 
 def run_after(
@@ -134,13 +135,13 @@ def check_that_steps_of_no_number_are_skipped(ranks, stage: int) -> None:
     """An infinite gradient in one weight: no weight moves, and the step counts as skipped."""
     run = run_after(ranks, "striped", stage, 1, "bfloat16")
     engine = run.engine
-    before = {name: weight.clone() for name, weight in engines.student_weights(engine, stage).items()}
+    before = {name: weight.clone() for name, weight in student_weights(engine).items()}
     part = mine(0, "striped", ranks.rank, ranks.world_size)
     batches = [collate(part, [captured is None for _, captured in part])]
 
     def step_and_see() -> tuple[dict[str, Any], bool]:
         figures = take_step(run, TrainState(step=0), batches)
-        after = engines.student_weights(engine, stage)
+        after = student_weights(engine)
         return figures, all(torch.equal(after[name], weight) for name, weight in before.items())
 
     hook = next(iter(engine.module.parameters())).register_hook(lambda gradient: gradient * torch.inf)

@@ -30,7 +30,8 @@ def scored(
     **settings: Any,
 ) -> tuple[Scores, pl.DataFrame]:
     exam = exam_of(folder, path, max_new_tokens=max_new_tokens, examples=examples, **settings)
-    model = load_model(folder, dtype="float32", device=torch.device("cpu"))
+    # with the kernel of `train_arguments`: tests compare last bits
+    model = load_model(folder, dtype="float32", device=torch.device("cpu"), attention="sdpa")
     return score(
         model,
         exam,

@@ -39,6 +39,7 @@ class TrueArm:
     kd_weight: float = 1.0
     label: str | None = None
     is_main: bool = True
+    is_pool: bool = False
     control: str = "none"
     gold_fraction: float = 0.1
     num_gold: int | None = None
@@ -190,6 +191,7 @@ def _predictions(
         control=arm.control,
         differing=dict(arm.differing),
         is_main=arm.is_main,
+        is_pool=arm.is_pool,
     )
     return ArmPredictions(
         arm=value,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.core.topk import top_k_and_entropy
 from pipeline.core.types import UNKNOWN_TARGET, Batch, TopK
@@ -32,6 +33,12 @@ def divergence_at(z_V: Tensor, kept: dict[int, float], tail: float, options: Ter
     if options.divergence == "renormalised":
         p = [value / sum(kept.values()) for value in p]
     value = torch.zeros((), dtype=torch.float64)
+    if options.tail_weight != 1.0:  # the masses, and the shape of the kept entries
+        p_kept, q_kept = sum(p[:-1]), sum(q[:-1])
+        masses = x_log_y(p_kept, p_kept / q_kept) + x_log_y(p[-1], p[-1] / q[-1])
+        shape = [x_log_y(p_i, (p_i / p_kept) / (q_i / q_kept)) for p_i, q_i in zip(p[:-1], q[:-1], strict=True)]
+        value = options.tail_weight * masses + sum(shape)
+        return value * (options.temperature**2 if options.temperature_squared else 1.0)
     for p_i, q_i in zip(p, q, strict=True):
         if options.divergence == "total_variation":
             value = value + 0.5 * (p_i - q_i).abs()
@@ -78,6 +85,19 @@ def twin(
         for n in positions[name]:
             total = total + factors[name] * value_at(name, logits_NV[n], batch, n, options)
     return total
+
+
+class IdentityHead(nn.Module):
+    """A model whose hidden states are its logits: the head is the identity."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(vocabulary, vocabulary, bias=False)
+        self.config = SimpleNamespace()
+        nn.init.eye_(self.head.weight)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
 
 
 def make_batch(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.core.files import RunPaths
+from pipeline.core.runtime import Ranks
 from pipeline.core.types import InputError
 from pipeline.models.loading import load_model
 from pipeline.models.tokenizer import open_tokenizer
@@ -34,7 +35,7 @@ def figures_of(student: Path, data: Path, folder: Path, **changes: Any) -> dict[
     config, paths = merged(train_arguments(student, data, "null", **gold_only)), RunPaths(folder=folder)
     folder.mkdir()
     save_inputs(paths, identity_of(config)[1])
-    ranks = SimpleNamespace(device=torch.device("cpu"), broadcast=lambda values: values)
+    ranks = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
     model = load_model(student, dtype="float32", device=ranks.device)
     engine = SimpleNamespace(module=SimpleNamespace(student=model))
     dev = open_dev(config, paths, open_tokenizer(config.student)[1])

@@ -41,7 +41,7 @@ def train(student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         shutil.copytree(student, paths.model)
         rows = [{"step": step, "seconds": 1.0, "data_wait_seconds": 0.5} for step in (1, 2, 3)]
         write_lines(paths.metrics, rows)
-        finish.finish(config, paths)
+        scorer.run(paths.folder)
         return 0
 
     def command(*more: str, **changes: Any) -> float | None:

@@ -13,6 +13,9 @@ import huggingface_hub
 import pytest
 
 from pipeline.core.types import InputError
+from pipeline.data.text_files import open_text
+from pipeline.models.tokenizer import open_tokenizer
+from pipeline.training import inputs
 from pipeline.training.driver import prepare
 from pipeline.training.identity import identity_of
 from pipeline.training.options_read import options_read
@@ -138,3 +141,28 @@ def test_records_in_common_are_counted(
     rows = [gold[0] | {"completion": " other"}, {key: gold[1][key] for key in ("prompt", "choices", "answer")}]
     arguments = train_arguments(student, data, str(cache), test__files=f"[{write_lines(test, rows)}]")
     assert warnings_of(caplog, arguments) == ["1 of 2 records of test are in gold too"]
+
+
+def test_gold_is_tokenized_once_and_by_a_finished_run_not_at_all(
+    student: Path, data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_times, tokenize = 0, inputs.labeled_sequences
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal num_times
+        num_times += 1
+        return tokenize(*arguments, **named)
+
+    monkeypatch.setattr(inputs, "labeled_sequences", counted)
+    config = composed("train", *train_arguments(student, data, str(cache), runs_dir=str(tmp_path / "runs")))
+    prepared = prepare(config)
+    assert not (tmp_path / "runs").exists()
+    prepared.paths.folder.mkdir(parents=True)
+    prepared.write()
+    gold = inputs.load_gold(prepared.paths)
+    expected = list(tokenize(open_text(config.gold, "gold"), open_tokenizer(config.student)[1], window=config.window))
+    assert [gold.row(row).key for row in range(len(gold))] == [sequence.key for sequence in expected]
+    assert num_times == 1
+    prepared.paths.result.write_text("{}")
+    assert prepare(config).paths == prepared.paths
+    assert num_times == 1

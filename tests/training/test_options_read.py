@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ UNREAD: list[tuple[Changes, Changes]] = [
     (COMBINED, {"loss__confidence__choices": "[' one',' two']", "loss__kd__adaptive_weight__factor": 0.9}),
     (COMBINED, {"early_stopping__min_delta": 0.5, "test__targets": "choices", "dev__end_token": True}),
     (COMBINED, {"loss__hard__on": "[corpus]", "loss__lm__on": "[gold]"}),
-    (GOLD_ONLY, {"loss__kd__weight": 0.5, "loss__kd__temperature": 2}),
+    (GOLD_ONLY, {"loss__kd__weight": 0.5, "loss__kd__temperature": 2, "loss__kd__tail_weight": 2}),
     (GOLD_ONLY, {"loss__hard__weight": 1, "loss__confidence__weight": 2, "curriculum_parts": 2, "k": 3}),
     (
         GOLD_ONLY,
@@ -45,6 +46,8 @@ UNREAD: list[tuple[Changes, Changes]] = [
     (WEAK_ONLY, {"loss__lm__weight": 5, "window": 64, "gold__end_token": True, "gold_epochs": 2}),
     (WEAK_ONLY, {"gold_fraction_of": "targets", "loss__lm__ramp__shape": "linear"}),
     (COMBINED | {"loss__kd__weight": 0}, {"loss__kd__temperature": 2, "loss__kd__gate__drop_wrong": True}),
+    (COMBINED, {"loss__kd__gate__per_class": True, "loss__kd__position_weight__power": 2}),
+    (COMBINED | {"loss__kd__weight": 0}, {"loss__kd__position_weight__by": "margin"}),
 ]
 
 READ: list[tuple[Changes, Changes]] = [
@@ -58,6 +61,7 @@ READ: list[tuple[Changes, Changes]] = [
     (COMBINED, {"loss__lm__on": "[gold,corpus]"}),
     (COMBINED, {"loss__kd__temperature": 2}),
     (COMBINED | {"loss__kd__temperature": 2}, {"loss__kd__temperature_squared": False}),
+    (COMBINED, {"loss__kd__tail_weight": 2}),
     (COMBINED, {"loss__kd__divergence": "jsd"}),
     (COMBINED | {"loss__kd__divergence": "jsd"}, {"loss__kd__beta": 0.1}),
     (COMBINED, {"loss__kd__control": "shuffled"}),
@@ -66,6 +70,10 @@ READ: list[tuple[Changes, Changes]] = [
     (COMBINED | {"loss__kd__weight": 0, "loss__confidence__weight": 1}, {"loss__kd__gate__min_confidence": 0.2}),
     (COMBINED, {"loss__kd__gate__keep_fraction": 0.5}),
     (COMBINED | {"loss__kd__gate__keep_fraction": 0.5}, {"loss__kd__gate__by": "entropy"}),
+    (COMBINED | {"loss__kd__gate__keep_fraction": 0.5}, {"loss__kd__gate__per_class": True}),
+    (COMBINED, {"loss__kd__position_weight__by": "margin"}),
+    (COMBINED | {"loss__kd__position_weight__by": "margin"}, {"loss__kd__position_weight__power": 2}),
+    (COMBINED | {"loss__kd__weight": 0, "loss__hard__weight": 1}, {"loss__kd__position_weight__by": "entropy"}),
     (COMBINED, {"loss__kd__ramp__start_value": 0.5}),
     (COMBINED, {"loss__kd__ramp__shape": "linear"}),
     (COMBINED | {"loss__kd__ramp__shape": "linear"}, {"loss__kd__ramp__end_value": 0.5}),
@@ -140,6 +148,22 @@ def test_a_term_that_reads_nothing_has_no_weight(planned: Path) -> None:
     weights = {name: term["weight"] for name, term in options(planned, GOLD_ONLY)["loss"].items() if type(term) is dict}
     assert weights == {"lm": 1.0, "kd": 0.0, "hard": 0.0, "confidence": 0.0}
     assert options(planned, WEAK_ONLY, {"loss__lm__weight": 5})["loss"]["lm"]["weight"] == 0.0
+
+
+def test_an_option_that_came_later_is_left_out_where_it_changes_nothing(planned: Path) -> None:
+    """So that the runs of before keep their names."""
+    assert "tail_weight" not in options(planned, COMBINED)["loss"]["kd"]
+    assert options(planned, COMBINED, {"loss__kd__tail_weight": 2})["loss"]["kd"]["tail_weight"] == 2.0
+
+
+def test_the_k_largest_of_a_cache_with_also_ids_are_not_all_it_keeps(planned: Path, tmp_path: Path) -> None:
+    made_of = {**manifests.load_manifest(planned).made_of, "also_ids": {"fingerprints": ["x"], "most_kept": 5}}
+    manifest = dataclasses.replace(
+        manifests.load_manifest(planned), made_of=made_of, fingerprint=manifests.fingerprint(made_of)
+    )
+    manifests.create_cache(tmp_path / "also", manifest)
+    assert options(planned, COMBINED, {"k": 8})["k"] is None
+    assert options(tmp_path / "also", COMBINED, {"k": 8})["k"] == 8
 
 
 @pytest.mark.slow(minutes=2)

@@ -86,7 +86,7 @@ def test_without_locks_the_ranks_of_a_killed_driver_may_be_at_work_until_the_lea
     assert take(paths)
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP])
 def test_two_drivers_without_locks(
     number: int, paths: RunPaths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,9 +3,11 @@
 import itertools
 
 import pytest
+import torch
 
-from pipeline.config.schema import Shape
-from pipeline.training.schedules import SHAPES, adaptive_kd_factor, learning_rate, ramp
+from pipeline.config.schema import OptimizerConfig, Shape
+from pipeline.training.builders import learning_rate_at
+from pipeline.training.schedules import SHAPES, adaptive_kd_factor, learning_rate, ramp, step_decay
 
 
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - {"constant"}))
@@ -78,6 +80,24 @@ def test_learning_rate_wsd_stays_at_the_peak_until_the_last_fifth() -> None:
     assert set(values[9:81]) == {1.0}
     assert all(a > b for a, b in itertools.pairwise(values[81:]))
     assert values[-1] == pytest.approx(0.05)
+
+
+def test_step_is_the_step_decay_of_schedulers() -> None:
+    """torch's MultiStepLR, after the warm-up; no other factor at the end."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[50, 75], gamma=0.1)
+    expected = []
+    for _ in range(100):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    settings = {"num_steps": 100, "peak": 2.0, "at_fractions": [0.5, 0.75], "factor": 0.1}
+    assert [step_decay(step, warmup_fraction=0.0, **settings) for step in range(100)] == pytest.approx(expected)
+    warmed = [step_decay(step, warmup_fraction=0.1, **settings) for step in range(100)]
+    assert warmed[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert warmed[10:] == pytest.approx(expected[10:])
+    options = OptimizerConfig(schedule=Shape.step, learning_rate=2.0, warmup_fraction=0.1)
+    assert [learning_rate_at(options, step, 100) for step in range(100)] == warmed
 
 
 def test_the_confidence_ramp_of_the_paper_does_not_jump() -> None:

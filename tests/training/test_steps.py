@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.audit import commands
 from pipeline.capture import estimate
-from pipeline.config.schema import AuditConfig
+from pipeline.config.commands import AuditConfig
 from pipeline.objective.terms import TermOptions
 from pipeline.training.run import TrainState
 from pipeline.training.steps import step_inputs
@@ -22,10 +22,9 @@ TERMS = ("lm", "kd", "confidence")
 
 def test_a_count_below_one_divides_as_any_other() -> None:
     """S / N is a weighted mean: positions of weight 0.25 together count as much as one position would."""
-    engine = SimpleNamespace(fp16_enabled=lambda: False)
     terms = {name: TermOptions(on=("corpus",)) for name in ("lm", "kd", "hard")}
     config = composed("train", "study=demo", "experiment=combined")
-    run = SimpleNamespace(ranks=SimpleNamespace(world_size=2), terms=terms, config=config, engine=engine)
+    run = SimpleNamespace(ranks=SimpleNamespace(world_size=2), terms=terms, config=config, loss_scale=1.0)
     inputs = step_inputs(run, TrainState(), dict.fromkeys(terms, 3.0), {"lm": 0.0, "kd": 0.25, "hard": 4.0})
     assert inputs.coefficients == {"lm": 6.0, "kd": 24.0, "hard": 1.5}
 

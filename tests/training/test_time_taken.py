@@ -44,7 +44,7 @@ def test_a_model_scored_as_it_is_has_no_steps(tmp_path: Path) -> None:
 
 def test_a_run_of_a_sweep_has_the_time_limit_of_its_command() -> None:
     """launcher.time_limit counts from the start of the sweep's process, not of the run's."""
-    code = "import pipeline.training.driver as driver; print(driver.STARTED)"
+    code = "import pipeline.training.launch as launch; print(launch.STARTED)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {STARTED_VARIABLE: "1000.5"},

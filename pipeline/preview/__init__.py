@@ -1,0 +1,1 @@
+"""Linear students on cached hidden states of the untrained student: they rank recipes before any real training."""

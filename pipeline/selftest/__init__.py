@@ -1,0 +1,1 @@
+"""The self-test: does what this pipeline relies on hold on this machine and its GPUs? A table of checks."""
