@@ -12,8 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from support.commands import capture_arguments, script
 from support.tiny import make_model, make_tokenizer, prompts, write_lines
 
-torch.set_num_threads(2)
-
 
 def minutes(item: pytest.Item) -> float:
     """About how long a test takes: 0 for a quick one, 1 for a slow one that does not say it."""
