@@ -25,6 +25,7 @@ from pipeline.config.help import help_text, help_words
 from pipeline.config.outcomes import EXIT_FAILED, JobOutcome, Outcome, State, ended_by, write_outcome
 from pipeline.config.overrides import completed_overrides, renamed_hint
 from pipeline.config.sweeps import Check, Sweep
+from pipeline.core.processes import collect_less
 from pipeline.core.stopping import EXIT_STOPPED, Stopped, hand_over, interrupt, stop_signals_handled_by
 from pipeline.core.types import InputError, RunFailed
 
@@ -74,6 +75,7 @@ def hydra_main(root: str, story: str, body: Body, check: Check = no_check) -> No
         with contextlib.suppress(BrokenPipeError):
             print(help_text(root, story, sys.argv[1:]), flush=True)
         return
+    collect_less()
     # Hydra would wrap errors in its own messages; this way ours reach the user
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with _exit_codes(), stop_signals_handled_by(interrupt):
