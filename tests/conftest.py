@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.core.processes import collect_less
 from support.commands import capture_arguments, script
 from support.tiny import make_model, make_tokenizer, prompts, write_lines
+
+collect_less()
 
 
 def minutes(item: pytest.Item) -> float:

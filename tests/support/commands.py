@@ -51,7 +51,7 @@ def script(name: str, *arguments: str, cwd: Path, check: bool = True, **settings
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         **settings,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
@@ -130,7 +130,7 @@ def start(arguments: list[str], cwd: Path) -> subprocess.Popen:
         )
 
 
-def wait_for(condition: Any, process: subprocess.Popen | None = None, *, seconds: float = 120) -> None:
+def wait_for(condition: Any, process: subprocess.Popen | None = None, *, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
@@ -143,7 +143,7 @@ def steps_done(folder: Path) -> int:
 
 
 def wait_for_steps(runs: Path, steps: int, process: subprocess.Popen) -> None:
-    """Until the runs of a folder have made so many steps: however slow the machine, a step each two minutes."""
+    """Until the runs of a folder have made so many steps: however slow the machine, a step each five minutes."""
     while (done := steps_done(runs)) < steps:
         wait_for(lambda before=done: steps_done(runs) > before, process)
 
@@ -183,7 +183,7 @@ def stop_at(step: int, arguments: list[str], cwd: Path) -> None:
     process = start(arguments, cwd)
     wait_for_steps(cwd / "runs", step, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 75, (cwd / "output.txt").read_text()[-3000:]
+    assert process.wait(300) == 75, (cwd / "output.txt").read_text()[-3000:]
 
 
 def config_of(teacher: Path, files: Path, folder: Path, **changes: Any) -> CaptureConfig:
