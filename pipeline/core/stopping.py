@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SLURM_ENDS_SECONDS = 600.0  # within this time after SIGTERM it ends a job that it preempts or cancels
@@ -29,11 +32,14 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_signals_handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Call `handler` on each signal of STOP_SIGNALS while the body runs."""
+    """Call `handler` on each signal of STOP_SIGNALS while the body runs; what it raises always reaches the body."""
     before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_ask_again, handler, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, earlier in before.items():
             signal.signal(number, earlier)
 
@@ -43,6 +49,17 @@ def interrupt(number: int, frame: object) -> NoReturn:
     for another in {*STOP_SIGNALS} - {signal.SIGINT}:  # the same request again must not break off the clean-up
         signal.signal(another, signal.SIG_IGN)
     raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _ask_again(handler: Callable[[int, object], None], otherwise: Callable[[Any], object], ignored: Any) -> None:
+    """A hook for exceptions that Python ignores, those in destructors: a request to stop is sent again after it."""
+    name = str(ignored.exc_value)
+    if ignored.exc_type is not KeyboardInterrupt or name not in signal.Signals.__members__:
+        otherwise(ignored)
+        return
+    number = signal.Signals[name]
+    signal.signal(number, handler)  # which `interrupt` has taken away
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 # ---------------------------------------------------------------------------------- jobs of submitit

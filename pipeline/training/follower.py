@@ -32,7 +32,11 @@ def run(config: TrainConfig, meeting: Meeting, drive: Callable[[PreparedRun], Ou
         outcome = ended_by(error) if isinstance(error, Exception) else stopped_by(error)
         meeting.end_run(plain(outcome), wait=isinstance(error, Exception))
         raise
-    meeting.end_run(plain(outcome), wait=True)
+    try:
+        meeting.end_run(plain(outcome), wait=True)
+    except KeyboardInterrupt:  # asked to stop once the run had ended: the others still have to read how
+        meeting.end_run(plain(outcome), wait=False)
+        raise
     return outcome
 
 

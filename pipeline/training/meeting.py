@@ -30,6 +30,7 @@ from pipeline.training.rendezvous import meet
 
 REPORT_SECONDS = 0.5
 LOST_SECONDS = 20.0  # a node whose report is older than this is lost
+LEAVE_SECONDS = 10.0  # so long node 0, when it is asked to stop, waits for others to read how the run ended
 POLL_SECONDS = 0.1
 
 
@@ -127,17 +128,19 @@ class Meeting:
         self.report(**BLANK | {"run": self._own.run + 1})
 
     def end_run(self, outcome: dict[str, Any], *, wait: bool) -> None:
-        """Make the outcome known; `wait`: until the others have ended this run too, so that each knows how."""
+        """Make the outcome known; `wait`: until the others have ended this run too, so that each knows how.
+
+        Without it node 0 still gives them a while, because the store ends with its process.
+        """
         self.report(outcome=outcome)
-        number = self._changes
+        number, leave_at = self._changes, time.monotonic() + (LEAVE_SECONDS if self.is_first else 0.0)
 
         def is_known() -> bool:
-            return self._sent >= number and (not wait or self.all_others(lambda one: one.outcome))
+            is_late = not wait and time.monotonic() > leave_at
+            return self._sent >= number and (is_late or self.all_others(lambda one: one.outcome))
 
         with contextlib.suppress(RunFailed):  # who is lost needs no outcome
             self.wait_until(is_known)
-        if not wait and self.is_first:  # the store ends with this process: let the others read it once more
-            time.sleep(2 * REPORT_SECONDS)
 
     def close(self) -> None:
         """Leave; the store of node 0 ends with its process."""
@@ -207,7 +210,8 @@ class Meeting:
             report = self._others.get(rank)
             if time.monotonic() - self._heard[rank] > LOST_SECONDS and not self._lost:
                 self._lost = f"node {rank} has not answered for {LOST_SECONDS:.0f} s"
-            if report is not None and report.asks_to_stop and not self._passed_on:
+            has_ended = self._own.outcome is not None  # then the other only has to read how
+            if report is not None and report.asks_to_stop and not self._passed_on and not has_ended:
                 self._passed_on = True
                 log.info("node %d was asked to stop", rank)
                 os.kill(os.getpid(), signal.SIGTERM)  # as if this node had been asked

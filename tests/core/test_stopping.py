@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -17,6 +18,43 @@ def test_a_signal_interrupts_the_body_and_the_old_handler_returns(number: signal
     with pytest.raises(KeyboardInterrupt, match=f"^{number.name}$"), stop_signals_handled_by(interrupt):
         os.kill(os.getpid(), number)
     assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_request_during_a_destructor_is_not_lost(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python prints and drops what a destructor raises: it once dropped a worker's SIGTERM, and the worker went on."""
+    ended = []
+
+    class Dropped:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+            ended.append("destructor")
+
+    def work() -> None:
+        Dropped()
+        time.sleep(60)
+
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt, match=f"^{number.name}$"), stop_signals_handled_by(interrupt):
+        work()
+    assert ended == []  # it was interrupted, as anything else is
+    assert capsys.readouterr().err == ""
+    assert sys.unraisablehook is hook
+
+
+def test_other_errors_of_destructors_are_shown_as_ever() -> None:
+    class Dropped:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt("of somebody else")
+
+    shown: list[object] = []
+    before, sys.unraisablehook = sys.unraisablehook, lambda ignored: shown.append(str(ignored.exc_value))
+    try:
+        with stop_signals_handled_by(interrupt):
+            Dropped()
+    finally:
+        sys.unraisablehook = before
+    assert shown == ["of somebody else"]
 
 
 def test_a_job_is_left_to_whoever_asked_it_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -14,11 +15,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pipeline.config.outcomes import Outcome, State
 from pipeline.config.schema import LauncherConfig
+from pipeline.core.files import RunPaths
 from pipeline.core.types import InputError, RunFailed
 from pipeline.training import follower, joint, meeting, rendezvous
 from pipeline.training.meeting import Meeting, Report
@@ -248,6 +252,64 @@ def test_what_asks_one_node_to_stop_reaches_node_0(monkeypatch: pytest.MonkeyPat
     assert received == [signal.SIGTERM]  # once
     for one in (first, second):
         one.close()
+
+
+def test_a_request_after_the_end_does_not_end_node_0_before_the_other_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM asks all nodes at once: node 0 had saved and ended when it saw that node 1 was asked, too."""
+    received: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: received.append(number))
+    first, second = both_meet()
+    stopped = {"state": "stopped", "note": "saved at step 17"}
+    first.report(outcome=stopped)
+    follower.ask_to_stop(second)
+    until(lambda: first.all_others(lambda one: one.asks_to_stop))
+    time.sleep(2 * meeting.REPORT_SECONDS)
+    assert received == []
+
+    ending = threading.Thread(target=lambda: first.end_run(stopped, wait=False))
+    ending.start()
+    ending.join(3 * meeting.REPORT_SECONDS)
+    assert ending.is_alive()  # node 1 has not said how it ended
+    second.end_run(stopped, wait=True)
+    ending.join(meeting.LEAVE_SECONDS / 2)
+    assert not ending.is_alive()
+    for one in (first, second):
+        one.close()
+
+
+def test_node_0_leaves_after_a_while_though_another_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "LEAVE_SECONDS", 2.0)
+    first, second = both_meet()
+    began = time.monotonic()
+    first.end_run({"state": "stopped", "note": "stopped by SIGTERM"}, wait=False)
+    assert 2.0 < time.monotonic() - began < 10.0
+    for one in (first, second):
+        one.close()
+
+
+def test_asked_again_once_the_run_has_ended_a_command_leaves_after_the_others(tmp_path: Path) -> None:
+    calls: list[bool] = []
+
+    class Interrupted:
+        is_first = True
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments, **named: None
+
+        def end_run(self, outcome: dict[str, Any], *, wait: bool) -> None:
+            calls.append(wait)
+            if wait:
+                raise KeyboardInterrupt("SIGTERM")
+
+    prepared: Any = SimpleNamespace(paths=RunPaths(folder=tmp_path / "combined-1"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(follower, "prepare", lambda config: prepared)
+        patch.setattr(follower, "num_processes", lambda config: 1)
+        patch.setattr(follower, "check_same_run", lambda meeting: None)
+        run: Any = functools.partial(follower.run, None, Interrupted())
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+            run(lambda prepared: Outcome(state=State.stopped))
+    assert calls == [True, False]
 
 
 def test_a_report_is_json() -> None:
