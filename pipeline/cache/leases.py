@@ -30,25 +30,31 @@ def hold_lease(place: Location, *, lease_seconds: float, ends_with_holder: bool 
     With `ends_with_holder=False` a lease whose holder has ended is not free before it is stale: processes that the
     holder started may go on, and renew it (`share_lease`).
     """
-    owner = f"{this_process()} {secrets.token_hex(8)}"
-    if not _create(place, owner):
-        stale_owner = _stale_owner(place, lease_seconds, ends_with_holder=ends_with_holder)
-        if not _take_over(place, stale_owner, owner):
-            yield False
-            return
-    done = threading.Event()
+    owner, done, is_tried = f"{this_process()} {secrets.token_hex(8)}", threading.Event(), True
     thread = threading.Thread(target=_keep_renewing, args=(place, owner, lease_seconds, done), daemon=True)
-    thread.start()
-    try:
-        yield True
-    finally:
+
+    def release() -> None:
         done.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
+        # a holder that was frozen for too long must not release its successor's lease
         with contextlib.suppress(OSError, InputError):  # a lease that cannot be released goes stale
-            if (
-                place.read_text() == owner
-            ):  # a holder that was frozen for too long must not release its successor's lease
+            if is_tried and place.read_text() == owner:
                 place.unlink(missing_ok=True)
+
+    try:  # from here on, because a request to stop may arrive between any two lines
+        if not _create(place, owner):
+            stale_owner = _stale_owner(place, lease_seconds, ends_with_holder=ends_with_holder)
+            is_tried = _take_over(place, stale_owner, owner)
+        if is_tried:
+            thread.start()
+        yield is_tried
+    finally:
+        try:
+            release()
+        except KeyboardInterrupt:  # it comes once
+            release()
+            raise
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -212,3 +213,25 @@ def test_a_lease_that_another_has_just_taken_over_is_put_back(tmp_path: Path) ->
     assert place.read_text() == "first"
     assert leases._take_over(place, "first", "second")
     assert place.read_text() == "second"
+
+
+@pytest.mark.parametrize("interrupted", ["_create", "Thread.start", "Thread.join"])
+def test_a_request_to_stop_leaves_no_lease_wherever_it_arrives(
+    interrupted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises KeyboardInterrupt between any two lines, once: later signals are ignored."""
+    owner, name = (threading.Thread, interrupted.split(".")[1]) if "." in interrupted else (leases, interrupted)
+    original, raised = getattr(owner, name), []
+
+    def and_then_the_signal(*arguments: Any, **named: Any) -> Any:
+        found = original(*arguments, **named)
+        if not raised:
+            raised.append(name)
+            raise KeyboardInterrupt("SIGTERM")
+        return found
+
+    monkeypatch.setattr(owner, name, and_then_the_signal)
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"), leases.hold_lease(tmp_path / "lease", lease_seconds=60):
+        pass
+    assert raised == [name]
+    assert list(tmp_path.iterdir()) == []
