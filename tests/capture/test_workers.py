@@ -257,7 +257,8 @@ def test_a_stopped_capture_releases_its_leases_and_the_same_command_continues(
     assert "Traceback" not in output
     (shards,) = tmp_path.glob("caches/*/shards")
     assert [path.name for path in shards.iterdir() if path.name.startswith(".")] == []
-    assert 10 <= len(list(shards.glob("*.json"))) < 120
+    # a shard takes 10 ms: on a busy machine the signal may come after the last one, while the cache is being finished
+    assert 10 <= len(list(shards.glob("*.json"))) <= 120
     script("capture", *arguments(teacher, many, **changes), cwd=tmp_path, env=one_thread())
     assert shards_of(tmp_path) == undisturbed
 
