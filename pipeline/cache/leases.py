@@ -30,7 +30,7 @@ def hold_lease(place: Location, *, lease_seconds: float, ends_with_holder: bool 
     With `ends_with_holder=False` a lease whose holder has ended is not free before it is stale: processes that the
     holder started may go on, and renew it (`share_lease`).
     """
-    owner, done, is_tried = f"{this_process()} {secrets.token_hex(8)}", threading.Event(), True
+    owner, done, may_hold = f"{this_process()} {secrets.token_hex(8)}", threading.Event(), True
     thread = threading.Thread(target=_keep_renewing, args=(place, owner, lease_seconds, done), daemon=True)
 
     def release() -> None:
@@ -39,16 +39,16 @@ def hold_lease(place: Location, *, lease_seconds: float, ends_with_holder: bool 
             thread.join()
         # a holder that was frozen for too long must not release its successor's lease
         with contextlib.suppress(OSError, InputError):  # a lease that cannot be released goes stale
-            if is_tried and place.read_text() == owner:
+            if may_hold and place.read_text() == owner:
                 place.unlink(missing_ok=True)
 
     try:  # from here on, because a request to stop may arrive between any two lines
         if not _create(place, owner):
             stale_owner = _stale_owner(place, lease_seconds, ends_with_holder=ends_with_holder)
-            is_tried = _take_over(place, stale_owner, owner)
-        if is_tried:
+            may_hold = _take_over(place, stale_owner, owner)
+        if may_hold:
             thread.start()
-        yield is_tried
+        yield may_hold
     finally:
         try:
             release()

@@ -137,7 +137,7 @@ def _has_fast_bfloat16_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this CPU has fast instructions for bfloat16.
 
     With AVX-512 BF16 alone an Intel Xeon whose AMX is hidden takes 1.4 to 1.9 times as long as for float32, and an AMD
-    EPYC a fifth to a quarter (both measured on the shapes of SmolLM2's layers and head).
+    EPYC about a quarter (measured on the shapes of SmolLM2's layers).
     """
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False

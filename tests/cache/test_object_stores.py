@@ -238,8 +238,8 @@ def test_a_killed_capture_and_then_two_at_once(bucket: Any, teacher: Path, many:
     killed.kill()
     killed.wait()
     done = len([name for name in object_store.names(remote("s3://bucket/killed") / "shards") if name.endswith(".json")])
-    assert undisturbed.wait(300) == 0
-    assert [process.wait(300) for process in [start("s3://bucket/killed", n) for n in (1, 2)]] == [0, 0]
+    assert undisturbed.wait(120) == 0
+    assert [process.wait(120) for process in [start("s3://bucket/killed", n) for n in (1, 2)]] == [0, 0]
     output_text = (tmp_path / "output.txt").read_text()
     assert SECRET not in output_text
     assert "of 30 shards into s3://bucket/killed" in output_text

@@ -148,7 +148,7 @@ def test_a_job_that_was_asked_to_stop_is_queued_again(
             while not (tmp_path / "started").exists():
                 time.sleep(0.05)
             process.send_signal(signal.Signals[sent])
-        assert process.wait(300) == code
+        assert process.wait(60) == code
     assert sent is None or (tmp_path / "signal").read_text() == sent
     assert (tmp_path / "requeued").exists() == requeued
     assert not requeued or (tmp_path / "requeued").read_text() == f"requeue {name}\n"

@@ -172,7 +172,7 @@ def test_a_request_to_stop_reaches_the_jobs_and_starts_no_other(number: int, her
     wait_for(lambda: len(list(here.glob("begun-*"))) == 2, parent)
     time.sleep(0.2)
     parent.send_signal(number)
-    assert parent.wait(300) == 75
+    assert parent.wait(30) == 75
     found = read_outcomes(here / "sweep")
     assert [one.outcome.state for one in found.values()] == [State.stopped, State.stopped]
     assert not (here / "begun-3").exists()
@@ -194,4 +194,4 @@ def test_jobs_end_with_their_parent_however_it_ends(here: Path) -> None:
     assert all(map(process_exists, processes))
     parent.kill()
     parent.wait()
-    wait_for(lambda: all(not process_exists(pid) or started(pid) == "ended" for pid in processes), seconds=120)
+    wait_for(lambda: all(not process_exists(pid) or started(pid) == "ended" for pid in processes), seconds=30)

@@ -166,7 +166,7 @@ def test_each_option_in_one_run_and_a_resume_that_repeats_it(
     process = start(arguments_of(student, data, completed, changes, steps=30), tmp_path)
     wait_for_steps(tmp_path / "runs", 10, process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(300) == 75
+    assert process.wait(60) == 75
     done = script("train", *arguments_of(student, data, completed, changes, steps=30), cwd=tmp_path)
     assert int(re.findall(r"step (\d+) of 30", done.stderr)[0]) >= 10
     (run,) = (tmp_path / "runs").iterdir()

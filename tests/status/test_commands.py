@@ -112,7 +112,7 @@ def test_ctrl_c_ends_with_the_code_of_the_last_time(runs: Path, tmp_path: Path) 
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=tmp_path)
     wait_for(lambda: "1 running" in (tmp_path / "output.txt").read_text(), process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(300) == 3, (tmp_path / "output.txt").read_text()
+    assert process.wait(60) == 3, (tmp_path / "output.txt").read_text()
     assert "Traceback" not in (tmp_path / "output.txt").read_text()
 
 

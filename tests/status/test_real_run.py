@@ -37,7 +37,7 @@ def test_a_run_through_its_states(student: Path, data: Path, cache: Path, tmp_pa
     assert seen.tokens_per_second is not None
     assert seen.seconds_left is not None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 75
+    assert process.wait(120) == 75
     stopped = status()
     assert (stopped.state, stopped.checkpoint_step) == ("stopped", stopped.step)
     assert stopped.step is not None

@@ -44,7 +44,7 @@ def test_a_study_killed_in_each_part_is_the_undisturbed_one(
     process = start_study(folder)
     wait_for_steps(folder / "runs", 90, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 75, (folder / "output.txt").read_text()[-3000:]
+    assert process.wait(120) == 75, (folder / "output.txt").read_text()[-3000:]
     assert "the study ends here, as requested" in (folder / "output.txt").read_text()
     assert not (folder / "runs" / "report" / "report.html").exists()
     process = start_study(folder)

@@ -158,7 +158,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(
     process = start(arguments("runs"), tmp_path)
     wait_for_steps(tmp_path / "runs", 5, process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(300) == 75
+    assert process.wait(60) == 75
     assert "the same command continues from its checkpoint" in (tmp_path / "output.txt").read_text()
     (run,) = (tmp_path / "runs").iterdir()
     stopped_at = json.loads((run / "checkpoints" / "published.json").read_text())["state"]["step"]
@@ -218,7 +218,7 @@ def test_stopped_while_it_starts_a_sweep_ends_and_goes_on(
     process = start(arguments, tmp_path)
     wait_for(lambda: list(tmp_path.glob("runs/*/config.yaml")), process)
     process.send_signal(signal.SIGINT)  # long before the first step
-    assert process.wait(300) == 75
+    assert process.wait(60) == 75
     assert "stop requested" in (tmp_path / "output.txt").read_text()
     assert len(list(tmp_path.glob("runs/*/identity.json"))) == 1
     script("train", *arguments, cwd=tmp_path)
@@ -248,7 +248,7 @@ def test_a_signal_to_every_process_of_a_run_stops_it(student: Path, data: Path, 
     assert len(children) >= 3
     for one in [process, *children]:
         one.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 75, (tmp_path / "output.txt").read_text()[-3000:]
+    assert process.wait(120) == 75, (tmp_path / "output.txt").read_text()[-3000:]
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "checkpoints" / "published.json").exists()
     assert "failed" not in (tmp_path / "output.txt").read_text()
@@ -268,7 +268,7 @@ def test_two_drivers_never_train_in_one_folder(
         [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     process.send_signal(signal.SIGINT)
-    assert process.wait(300) == 75
+    assert process.wait(60) == 75
     assert done.returncode == 2
     assert "expected a free run folder, found lock held" in done.stderr
 

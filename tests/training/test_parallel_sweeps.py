@@ -54,9 +54,9 @@ def strike(victim: str, process: subprocess.Popen[bytes], folder: Path, draw: ra
                 one.kill()
     else:
         process.send_signal(signal.SIGKILL if victim == "command" else signal.SIGTERM)
-    assert process.wait(300) == (75 if victim == "asked" else -signal.SIGKILL)
+    assert process.wait(120) == (75 if victim == "asked" else -signal.SIGKILL)
     # no orphan: drivers and ranks notice that the command is gone, save and leave
-    wait_for(lambda: not processes_in(folder), seconds=120)
+    wait_for(lambda: not processes_in(folder), seconds=90)
 
 
 @needs_two_cores

@@ -132,9 +132,9 @@ def test_kills_at_random_times_change_nothing(student: Path, data: Path, cache: 
     for victim in victims:
         process = start(common, tmp_path)
         strike(victim, process, tmp_path / "runs", draw)
-        process.wait(300)
+        process.wait(90)
         assert process.returncode == {"driver": -signal.SIGKILL, "signalled": 75}.get(victim, 2)
-        wait_for(lambda: not ranks_of(only(tmp_path / "runs")), seconds=120)  # no orphan
+        wait_for(lambda: not ranks_of(only(tmp_path / "runs")), seconds=60)  # no orphan
         resumed.append(published(only(tmp_path / "runs"))["state"]["step"])
     assert resumed == sorted(resumed)
     assert resumed[-1] < 200  # every one of them was killed before its end
@@ -173,11 +173,11 @@ def test_a_rank_that_hangs_ends_the_run(student: Path, data: Path, cache: Path, 
     wait_for_steps(tmp_path / "runs", 3, process)
     run = only(tmp_path / "runs")
     os.kill(ranks_of(run)[1], signal.SIGSTOP)
-    assert process.wait(300) == 2
+    assert process.wait(60) == 2
     said = (tmp_path / "output.txt").read_text()
     assert "Timeout (0:00:08)!" in said
     assert "in take_step" in said  # where it waits
-    wait_for(lambda: not ranks_of(run), seconds=120)
+    wait_for(lambda: not ranks_of(run), seconds=30)
 
 
 @pytest.mark.slow

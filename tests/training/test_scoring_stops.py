@@ -59,7 +59,7 @@ def test_a_command_that_is_asked_while_it_scores(
         for one in [process, *children] if number == signal.SIGTERM else [process]:
             one.send_signal(number)
         said = (tmp_path / "output.txt").read_text
-        assert process.wait(300) == 75, said()[-3000:]
+        assert process.wait(120) == 75, said()[-3000:]
         assert "stop requested: scoring ends" in said()
         assert "the same command scores it again" in said()
         assert "failed" not in said()
